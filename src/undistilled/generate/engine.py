@@ -1,0 +1,159 @@
+"""The engine: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.resolve import Model, find
+from ..checkpoint.tokenizer import Detokenizer, Tokenizer
+from ..errors import RequestError
+from ..load.build import Progress, build
+from ..model.decoder import Decoder
+from ..plan.check import check, check_devices
+from ..plan.hardware import load_machine
+from ..plan.plan import Plan, read_plan
+from ..plan.solve import Ask, solve
+from ..schedule.blocks import BlockPool
+from ..schedule.request import Output, Request, TokenLogprob
+from ..schedule.scheduler import Scheduler, Sequence, Work
+from .runner import Runner
+from .sampler import Sampler
+from .stops import StopText
+
+
+@dataclass
+class Running:
+    """What the engine keeps for a request beside the scheduler's sequence."""
+
+    sequence: Sequence
+    sampler: Sampler
+    detokenizer: Detokenizer
+    stops: StopText
+    produced: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Engine:
+    """One model, answering many requests by turns. Not thread-safe: one caller steps it."""
+
+    def __init__(self, decoder: Decoder, plan: Plan, tokenizer: Tokenizer, name: str) -> None:
+        self.decoder, self.plan, self.tokenizer, self.name = decoder, plan, tokenizer, name
+        self.spec, self.max_context = decoder.spec, plan.limits.context
+        self.runner = Runner(decoder, plan)
+        self.pool = BlockPool(plan.kv.blocks, plan.kv.block_size)
+        self.scheduler = Scheduler(
+            self.pool, max_batch=plan.limits.batch, max_context=self.max_context, chunk=plan.limits.chunk
+        )
+        self.running: dict[str, Running] = {}
+        self.eos = set(tokenizer.eos_ids) | set(self.spec.eos)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. RequestError where it makes no sense, does not fit, or the queue is full."""
+        request.sampling.check(self.spec.vocab)
+        if request.id in self.running:
+            raise RequestError(f"A request with the id {request.id!r} is running.")
+        if any(not (isinstance(t, int) and 0 <= t < self.spec.vocab) for t in request.prompt):
+            raise RequestError(f"The prompt has a token id outside 0 to {self.spec.vocab - 1}.", param="prompt")
+        sequence = self.scheduler.add(request)
+        self.running[request.id] = Running(
+            sequence,
+            Sampler(request.sampling, request.prompt, self.spec.vocab),
+            Detokenizer(self.tokenizer),
+            StopText(request.sampling.stop),
+        )
+
+    def abort(self, id: str) -> None:
+        """Forget a request and free its blocks; nothing happens where there is none."""
+        running = self.running.pop(id, None)
+        if running:
+            self.scheduler.finish(running.sequence)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def step(self) -> list[Output]:
+        """One turn: schedule, run, postprocess. Returns news of every request that has some."""
+        step = self.scheduler.step()
+        return [o for work, logits in self.runner.run(step) if (o := self._after(work, logits)) is not None]
+
+    def _after(self, work: Work, logits: torch.Tensor | None) -> Output | None:
+        running = self.running.get(work.sequence.request.id)
+        if logits is None or running is None:
+            self.scheduler.done(work, None)
+            return None
+        token, logprob = running.sampler.choose(logits)
+        self.scheduler.done(work, token)
+        running.produced += 1
+        return self._news(running, token, logprob)
+
+    def _news(self, running: Running, token: int, logprob: TokenLogprob | None) -> Output:
+        request = running.sequence.request
+        sampling = request.sampling
+        ended = not sampling.ignore_eos and token in self.eos
+        reason: str | None = "stop" if ended or token in sampling.stop_ids else None
+        stop_reason: str | int | None = token if token in sampling.stop_ids else None
+        text = "" if reason else running.detokenizer.push([token])
+        full = running.produced >= sampling.max_tokens or len(running.sequence.tokens) >= self.max_context
+        if reason is None and full:
+            reason = "length"
+        if reason:
+            text += running.detokenizer.flush()
+        text, matched = running.stops.push(text, last=reason is not None)
+        if matched is not None:
+            reason, stop_reason = "stop", matched
+        output = Output(
+            request.id, [token], text, [logprob] if logprob else [], reason, stop_reason,
+            running.sequence.prompt_length, running.produced,
+        )
+        if reason:
+            self.abort(request.id)
+        return output
+
+    def stats(self) -> dict[str, float]:
+        """Gauges for metrics: requests and cache blocks."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "kv_blocks_used": self.pool.used,
+            "kv_blocks_total": self.pool.count,
+        }
+
+    def run_all(self, requests: list[Request]) -> dict[str, list[Output]]:
+        """Add the requests, run until all are answered, and return each one's outputs in order."""
+        outputs: dict[str, list[Output]] = {r.id: [] for r in requests}
+        for request in requests:
+            self.add(request)
+        while not self.idle:
+            for output in self.step():
+                outputs[output.id].append(output)
+        return outputs
+
+
+def plan_for(model: Model, options: dict[str, Any]) -> Plan:
+    """The plan that a run is held to: from a file, or made now for this machine. Checked either way."""
+    machine = load_machine("this")
+    if options.get("plan"):
+        plan = read_plan(Path(options["plan"]))
+    else:
+        ask = Ask(
+            options.get("scheme"), options.get("context"), options.get("batch") or 1, bool(options.get("mtp")),
+            options.get("device"),
+        )
+        plan = solve(model.name, model.config, model.spec, machine, ask)
+    check(plan, model.spec, model.config)
+    check_devices(plan, {d.name: d.free_bytes for d in machine.devices})
+    return plan
+
+
+def open_engine(options: dict[str, Any], progress: Progress | None = None) -> Engine:
+    """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp."""
+    model = find(options["model"])
+    plan = plan_for(model, options)
+    tokenizer = model.tokenizer()
+    decoder = build(plan, model.spec, model.source(), mtp=bool(options.get("mtp")), progress=progress)
+    return Engine(decoder, plan, tokenizer, options.get("name") or model.name)

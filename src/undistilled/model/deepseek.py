@@ -1,0 +1,80 @@
+"""Attention of DeepSeek V2, V3 and R1: multi-head latent attention. Only latents are cached.
+
+T tokens, H heads, N nope width, P rope width, V value width, Z latent width. See ops/mla.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops import mla
+from ..ops.attention import context_slots
+from ..ops.rope import rotate
+from .batch import Batch, Cache
+from .layers import Linear, Make, Norm
+from .spec import ModelSpec
+
+
+class Attention(nn.Module):
+    def __init__(self, make: Make, name: str, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.mla is not None
+        self.spec, self.mla, self.absorbed = spec, spec.mla, True
+        if self.mla.q_lora_rank:
+            self.q_a_proj = Linear(make, f"{name}.q_a_proj")
+            self.q_a_layernorm = Norm(make, f"{name}.q_a_layernorm", LATENT_EPS)
+            self.q_b_proj = Linear(make, f"{name}.q_b_proj")
+        else:
+            self.q_proj = Linear(make, f"{name}.q_proj")
+        self.kv_a_proj_with_mqa = Linear(make, f"{name}.kv_a_proj_with_mqa")
+        self.kv_a_layernorm = Norm(make, f"{name}.kv_a_layernorm", LATENT_EPS)
+        self.kv_b_proj = Linear(make, f"{name}.kv_b_proj")
+        self.o_proj = Linear(make, f"{name}.o_proj")
+
+    def forward(self, x_TD: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+        (latents,) = cache
+        q_THX = self._queries(x_TD, batch)
+        latents.index_copy_(0, batch.slots_T, self._latents(x_TD, batch).to(latents.dtype))
+        attend = self._prefill if batch.prefill else self._decode
+        return self.o_proj(attend(q_THX, batch, latents).flatten(-2))
+
+    def _queries(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        compressed = self.mla.q_lora_rank > 0
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
+        nope, rope = q.unflatten(-1, (self.spec.heads, -1)).split([self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], -1)
+        return torch.cat((nope, rotate(rope, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)), -1)
+
+    def _latents(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        latent, key = self.kv_a_proj_with_mqa(x_TD).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], -1)
+        key = rotate(key[:, None], batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)[:, 0]
+        return torch.cat((self.kv_a_layernorm(latent), key), -1)
+
+    def _lift(self, dtype: torch.dtype) -> torch.Tensor:
+        """kv_b as [H, N + V, Z]."""
+        return self.kv_b_proj.stored.dense(dtype).unflatten(0, (self.spec.heads, -1))
+
+    def _prefill(self, q_LHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
+        slots = context_slots(batch.tables_RB[0], batch.block_size, batch.contexts[0])
+        cached = latents[slots].to(q_LHX.dtype)
+        return mla.naive(q_LHX, cached, self._lift(q_LHX.dtype), self.mla.qk_nope_head_dim, self.spec.softmax_scale)
+
+    def _decode(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
+        lift, nope = self._lift(q_RHX.dtype), self.mla.qk_nope_head_dim
+        if not self.absorbed:
+            return self._decode_naive(q_RHX, batch, latents, lift)
+        inside = mla.absorb(q_RHX, lift, nope)
+        rank, scale = self.mla.kv_lora_rank, self.spec.softmax_scale
+        kernel = mla.mla_rows.resolve(inside)
+        out = kernel.run(inside, latents, batch.tables_RB, batch.contexts, batch.block_size, rank, scale)
+        return mla.release(out, lift, nope)
+
+    def _decode_naive(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, context in enumerate(batch.contexts):
+            cached = latents[context_slots(batch.tables_RB[row], batch.block_size, context)].to(q_RHX.dtype)
+            rows.append(mla.naive(q_RHX[row : row + 1], cached, lift, self.mla.qk_nope_head_dim, self.spec.softmax_scale))
+        return torch.cat(rows)
+
+
+LATENT_EPS = 1e-6  # of the norms inside MLA: the release's code and transformers leave theirs at the default

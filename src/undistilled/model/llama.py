@@ -1,0 +1,44 @@
+"""Attention of llama, mistral, qwen2 and qwen3: grouped queries, rotary positions, keys and values cached.
+
+T tokens, H heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops.attention import attend_rows, causal, context_slots
+from ..ops.rope import rotate
+from .batch import Batch, Cache
+from .layers import Linear, Make, Norm
+from .spec import ModelSpec
+
+
+class Attention(nn.Module):
+    def __init__(self, make: Make, name: str, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for which in ("q", "k", "v", "o"):
+            linear = Linear(make, f"{name}.{which}_proj", bias=which in spec.attention_bias)
+            self.add_module(f"{which}_proj", linear)
+        self.q_norm = Norm(make, f"{name}.q_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = Norm(make, f"{name}.k_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+        spec, (k_cache, v_cache) = self.spec, cache
+        q_THD = self.q_norm(self.q_proj(x).unflatten(-1, (spec.heads, spec.head_dim)))
+        k_TGD = self.k_norm(self.k_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim)))
+        v_TGD = self.v_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim))
+        q_THD, k_TGD = (rotate(t, batch.cos_TF, batch.sin_TF, spec.rope.interleaved) for t in (q_THD, k_TGD))
+        k_cache.index_copy_(0, batch.slots_T, k_TGD.to(k_cache.dtype))
+        v_cache.index_copy_(0, batch.slots_T, v_TGD.to(v_cache.dtype))
+        return self.o_proj(self._attend(q_THD, batch, k_cache, v_cache).flatten(-2))
+
+    def _attend(self, q_THD: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        size, scale = batch.block_size, self.spec.softmax_scale
+        if batch.prefill:
+            slots = context_slots(batch.tables_RB[0], size, batch.contexts[0])
+            return causal(q_THD, k_cache[slots].to(q_THD.dtype), v_cache[slots].to(q_THD.dtype), scale)
+        kernel = attend_rows.resolve(q_THD)
+        return kernel.run(q_THD, k_cache, v_cache, batch.tables_RB, batch.contexts, size, scale)

@@ -1,0 +1,90 @@
+"""Measures prefill and decode speed of a loaded engine, and the memory that it took."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ..generate.engine import Engine
+from ..schedule.request import Request, Sampling
+
+WARM_UP_TOKENS = 4
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(engine: Engine) -> int:
+    """The largest allocation on the engine's device; on a CPU, the process's resident size."""
+    if engine.runner.device.type == "cuda":
+        return torch.cuda.max_memory_reserved(engine.runner.device)
+    return peak_bytes()
+
+
+def once(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int) -> tuple[float, float]:
+    """(prefill, decode) in tokens a second of `batch` requests together.
+
+    Prefill ends with the last request's first token; decode is every later token over the remaining time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, min(engine.spec.vocab, 32000), (batch, prompt_tokens), generator=generator).tolist()
+    sampling = Sampling(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(f"bench-{i}", prompt, sampling))
+    began, first, produced, early = perf_counter(), 0.0, 0, 0
+    while not engine.idle:
+        produced += sum(len(o.tokens) for o in engine.step())
+        if not first and not any(s.computed < s.prompt_length for s in _sequences(engine)):
+            first, early = perf_counter(), produced
+    ended = perf_counter()
+    return batch * prompt_tokens / (first - began), (produced - early) / max(ended - first, 1e-9)
+
+
+def _sequences(engine: Engine):
+    return [r.sequence for r in engine.running.values()]
+
+
+def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repeat: int) -> dict[str, Any]:
+    """Median, minimum and maximum over `repeat` runs after one warm-up."""
+    once(engine, min(prompt_tokens, 64), WARM_UP_TOKENS, batch)
+    runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
+    predicted = engine.plan.predicted
+    return {
+        "model": engine.name,
+        "scheme": engine.plan.scheme,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        "repeat": repeat,
+        "threads": torch.get_num_threads(),
+        "prefill_tokens_per_s": _summary([r[0] for r in runs]),
+        "decode_tokens_per_s": _summary([r[1] for r in runs]),
+        "peak_bytes": peak_device_bytes(engine),
+        "predicted": {
+            "prefill_tokens_per_s": predicted.prefill_tokens_per_s,
+            "decode_tokens_per_s": predicted.decode_tokens_per_s,
+            "bytes": {name: d.bytes.total for name, d in predicted.devices.items()},
+        },
+    }
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def current_bytes() -> int:
+    """This process's resident size now, in bytes (Linux; the peak elsewhere)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_bytes()
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024

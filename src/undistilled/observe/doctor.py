@@ -1,0 +1,51 @@
+"""What this machine is, how fast, and which kernel serves each scheme on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import __version__
+from .. import scheme as schemes
+from ..plan.hardware import describe, known_machines, load_machine
+
+
+def examine(measure: bool = False, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The machine, its ceilings, the presets, and a row for each scheme and device: kernel and reason."""
+    import torch
+
+    from ..ops.cpu import native
+
+    machine = load_machine("this")
+    if measure:
+        from ..plan.measure import measure as run
+
+        machine = run(machine, progress=progress or (lambda _: None))
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": machine.to_dict(),
+        "rows": describe(machine),
+        "presets": known_machines(),
+        "native_kernels": native.library() is not None,
+        "native_why_missing": native.why_missing(),
+        "kernels": [row for d in machine.devices for row in kernels(d.kind)],
+    }
+
+
+def kernels(kind: str) -> list[dict[str, str]]:
+    """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself."""
+    import torch
+
+    from ..ops.linear import linear
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        return []
+    rows = []
+    dtype = torch.float32 if kind == "cpu" else torch.bfloat16
+    for name, scheme in schemes.SCHEMES.items():
+        parts = scheme.compress(torch.zeros(64, 64))
+        stored = schemes.Stored(scheme, (64, 64), {k: v.to(kind) for k, v in parts.items()})
+        kernel = linear.resolve(stored, dtype)
+        rows.append({"device": kind, "scheme": name, "kernel": kernel.name, "why": kernel.why})
+    return rows

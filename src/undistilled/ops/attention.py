@@ -1,0 +1,64 @@
+"""Grouped-query attention over a paged cache, for the tokens of one prompt and for rows of many requests.
+
+L new tokens, C cached ones (the new among them), R rows, H heads, G key-value heads, D head width.
+Slots are rows of the cache: token t of a row lies in slot table[t // size] * size + t % size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .cpu import native
+from .registry import op
+
+
+def context_slots(table_B: torch.Tensor, size: int, context: int) -> torch.Tensor:
+    """The cache slots of tokens 0..context-1 of a row with this block table."""
+    blocks = -(-context // size)
+    offsets = torch.arange(size, device=table_B.device)
+    return (table_B[:blocks, None].long() * size + offsets).flatten()[:context]
+
+
+def causal(q_LHD: torch.Tensor, k_CHD: torch.Tensor, v_CHV: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(q k^T scale) v, the last of L tokens seeing all C; returns [L, H, V] in the dtype of q."""
+    fresh, seen = q_LHD.shape[0], k_CHD.shape[0]
+    width = v_CHV.shape[-1]
+    if width != q_LHD.shape[-1]:  # the fused kernels want values as wide as keys
+        v_CHV = F.pad(v_CHV, (0, q_LHD.shape[-1] - width))
+    if k_CHD.shape[1] != q_LHD.shape[1]:
+        times = q_LHD.shape[1] // k_CHD.shape[1]
+        k_CHD, v_CHV = k_CHD.repeat_interleave(times, 1), v_CHV.repeat_interleave(times, 1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_LHD, k_CHD, v_CHV))
+    mask = None
+    if fresh != seen and fresh > 1:
+        last = torch.arange(seen - fresh, seen, device=q.device)
+        mask = torch.arange(seen, device=q.device)[None] <= last[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=fresh == seen and fresh > 1, scale=scale)
+    return out[0].transpose(0, 1)[..., :width]
+
+
+@op
+def attend_rows(
+    q_RHD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table_RB: torch.Tensor,
+    context_R: list[int],
+    size: int,
+    scale: float,
+) -> torch.Tensor:
+    """Row by row: each row sees the first context_R[r] tokens of its own block table. Caches [slots, G, D]."""
+    out = torch.empty_like(q_RHD)
+    for row, context in enumerate(context_R):
+        slots = context_slots(table_RB[row], size, context)
+        k, v = k_cache[slots].to(q_RHD.dtype), v_cache[slots].to(q_RHD.dtype)
+        out[row] = causal(q_RHD[row : row + 1], k, v, scale)[0]
+    return out
+
+
+@attend_rows.register("native", lambda q: q.device.type == "cpu" and q.dtype == torch.float32 and native.library()
+                      is not None, "our C kernel: reads the pages in place")
+def _native_rows(q_RHD, k_cache, v_cache, table_RB, context_R, size, scale):
+    context = torch.tensor(context_R, dtype=torch.int32)
+    return native.attend_rows(q_RHD.contiguous(), k_cache, v_cache, table_RB, context, size, scale)

@@ -1,0 +1,155 @@
+// Linear layers on stored weights, and the per-row operations around them.
+#include <cmath>
+#include <cstdlib>
+#include "matrix.h"
+
+namespace {
+
+const char* const ISA =
+#if HAS_AVX2
+    "avx2 fma f16c"
+#if defined(__AVX512F__)
+    " avx512f"
+#endif
+#if defined(__AVX512VL__)
+    " avx512vl"
+#endif
+#endif
+    "";
+
+template <class L>
+void tile_of(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
+             float* const* y) {
+  for (long m0 = 0; m0 < rows; m0 += ROWS) {
+    long part = rows - m0 < ROWS ? rows - m0 : ROWS;
+    Totals total[ROWS];
+    for (long m = 0; m < part; m++)
+      for (int j = 0; j < count; j++) total[m][j] = splat(0);
+    add_tile<L>(a, n, count, x + m0, part, total);
+    if (a.kind == INT4) add_tile<Fp16>(offsets(a), n, count, sums + m0, part, total);
+    for (long m = 0; m < part; m++)
+      for (int j = 0; j < count; j++) y[m0 + m][n + j] = sum(total[m][j]);
+  }
+}
+
+}  // namespace
+
+void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
+          float* const* y) {
+  with_loader(a.kind, [&](auto loader) { tile_of<decltype(loader)>(a, n, count, x, sums, rows, y); });
+}
+
+extern "C" {
+
+// The extension is loaded by ctypes; importing it is an error.
+__attribute__((visibility("default"))) void* PyInit__kernels(void) { return nullptr; }
+
+// The /proc/cpuinfo flags without which this build must not be called.
+const char* native_isa(void) { return ISA; }
+
+void native_linear(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
+                   float* y, long m, long n, long k, long group) {
+  Matrix a = {kind, values, scales, mins, n, k, group};
+  long groups = a.groups();
+  const float** xs = (const float**)malloc(m * 3 * sizeof(void*));
+  const float** sums = xs + m;
+  float** ys = (float**)(xs + 2 * m);
+  float* buffer = kind == INT4 ? (float*)malloc(m * groups * 4) : nullptr;
+  for (long i = 0; i < m; i++) {
+    xs[i] = x + i * k;
+    ys[i] = y + i * n;
+    sums[i] = buffer + i * groups;
+    if (buffer) group_sums(a, xs[i], buffer + i * groups);
+  }
+  long width = m <= 2 ? 4 : TILE;   // a wide tile reads x less often, a narrow one streams better
+#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
+  for (long n0 = 0; n0 < n; n0 += width) tile(a, n0, n - n0 < width ? n - n0 : width, xs, sums, m, ys);
+  free(buffer);
+  free(xs);
+}
+
+// out [n1 - n0, k] = rows n0..n1 as float32.
+void native_dequantise(int kind, const uint8_t* values, const void* scales, const void* mins, float* out,
+                       long n, long k, long group, long n0, long n1) {
+  Matrix a = {kind, values, scales, mins, n, k, group};
+  with_loader(kind, [&](auto loader) {
+#pragma omp parallel for schedule(static) if ((n1 - n0) * k > SERIAL)
+    for (long i = n0; i < n1; i++) {
+      float factors[PANEL], lows[PANEL], *row = out + (i - n0) * k;
+      for (long k0 = 0, k1; k0 < k; k0 = k1) {
+        k1 = panel_end(a, k0);
+        decode<decltype(loader)>(a.row(i), k0, k1, row + k0);
+        if (kind <= BF16) continue;
+        panel_scales(a, i, k0, k1, factors);
+        if (a.mins) {
+          Matrix b = a;
+          b.scales = mins;
+          panel_scales(b, i, k0, k1, lows);
+        }
+        for (long g = 0, from = k0; from < k1; g++) {
+          long end = (from / group + 1) * group;
+          end = end < k1 ? end : k1;
+          v8 f = splat(factors[g]), low = splat(mins ? lows[g] : 0);
+          auto scaled = [&](v8 w) {
+            return kind != INT4 ? w * f : mins ? fma(w, f, low) : (w - splat(8)) * f;
+          };
+          for (; from + 8 <= end; from += 8) store(row + from, scaled(load(row + from)));
+          if (from < end) store_part(row + from, scaled(load_part(row + from, end - from)), end - from);
+          from = end;
+        }
+      }
+    }
+  });
+}
+
+// y = x / rms(x) * w; with r, x += r first, in place.
+void native_norm_rows(float* x, const float* r, const float* w, float* y, long rows, long d, float eps) {
+#pragma omp parallel for schedule(static) if (rows * d > SERIAL)
+  for (long i = 0; i < rows; i++) {
+    float* a = x + i * d;
+    v8 s = splat(0), t = splat(0);
+    long k = 0;
+    auto squares = [&](long count, v8 acc) {
+      v8 v = load_part(a + k, count);
+      if (r) store_part(a + k, v = v + load_part(r + i * d + k, count), count);
+      return fma(v, v, acc);
+    };
+    for (; k + 8 <= d; k += 8) {
+      v8 acc = squares(8, s);
+      s = t;
+      t = acc;
+    }
+    if (k < d) s = squares(d - k, s);
+    v8 inverse = splat(1 / std::sqrt(sum(s + t) / d + eps));
+    for (k = 0; k + 8 <= d; k += 8) store(y + i * d + k, load(a + k) * inverse * load(w + k));
+    if (k < d) store_part(y + i * d + k, load_part(a + k, d - k) * inverse * load_part(w + k, d - k), d - k);
+  }
+}
+
+// y = g / (1 + exp(-g)) * u
+void native_silu_mul(const float* g, const float* u, float* y, long count) {
+  long whole = count / 8;
+#pragma omp parallel for schedule(static) if (count > SERIAL)
+  for (long i = 0; i < whole; i++) store(y + i * 8, silu8(load(g + i * 8)) * load(u + i * 8));
+  long done = whole * 8, left = count - done;
+  if (left) store_part(y + done, silu8(load_part(g + done, left)) * load_part(u + done, left), left);
+}
+
+// Rotary embedding of x [rows, heads, d], in place; heads lie `stride` floats apart. The cosines and
+// sines are [rows, d / 2]; pair i is (2i, 2i + 1) if interleaved, else (i, i + d / 2).
+void native_rope_rows(float* x, const float* cosines, const float* sines, long rows, long heads, long d,
+                      long stride, int interleaved) {
+  long half = d / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
+#pragma omp parallel for schedule(static) if (rows * heads * d > SERIAL)
+  for (long i = 0; i < rows * heads; i++) {
+    const float *c = cosines + i / heads * half, *s = sines + i / heads * half;
+    float* a = x + i * stride;
+    for (long j = 0; j < half; j++) {
+      float p = a[j * step], q = a[j * step + other];
+      a[j * step] = p * c[j] - q * s[j];
+      a[j * step + other] = q * c[j] + p * s[j];
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,187 @@
+// A stored weight matrix, and rows of x times a tile of its rows.
+#pragma once
+#include "simd.h"
+
+enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4 };
+
+struct Matrix {          // [n, k], row-major
+  int kind;
+  const uint8_t* values;
+  const void* scales;    // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]
+  const void* mins;      // int4: f16 [n, g], or null for the symmetric scheme
+  long n, k, group;      // group: elements along k that share a scale
+
+  long groups() const { return (k + group - 1) / group; }
+  long row_bytes() const {
+    return kind == INT4 ? (k + 31) / 32 * 16 : kind == FP32 ? k * 4 : kind <= BF16 ? k * 2 : k;
+  }
+  const uint8_t* row(long i) const { return values + i * row_bytes(); }
+};
+
+constexpr long PANEL = 256;   // elements of k that are worked on at a time
+constexpr int TILE = 16;      // rows of a matrix that are worked on at a time
+constexpr long SERIAL = 1 << 15;   // below this many multiplications a team of threads costs more
+constexpr int ROWS = 32;      // rows of x for which a weight is read once
+
+// Panels end on multiples of the group, or lie inside one group.
+INLINE long panel_end(const Matrix& a, long k) {
+  long end = a.group < PANEL ? k + PANEL / a.group * a.group
+                             : k / a.group * a.group + a.group;
+  end = end < k + PANEL ? end : k + PANEL;
+  return end < a.k ? end : a.k;
+}
+
+// Calls f with the loader of a kind.
+template <class F> INLINE void with_loader(int kind, F f) {
+  switch (kind) {
+    case FP32: return f(Fp32());
+    case FP16: return f(Fp16());
+    case BF16: return f(Bf16());
+    case FP8_BLOCK: return f(Fp8());
+    case INT8: return f(Int8());
+    default: return f(Int4());
+  }
+}
+
+// out[0..k1-k0) = the unscaled weights k0..k1 of the row at w.
+template <class L> INLINE void decode(const uint8_t* w, long k0, long k1, float* out) {
+  v8 v[L::STEP / 8];
+  long k = k0;
+  for (; k + L::STEP <= k1; k += L::STEP, out += L::STEP) {
+    L::load(w + at<L>(k), v);
+    for (int i = 0; i < L::STEP / 8; i++) store(out + 8 * i, v[i]);
+  }
+  if (k >= k1) return;
+  load_tail<L>(w + at<L>(k), k1 - k, v);
+  for (int i = 0; k < k1; k += 8, i++, out += 8) store_part(out, v[i], k1 - k < 8 ? k1 - k : 8);
+}
+
+// out[i] = the factor of the i-th group in the panel k0..k1 of row n.
+INLINE void panel_scales(const Matrix& a, long n, long k0, long k1, float* out) {
+  long first = k0 / a.group, count = (k1 - 1) / a.group - first + 1;
+  if (a.kind == INT4)
+    decode<Fp16>((const uint8_t*)a.scales + n * a.groups() * 2, first, first + count, out);
+  else
+    for (long i = 0; i < count; i++)
+      out[i] = a.kind == FP8_BLOCK ? ((const float*)a.scales)[n / 128 * a.groups() + first + i] * 256
+               : a.kind == INT8    ? ((const float*)a.scales)[n * a.groups() + first + i]
+                                   : 1;
+}
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// acc[m][j] += x[m][k0..k1) * w[j][k0..k1), lane by lane, in one order for every MR and NR.
+template <class L, int MR, int NR>
+INLINE void dots(const uint8_t* const* w, const float* const* x, long k0, long k1, v8 (&acc)[MR][NR]) {
+  constexpr int V = L::STEP / 8;
+  long k = k0;
+  for (; k + L::STEP <= k1; k += L::STEP) {
+    v8 xs[MR], q[V];
+    UNROLL for (int m = 0; m < (V == 1 ? MR : 0); m++) {
+      xs[m] = load(x[m] + k);
+#if HAS_AVX2
+      if (MR > 1) asm("" : "+x"(xs[m]));   // one load for NR products
+#endif
+    }
+    UNROLL for (int j = 0; j < NR; j++) {
+      L::load(w[j] + at<L>(k), q);
+      UNROLL for (int i = 0; i < V; i++)
+        UNROLL for (int m = 0; m < MR; m++)
+          acc[m][j] = fma(q[i], V == 1 ? xs[m] : load(x[m] + k + 8 * i), acc[m][j]);
+    }
+  }
+  if (k >= k1) return;
+  UNROLL for (int j = 0; j < NR; j++) {
+    v8 q[V];
+    load_tail<L>(w[j] + at<L>(k), k1 - k, q);
+    UNROLL for (int i = 0; i < V; i++) {
+      long left = k1 - k - 8 * i;
+      if (left <= 0) break;
+      UNROLL for (int m = 0; m < MR; m++)
+        acc[m][j] = fma(q[i], load_part(x[m] + k + 8 * i, left < 8 ? left : 8), acc[m][j]);
+    }
+  }
+}
+
+typedef v8 Totals[TILE];
+
+// total[m][j] += the panel k0..k1, each group's sum times its scale.
+template <class L, int MR, int NR>
+static void panel(const uint8_t* const* w, const float* const* x, const float (*scales)[PANEL],
+                  long group, long k0, long k1, Totals* total) {
+  v8 t[MR][NR];
+  UNROLL for (int m = 0; m < MR; m++)
+    UNROLL for (int j = 0; j < NR; j++) t[m][j] = total[m][j];
+  for (long k = k0, g = 0; k < k1; k += group, g++) {
+    v8 acc[MR][NR];
+    UNROLL for (int m = 0; m < MR; m++)
+      UNROLL for (int j = 0; j < NR; j++) acc[m][j] = splat(0);
+    dots<L, MR, NR>(w, x, k, k1 - k < group ? k1 : k + group, acc);
+    UNROLL for (int j = 0; j < NR; j++)
+      UNROLL for (int m = 0; m < MR; m++) t[m][j] = fma(acc[m][j], splat(scales[j][g]), t[m][j]);
+  }
+  UNROLL for (int m = 0; m < MR; m++)
+    UNROLL for (int j = 0; j < NR; j++) total[m][j] = t[m][j];
+}
+
+// total[m][j] += the panel k0..k1 of rows n.. of a, NR of them, times `rows` rows of x.
+template <class L, int NR>
+static void add_panel(const Matrix& a, long n, const float* const* x, long rows, long k0, long k1, Totals* total) {
+  float scales[NR][PANEL], decoded[NR][PANEL];
+  const uint8_t* w[NR];
+  const float* xs[ROWS];
+  long group = a.group < PANEL ? a.group : PANEL;
+  for (int j = 0; j < NR; j++) {
+    w[j] = a.row(n + j);
+    panel_scales(a, n + j, k0, k1, scales[j]);
+  }
+  auto add = [&](auto loader) {
+    typedef decltype(loader) B;
+    long m = 0;
+    for (; m + 3 <= rows && rows - m != 4; m += 3) panel<B, 3, NR>(w, x + m, scales, group, k0, k1, total + m);
+    for (; m + 2 <= rows; m += 2) panel<B, 2, NR>(w, x + m, scales, group, k0, k1, total + m);
+    if (m < rows) panel<B, 1, NR>(w, x + m, scales, group, k0, k1, total + m);
+  };
+  if (L::BYTES == 4 || rows <= 2) return add(L());
+  for (long m = 0; m < rows; m++) xs[m] = x[m] + k0;
+  for (int j = 0; j < NR; j++) {
+    decode<L>(w[j], k0, k1, decoded[j]);
+    w[j] = (const uint8_t*)decoded[j];
+  }
+  x = xs;
+  k1 -= k0;
+  k0 = 0;
+  add(Fp32());
+}
+
+// total[m][j] += x[m] . row n + j of a, for rows <= ROWS and count <= TILE.
+template <class L>
+static void add_tile(const Matrix& a, long n, int count, const float* const* x, long rows, Totals* total) {
+  for (long k0 = 0, k1; k0 < a.k; k0 = k1) {
+    k1 = panel_end(a, k0);
+    int j = 0;
+    for (; j + 4 <= count; j += 4) add_panel<L, 4>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j));
+    for (; j < count; j++) add_panel<L, 1>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j));
+  }
+}
+
+// int4's offsets as a second product: its mins (or scales) with the sums of x over groups.
+INLINE Matrix offsets(const Matrix& a) {
+  return {FP16, (const uint8_t*)(a.mins ? a.mins : a.scales), nullptr, nullptr, a.n, a.groups(), a.groups()};
+}
+
+// sums[g] = the sum of x over group g, times the factor of offsets()' weights.
+INLINE void group_sums(const Matrix& a, const float* x, float* sums) {
+  for (long k = 0; k < a.k; k += a.group) {
+    long end = k + a.group < a.k ? k + a.group : a.k, i = k;
+    v8 s = splat(0);
+    for (; i + 8 <= end; i += 8) s = s + load(x + i);
+    if (i < end) s = s + load_part(x + i, end - i);
+    *sums++ = sum(s) * (a.mins ? 1 : -8);
+  }
+}
+
+// y[m][n..n+count) = x[m] . rows n.. of a, for any number of rows and count <= TILE.
+// sums: group_sums() of each row of x when a is int4.
+void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
+          float* const* y);

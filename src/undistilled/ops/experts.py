@@ -1,0 +1,54 @@
+"""The chosen experts' SwiGLU for every token, weighted and summed.
+
+T tokens, D hidden, W expert width, E experts, k chosen. Stacked weights: gate and up [E, W, D], down [E, D, W].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..scheme import Stored
+from .linear import apply
+from .registry import op
+
+
+def swiglu(x_TD: torch.Tensor, gate: Stored, up: Stored, down: Stored) -> torch.Tensor:
+    """down(silu(gate x) * up x)."""
+    return apply(F.silu(apply(x_TD, gate)) * apply(x_TD, up), down)
+
+
+@op
+def experts(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    """A loop over the experts that any token chose, in the order of their numbers.
+
+    A token's sum runs over its own experts in that order, whoever else is in the batch.
+    Ids outside [0, E) belong to another bank and add nothing.
+    """
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    for expert, (rows, picks) in _by_expert(ids_Tk, gate.shape[0]):
+        y = swiglu(x_TD[rows], *(_one(w, expert) for w in (gate, up, down)))
+        out_TD.index_add_(0, rows, y.float() * weights_Tk[rows, picks, None])
+    return out_TD.to(x_TD.dtype)
+
+
+def _by_expert(ids_Tk: torch.Tensor, experts: int):
+    """(expert, (rows, which of the row's picks)) for every expert that was chosen."""
+    flat, order = ids_Tk.flatten().sort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
+    k, start = ids_Tk.shape[1], 0
+    for expert, count in enumerate(counts):
+        if count:
+            at = order[start : start + count]
+            yield expert, (at // k, at % k)
+        start += count
+
+
+def _one(weight: Stored, expert: int) -> Stored:
+    """An expert's view, kept so that its kernel is resolved once."""
+    found = weight.kernels.get(expert)
+    if found is None:
+        found = weight.kernels[expert] = weight.expert(expert)
+    return found  # type: ignore[return-value]

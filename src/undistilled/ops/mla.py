@@ -1,0 +1,70 @@
+"""Multi-head latent attention over a cache of latents (DeepSeek-V2, section 2.1; V3, section 2.1.1).
+
+L new tokens, C cached, R rows, H heads, N nope width, P rope width, V value width, Z latent width (kv_lora_rank).
+The cache holds [latent | rotated key] for a token: Z + P values, never the heads.
+Naive: lift the latents to keys and values of every head. Absorbed: fold the lift into the query and the
+output, and attend in latent space; fewer bytes and operations when few tokens look at a long context.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention import causal, context_slots
+from .cpu import native
+from .registry import op
+
+
+def naive(
+    q_LHX: torch.Tensor, cached_CW: torch.Tensor, lift_HYZ: torch.Tensor, nope: int, scale: float
+) -> torch.Tensor:
+    """Attention of L tokens over C lifted latents: q [L, H, N + P], cached [C, Z + P], lift [H, N + V, Z]."""
+    heads, _, latent = lift_HYZ.shape
+    lifted = torch.einsum("cz,hyz->chy", cached_CW[:, :latent], lift_HYZ)
+    rope_key = cached_CW[:, None, latent:].expand(-1, heads, -1)
+    k_CHX = torch.cat((lifted[..., :nope], rope_key), -1)
+    return causal(q_LHX, k_CHX, lifted[..., nope:], scale)
+
+
+def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:
+    """Queries in latent space: [R, H, N + P] -> [R, H, Z + P]."""
+    inside = _by_row("rhn,hnz->rhz", q_RHX[..., :nope], lift_HYZ[:, :nope])
+    return torch.cat((inside, q_RHX[..., nope:]), -1)
+
+
+def release(out_RHZ: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:
+    """Attended latents to values: [R, H, Z] -> [R, H, V]."""
+    return _by_row("rhz,hvz->rhv", out_RHZ, lift_HYZ[:, nope:])
+
+
+def _by_row(formula: str, rows: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    """On a CPU one row at a time: a product over all would round a row differently in different company."""
+    if rows.device.type != "cpu" or len(rows) == 1:
+        return torch.einsum(formula, rows, lift)
+    return torch.cat([torch.einsum(formula, rows[r : r + 1], lift) for r in range(len(rows))])
+
+
+@op
+def mla_rows(
+    q_RHW: torch.Tensor,
+    cache: torch.Tensor,
+    table_RB: torch.Tensor,
+    context_R: list[int],
+    size: int,
+    latent: int,
+    scale: float,
+) -> torch.Tensor:
+    """Row by row in latent space: q [R, H, Z + P], cache [slots, Z + P] -> [R, H, Z]."""
+    out = q_RHW.new_empty(*q_RHW.shape[:2], latent)
+    for row, context in enumerate(context_R):
+        seen = cache[context_slots(table_RB[row], size, context)].to(q_RHW.dtype)
+        scores = (q_RHW[row] @ seen.T).float() * scale
+        out[row] = scores.softmax(-1).to(q_RHW.dtype) @ seen[:, :latent]
+    return out
+
+
+@mla_rows.register("native", lambda q: q.device.type == "cpu" and q.dtype == torch.float32 and native.library()
+                   is not None, "our C kernel: reads the pages in place, each latent once for all heads")
+def _native_rows(q_RHW, cache, table_RB, context_R, size, latent, scale):
+    context = torch.tensor(context_R, dtype=torch.int32)
+    return native.mla_rows(q_RHW.contiguous(), cache, table_RB, context, size, latent, scale)

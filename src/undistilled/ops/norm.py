@@ -1,0 +1,26 @@
+"""RMS norm (Zhang and Sennrich 2019), computed in float32 as transformers does."""
+
+from __future__ import annotations
+
+import torch
+
+from .cpu import native
+from .registry import op
+
+
+@op
+def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * w; the dtype of x is kept."""
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return (w_D * x.to(x_TD.dtype)).to(x_TD.dtype)
+
+
+@rms_norm.register(
+    "native",
+    lambda x: x.device.type == "cpu" and x.dtype == torch.float32 and native.library() is not None,
+    "our C kernel: one pass over a row",
+)
+def _native(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x_TD.contiguous()
+    return native.norm_rows(x.view(-1, x.shape[-1]), w_D, eps).view(x.shape)

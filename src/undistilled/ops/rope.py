@@ -1,0 +1,63 @@
+"""Rotary position embedding: frequencies for each scaling, and the rotation.
+
+Sources: Su et al. 2021; YaRN: Peng et al. 2023, section 3; llama3: the Llama 3.1 release.
+Both layouts of pairs give the rotated halves side by side: scores do not depend on the order, as long
+as queries and keys share it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..model.spec import Rope, yarn_mscale
+
+
+def frequencies(rope: Rope) -> tuple[torch.Tensor, float]:
+    """(angle for each position [dim / 2], factor on cos and sin)."""
+    plain = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.kind == "linear":
+        return plain / rope.factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(plain, rope), 1.0
+    if rope.kind == "yarn":
+        return _yarn(plain, rope)
+    return plain, 1.0
+
+
+def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
+    turns = rope.original_max * plain / (2 * math.pi)  # full turns within the original context
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return torch.lerp(plain / rope.factor, plain, blend.clamp(0, 1))
+
+
+def _yarn(plain: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, float]:
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(rope.original_max / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(rope.beta_fast)), 0)
+    high = min(math.ceil(dimension(rope.beta_slow)), rope.dim - 1)
+    width = max(high - low, 0.001)
+    stretched = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    factor = rope.attention_factor
+    if factor is None:
+        both = rope.mscale and rope.mscale_all_dim
+        factor = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim) if both else (
+            yarn_mscale(rope.factor)
+        )
+    return torch.lerp(plain, plain / rope.factor, stretched), factor
+
+
+def angles(positions_T: torch.Tensor, frequencies_F: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, dim / 2] in float32."""
+    turned = positions_T[:, None].float() * frequencies_F
+    return turned.cos() * factor, turned.sin() * factor
+
+
+def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate the pairs of x [T, heads, dim] in float32; the dtype of x is kept."""
+    x = x_THR.float()
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THR.dtype)

@@ -1,0 +1,33 @@
+"""Which experts a token goes to. T tokens, E experts, k chosen for each.
+
+Source: DeepSeek-V3 (2024), equations 12 to 16, and the release's inference/model.py. The bias takes part
+in choosing only; the weights are the unbiased scores of the chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..model.spec import Moe
+
+
+def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
+    """(expert ids [T, k] int64, weights [T, k] float32) from the router's float32 logits."""
+    scores = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
+    choice = scores if bias_E is None else scores + bias_E
+    if moe.groups > 1:
+        choice = _best_groups(choice, moe)
+    ids = choice.topk(moe.per_token, -1).indices
+    chosen = scores.gather(-1, ids)
+    if moe.normalise:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return ids, chosen * moe.scale
+
+
+def _best_groups(choice_TE: torch.Tensor, moe: Moe) -> torch.Tensor:
+    groups = choice_TE.unflatten(-1, (moe.groups, -1))
+    # V3 scores a group by the sum of its best two experts, V2 by its best one
+    rating = groups.topk(2, -1).values.sum(-1) if moe.scoring == "sigmoid" else groups.amax(-1)
+    kept = torch.zeros_like(rating, dtype=torch.bool).scatter_(1, rating.topk(moe.top_groups, -1).indices, True)
+    lowest = float("-inf") if moe.scoring == "sigmoid" else 0.0
+    return groups.masked_fill(~kept[..., None], lowest).flatten(-2)

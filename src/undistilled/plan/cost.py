@@ -1,0 +1,143 @@
+"""What a plan costs: bytes on each device, and seconds from a roofline over the machine's ceilings.
+
+T tokens in a prompt chunk, B requests at once, C tokens of context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import scheme as schemes
+from ..model.spec import ModelSpec
+from ..model.weights import Weight
+from .plan import Row
+
+if TYPE_CHECKING:
+    from .hardware import Device
+
+RUNTIME = {"cpu": 420_000_000, "cuda": 600_000_000}  # bytes: interpreter, torch and buffers; CUDA's context
+LOAD_BUFFER = 160_000_000  # bytes: one range of rows on its way to its scheme (see load/build.py)
+SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A row with the weight that it stands for."""
+
+    row: Row
+    weight: Weight
+
+
+def touched(weight: Weight, spec: ModelSpec, tokens: int) -> float:
+    """The expected share of a weight's bytes that a pass over `tokens` tokens reads, if routing is even."""
+    if weight.role == "embed":
+        head_too = 1.0 if spec.tied else 0.0
+        return min(1.0, head_too + tokens / spec.vocab)
+    if weight.experts and spec.moe:
+        return 1.0 - (1.0 - spec.moe.per_token / spec.moe.experts) ** tokens
+    return 1.0
+
+
+def decode_bytes(placed: list[Placed], spec: ModelSpec, batch: int, context: int, kv_bytes: int) -> dict[str, float]:
+    """Bytes that each device reads for one token of each of `batch` requests."""
+    read: dict[str, float] = {}
+    for p in placed:
+        read[p.row.compute] = read.get(p.row.compute, 0.0) + p.row.nbytes * touched(p.weight, spec, batch)
+    share = _layer_share(placed)
+    for device, part in share.items():
+        read[device] = read.get(device, 0.0) + part * kv_bytes * context * batch
+    return read
+
+
+def _layer_share(placed: list[Placed]) -> dict[str, float]:
+    """The share of the layers whose attention runs on each device."""
+    homes = [p.row.compute for p in placed if p.weight.role in ("attention.o",) and not p.weight.mtp]
+    return {home: homes.count(home) / len(homes) for home in set(homes)}
+
+
+def launches(spec: ModelSpec, batch: int) -> float:
+    """Small operations of one decode step. On a CPU, attention runs once a row."""
+    attention = SMALL_OPS["mla" if spec.mla else "attention"]
+    dense = spec.layers if spec.moe is None else spec.moe.first_dense
+    moe = spec.layers - dense
+    per_moe = 0.0
+    if spec.moe:
+        distinct = spec.moe.experts * (1 - (1 - spec.moe.per_token / spec.moe.experts) ** batch)
+        per_moe = SMALL_OPS["router"] + SMALL_OPS["expert"] * distinct
+    return spec.layers * (attention + SMALL_OPS["mlp"]) + moe * per_moe
+
+
+def prefill_flops(spec: ModelSpec, active: int, context: int) -> float:
+    """Floating-point operations for one prompt token at the middle of a context."""
+    embedding = spec.vocab * spec.hidden  # neither a look-up nor one head row a prompt counts
+    linear = 2.0 * max(active - embedding, embedding)
+    width = spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 2 * spec.head_dim
+    return linear + 2.0 * spec.heads * width * spec.layers * context / 2
+
+
+def seconds(
+    placed: list[Placed], spec: ModelSpec, devices: dict[str, Device], *, active: int, batch: int, context: int,
+    chunk: int, kv_bytes: int, compute: str,
+) -> tuple[float, float]:
+    """(prefill, decode) in tokens a second; devices work one after another, as one request's layers do."""
+    step = launches(spec, batch) * max(d.ceilings.launch_s for d in devices.values())
+    for name, read in decode_bytes(placed, spec, batch, context, kv_bytes).items():
+        step += read / devices[name].ceilings.read_bytes_per_s
+    flops = prefill_flops(spec, active, context)
+    prompt = 0.0
+    for name, device in devices.items():
+        share = _flop_share(placed, spec, name)
+        rate = device.ceilings.fp32_flops if compute == "float32" else device.ceilings.bf16_flops
+        prompt += share * flops * chunk / rate
+        prompt += _unpack_bytes(placed, spec, name, chunk) / device.ceilings.read_bytes_per_s
+    prompt += launches(spec, chunk) * max(d.ceilings.launch_s for d in devices.values())
+    return chunk / prompt, batch / step
+
+
+def _flop_share(placed: list[Placed], spec: ModelSpec, device: str) -> float:
+    def work(p: Placed) -> float:
+        active = spec.moe.per_token / spec.moe.experts if p.weight.experts and spec.moe else 1.0
+        return p.weight.params * active if p.weight.is_linear else 0.0
+
+    total = sum(work(p) for p in placed)
+    return sum(work(p) for p in placed if p.row.compute == device) / total
+
+
+def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int) -> float:
+    """Bytes moved to read each touched weight and, where it is not dense already, to write and read it dense."""
+    moved = 0.0
+    for p in placed:
+        if p.row.compute == device and p.weight.is_linear:
+            dense = 0 if p.row.scheme == "fp32" else 8 * p.weight.params
+            moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
+    return moved
+
+
+def activation_bytes(spec: ModelSpec, *, chunk: int, batch: int, context: int, width: int, kind: str, scheme: str) -> int:
+    """The largest working set of a pass: `width` bytes a value; rows of the widest layers, and a dense copy."""
+    tokens = max(chunk, batch)
+    attention = spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 3 * spec.head_dim)
+    mlp = 3 * max(spec.intermediate if not spec.moe or spec.moe.first_dense else 0, 0)
+    if spec.moe:
+        mlp = max(mlp, 3 * spec.moe.width * max(spec.moe.shared, 1))
+    rows = tokens * (6 * spec.hidden + max(2 * attention, mlp)) * width
+    heads = 2 * spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 2 * spec.head_dim)
+    lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
+    logits = batch * spec.vocab * 4 * 3
+    dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
+    return rows + lifted + logits + dense
+
+
+def _largest_linear(spec: ModelSpec, kind: str) -> int:
+    from ..model.weights import weights
+
+    # on a GPU the reference also makes the head dense; the CPU's kernels for few rows do not
+    return max(
+        w.shape[0] * w.shape[1] for w in weights(spec) if w.is_linear or (kind != "cpu" and w.role in ("head", "embed"))
+    )
+
+
+def row_bytes(weight: Weight, scheme: str) -> int:
+    """Bytes of a weight, or a range of experts, in memory."""
+    return schemes.bytes_of(schemes.get(scheme), weight.full_shape)

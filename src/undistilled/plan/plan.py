@@ -1,0 +1,135 @@
+"""The plan: a frozen table that says what goes where and what it will cost. Everything downstream reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import BadArtefact
+
+VERSION = 1
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Row(Frozen):
+    """One weight, or a range of experts: its scheme and home. Bytes are what it takes in memory."""
+
+    name: str
+    role: str
+    layer: int | None
+    experts: tuple[int, int] | None  # [first, past the last)
+    shape: tuple[int, ...]  # of one weight: (out, in) or (in,)
+    tensors: int  # how many the released checkpoint has for it
+    scheme: str
+    store: str  # device that keeps it, or "unloaded"
+    compute: str
+    nbytes: int = Field(ge=0)
+
+
+class Kv(Frozen):
+    """The cache: `blocks` of `block_size` tokens. A token takes `bytes_per_token` over all layers."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    block_size: int = Field(gt=0, le=4096)
+    blocks: int = Field(gt=0)
+    bytes_per_token: int = Field(gt=0)
+
+
+class Limits(Frozen):
+    """What a run may ask for: tokens in a context, requests at once, tokens in a prompt chunk."""
+
+    context: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    chunk: int = Field(gt=0)
+
+
+class Bytes(Frozen):
+    """Bytes on one device. `runtime` is the interpreter, the libraries and buffers of theirs."""
+
+    weights: int
+    kv: int
+    activations: int
+    runtime: int
+    total: int
+
+
+class DevicePrediction(Frozen):
+    bytes: Bytes
+    available: int  # bytes that a run may use there
+    fits: bool
+
+
+class ContextPrediction(Frozen):
+    """Bytes of each device if every one of the batch's requests were this long."""
+
+    context: int
+    kv_bytes: dict[str, int]
+    total_bytes: dict[str, int]
+    fits: bool
+
+
+class Predicted(Frozen):
+    """Speeds are for the plan's batch: all requests together. `basis` says where the ceilings come from."""
+
+    devices: dict[str, DevicePrediction]
+    contexts: list[ContextPrediction]
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_bytes_per_token: int
+    basis: str
+
+
+class Plan(Frozen):
+    version: Literal[1] = VERSION
+    model: str
+    model_hash: str  # of the config: what the plan was made for
+    architecture: str
+    machine: str
+    scheme: str  # what was asked for; the rows say what each weight got
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    parameters: int
+    active_parameters: int
+    tensors: int
+    rows: list[Row]
+    kv: Kv
+    limits: Limits
+    policy: Literal["none"] = "none"
+    predicted: Predicted
+    fits: bool
+    advice: str = ""  # where it does not fit: what would
+    notes: list[str] = []
+
+    def digest(self) -> str:
+        """SHA-256 of the plan as written."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def write(self, file: Path) -> None:
+        """Write as JSON; the name is only ever that of a whole file."""
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        os.replace(part, file)
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """What ties a plan to a model: SHA-256 over the config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_plan(file: Path) -> Plan:
+    """A plan from a file; BadArtefact names the field or row that makes no sense."""
+    try:
+        return Plan.model_validate_json(file.read_text())
+    except OSError as error:
+        raise BadArtefact(f"{file}: {error.strerror}.", "Make one with `undistilled plan MODEL -o FILE`.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BadArtefact(f"{file}: {where}: {first['msg']}.", "Was the plan edited?") from None

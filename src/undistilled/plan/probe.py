@@ -1,0 +1,155 @@
+"""Looks at this machine: what it has, not how fast it is. Quick, imports no PyTorch, and never raises."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .cgroup import cpu_quota, memory_room
+from .gpus import probe_gpus
+from .hardware import Ceilings, Device, Disk, Machine
+from .machine_cache import cache_folder
+
+log = logging.getLogger(__name__)
+
+X86 = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+ARM = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
+MAC = {"hw.optional.neon": "neon", "hw.optional.arm.FEAT_DotProd": "dotprod", "hw.optional.arm.FEAT_I8MM": "i8mm",
+       "hw.optional.arm.FEAT_BF16": "bf16", "hw.optional.avx2_0": "avx2"}  # fmt: skip
+
+
+def probe() -> Machine:
+    """This machine, its rates estimated. A part that cannot be read is left out."""
+    total, free = memory()
+    gpus, links = probe_gpus((total, free))
+    torch, note = torch_version(), ""
+    if gpus and "+cpu" in torch:
+        note = f"{gpus[0].model} is here, but torch {torch} is built without CUDA and cannot use it."
+        gpus, links = (), ()
+    return Machine(
+        name=platform.node() or "this", devices=(_cpu(total, free, any(g.unified for g in gpus)), *gpus), links=links,
+        disk=_disk(), os=f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
+        python=platform.python_version(), torch=torch, note=note,
+    )
+
+
+def torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu(total: int, free: int, unified: bool) -> Device:
+    cores, (model, features), nodes = usable_cores(), cpu_model(), numa_nodes()
+    return Device(
+        name="cpu", kind="cpu", model=model, memory_bytes=total, free_bytes=free, features=features, cores=cores,
+        numa_nodes=nodes, unified=unified, ceilings=_estimate(cores, features, nodes),
+    )
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on: affinity, and whole cores of the cgroup's quota."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        cores = os.cpu_count() or 1
+    quota = cpu_quota()
+    # half a core more would keep every other thread waiting at each barrier
+    return max(1, min(cores, int(quota)) if quota else cores)
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
+    """(model, the instruction sets that kernels choose by)."""
+    if sys.platform == "darwin":
+        return _mac_cpu()
+    fields: dict[str, str] = {}
+    try:
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip().lower(), value.strip())
+    except OSError as error:
+        log.debug("no cpuinfo: %s", error)
+    flags = set(fields.get("flags", "").split())
+    features = [name for name in X86 if name in flags]
+    arm = set(fields.get("features", "").split())
+    features += [name for flag, name in ARM.items() if flag in arm]
+    model = fields.get("model name") or platform.processor() or platform.machine() or "CPU"
+    return model, tuple(features)
+
+
+def _mac_cpu() -> tuple[str, tuple[str, ...]]:
+    names = [name for key, name in MAC.items() if _sysctl(key) == "1"]
+    more = f"{_sysctl('machdep.cpu.features')} {_sysctl('machdep.cpu.leaf7_features')}".lower().split()
+    names += [name for name in X86 if name in more and name not in names]
+    return _sysctl("machdep.cpu.brand_string") or "Apple CPU", tuple(names)
+
+
+def _sysctl(name: str) -> str:
+    try:
+        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def memory() -> tuple[int, int]:
+    """(total, free) bytes of main memory, or of what the cgroup allows. Unknown: 1 byte, none free."""
+    try:
+        import psutil
+
+        seen = psutil.virtual_memory()
+        total, free = int(seen.total), int(seen.available)
+    except Exception as error:
+        log.debug("no psutil: %s", error)
+        total, free = _sysconf("SC_PHYS_PAGES") or 1, _sysconf("SC_AVPHYS_PAGES")
+    room = memory_room()
+    if room:
+        total, free = min(total, max(room[0], 1)), min(free, room[1])
+    return total, min(free, total)
+
+
+def _sysconf(name: str) -> int:
+    try:
+        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def numa_nodes(folder: Path = Path("/sys/devices/system/node")) -> int:
+    """NUMA nodes that have memory; 1 where the system does not say."""
+    try:
+        listed = (folder / "has_memory").read_text().strip()  # as 0-1,3
+        spans = [part.split("-") for part in listed.split(",") if part]
+        return max(1, sum(int(span[-1]) - int(span[0]) + 1 for span in spans))
+    except (OSError, ValueError):
+        return max(1, len(list(folder.glob("node[0-9]*"))))
+
+
+def _disk() -> Disk | None:
+    """The disk that holds, or would hold, the cache."""
+    folder = cache_folder()
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        return Disk(path=str(folder), free_bytes=shutil.disk_usage(there).free)
+    except (OSError, StopIteration) as error:
+        log.debug("no disk: %s", error)
+        return None
+
+
+def _estimate(cores: int, features: tuple[str, ...], nodes: int) -> Ceilings:
+    """A guess by instruction set, for a core of 2.5 GHz: good to a factor of two or three."""
+    wide = 64 if "avx512f" in features else 32 if "avx2" in features else 16
+    fp32 = 0.7 * cores * 2.5e9 * wide
+    faster = 8.0 if "amx_bf16" in features else 1.6 if {"avx512_bf16", "bf16"} & set(features) else 0.5
+    eight_bit = 8.0 if "amx_int8" in features else 2.0 if {"avx512_vnni", "avx_vnni", "i8mm"} & set(features) else 0.0
+    return Ceilings(
+        read_bytes_per_s=min(cores * 8e9, nodes * 40e9), fp32_flops=fp32, bf16_flops=fp32 * faster,
+        int8_ops=fp32 * eight_bit or None, launch_s=3e-6, source="estimated",
+    )

@@ -1,0 +1,32 @@
+"""Which scheme each role gets. One table: what a person asks for -> role -> scheme.
+
+Vectors (norms, biases) stay float32: they are a thousandth of the bytes. A router decides discretely, so
+its scores keep 16 bits. A tied embedding is also the head, so it takes the head's scheme.
+"""
+
+from __future__ import annotations
+
+from .. import scheme as schemes
+from ..model.spec import ModelSpec
+from ..model.weights import Weight
+
+# families of schemes for the large matrices -> scheme of the head; None: the same as the matrices
+HEAD = {"int8": "int8", "int4": "int8", "fp8_block": "bf16"}
+
+
+def family(scheme: str) -> str:
+    """"int4-g32-sym" -> "int4"."""
+    return scheme.split("-")[0]
+
+
+def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:
+    """The scheme that `weight` gets when a person asks for `asked`."""
+    schemes.get(asked)
+    if weight.role in ("norm", "bias", "router_bias"):
+        return "fp32"
+    if weight.is_linear:
+        return asked
+    wide = asked if family(asked) in ("bf16", "fp16", "fp32") else "bf16"
+    if weight.role == "head" or (weight.role == "embed" and spec.tied):
+        return HEAD.get(family(asked), asked)
+    return wide

@@ -1,0 +1,19 @@
+"""Schemes: how weights are stored. `get("int8")` finds one; a new format is a new file and a row here."""
+
+from ..errors import UsageError
+from . import fp8_block, int4, int8, plain
+from .base import Dim, PartSpec, Scheme, Stored, bytes_of, parts_of, row_quantum
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme for module in (plain, fp8_block, int8, int4) for scheme in module.SCHEMES
+}
+
+
+def get(name: str) -> Scheme:
+    """The scheme of that name; UsageError names the known ones."""
+    if name not in SCHEMES:
+        raise UsageError(f"Unknown scheme {name!r}.", f"Known: {', '.join(SCHEMES)}.")
+    return SCHEMES[name]
+
+
+__all__ = ["SCHEMES", "Dim", "PartSpec", "Scheme", "Stored", "bytes_of", "get", "parts_of", "row_quantum"]

@@ -1,0 +1,46 @@
+"""INT8, symmetric: one scale for each output channel ("int8") or each group of inputs ("int8-g128")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Dim
+
+
+def grouped(w, group: int):
+    """[..., in] -> [..., groups, group], padded with zeros; group 0 is the whole row."""
+    import torch.nn.functional as F
+
+    group = group or w.shape[-1]
+    return F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))
+
+
+@dataclass(frozen=True)
+class Int8:
+    """`group` inputs share a scale; 0 means all of a row's."""
+
+    name: str = "int8"
+    group: int = 0
+
+    def layout(self):
+        return {
+            "values": ("int8", (Dim("out"), Dim("in"))),
+            "scales": ("float32", (Dim("out"), Dim("in", self.group))),
+        }
+
+    def compress(self, w):
+        import torch
+
+        groups = grouped(w.float(), self.group)
+        scales = groups.abs().amax(-1) / 127
+        safe = torch.where(scales > 0, scales, 1.0)
+        values = (groups / safe[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"values": values.flatten(-2)[..., : w.shape[-1]].contiguous(), "scales": scales}
+
+    def decompress(self, parts, shape, dtype):
+        groups = grouped(parts["values"].float(), self.group)
+        dense = (groups * parts["scales"][..., None]).flatten(-2)[..., : shape[-1]]
+        return dense.to(dtype)
+
+
+SCHEMES = (Int8(), *(Int8(f"int8-g{g}", g) for g in (32, 64, 128)))

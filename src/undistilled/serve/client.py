@@ -1,0 +1,302 @@
+"""The server's side of the engine's process: requests go in, streams of outputs come out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from .. import errors
+from ..checkpoint.tokenizer import Tokenizer
+from ..errors import RequestError, UndistilledError
+from ..schedule.request import Output, Request
+from .messages import MAX_MESSAGE, Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop, Wire
+from .worker import ENGINE
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
+MAX_SOCKET_PATH = 80  # of the 107 characters that a local socket's name may have
+CLOSE_SECONDS = 5.0
+
+
+class Stream:
+    """Outputs of one request. What nobody has read yet is merged, so that a slow reader costs no more than text."""
+
+    def __init__(self, id: str, abort: Callable[[str], None]) -> None:
+        self.id = id
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._abort, self._pending, self._changed = abort, [], asyncio.Event()  # type: ignore[var-annotated]
+        self._error: RequestError | None = None
+        self._ended = False
+
+    def push(self, output: Output) -> None:
+        self._pending.append(output)
+        self._ended = self._ended or output.finish_reason is not None
+        self._changed.set()
+
+    def fail(self, error: RequestError) -> None:
+        """The stream ends with `error`, now or where the next output is asked for."""
+        self._error, self._ended = error, True
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+        self._changed.set()
+
+    async def next(self) -> Output:
+        """All that came since the last call, at least one output. RequestError where the engine failed."""
+        await self._changed.wait()
+        if self._pending:
+            news, self._pending = self._pending, []
+            if self._error is None:
+                self._changed.clear()
+            return merge(news)
+        raise self._error or RuntimeError("the stream was read past its end")
+
+    def close(self) -> None:
+        """Forget the stream; the engine aborts what has not ended."""
+        if not self._ended:
+            self._ended = True
+            self._abort(self.id)
+        if self.accepted.done() and not self.accepted.cancelled():
+            self.accepted.exception()  # a failure that nobody awaited is no news
+
+
+def merge(outputs: list[Output]) -> Output:
+    """Successive outputs of one request as one."""
+    last = outputs[-1]
+    return Output(
+        last.id,
+        [t for o in outputs for t in o.tokens],
+        "".join(o.text for o in outputs),
+        [p for o in outputs for p in o.logprobs],
+        last.finish_reason, last.stop_reason, last.prompt_tokens, last.completion_tokens, last.error,
+    )
+
+
+@dataclass
+class Sockets:
+    """The two local sockets, in a directory that only this user can enter."""
+
+    directory: str
+    context: zmq.asyncio.Context
+    inbox: zmq.asyncio.Socket
+    outbox: zmq.asyncio.Socket
+
+    @classmethod
+    def open(cls) -> Sockets:
+        short = len(tempfile.gettempdir()) < MAX_SOCKET_PATH
+        directory = tempfile.mkdtemp(prefix="undistilled-", dir=None if short else "/tmp")
+        context = zmq.asyncio.Context()
+        inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        inbox.set(zmq.RCVHWM, 0)
+        inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        inbox.bind(f"ipc://{directory}/reports")
+        outbox.set(zmq.SNDHWM, 0)
+        outbox.connect(f"ipc://{directory}/commands")
+        return cls(directory, context, inbox, outbox)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class EngineClient:
+    """Starts the engine's process, and speaks with it. `alive` is False once that process ended.
+
+    name, max_context, vocab and tokenizer describe the model after `start`. watchdog: seconds without a word
+    from the engine, while requests run, after which it counts as hung and is killed.
+    """
+
+    name: str
+    max_context: int
+    vocab: int
+    tokenizer: Tokenizer
+
+    def __init__(self, watchdog: float = 900.0) -> None:
+        self.watchdog = watchdog
+        self._streams: dict[str, Stream] = {}
+        self._stats: dict[str, float] = {}
+        self._died: str | None = None
+        self._heard = monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls, options: dict[str, Any], *, factory: str = ENGINE, progress: Progress | None = None,
+        watchdog: float = 900.0,
+    ) -> EngineClient:
+        """A client whose engine is ready. Raises what `open_engine` raised, as one of `errors`."""
+        self = cls(watchdog)
+        key = secrets.token_hex(16)
+        self._wire, self._sockets = Wire(key, Report), Sockets.open()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._progress = progress
+        try:
+            await self._spawn({"key": key, "factory": factory, "options": options})
+            ready = await self._ready
+            self.tokenizer = await asyncio.to_thread(Tokenizer.load, ready.tokenizer)
+        except BaseException:
+            await self.close()
+            raise
+        self.name, self.max_context, self.vocab = ready.name, ready.max_context, ready.vocab
+        return self
+
+    async def _spawn(self, boot: dict[str, Any]) -> None:
+        command = [sys.executable, "-P", "-m", "undistilled.serve.worker"]
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        boot |= {"directory": self._sockets.directory, "parent": os.getpid()}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(boot).encode() + b"\n")
+
+    @property
+    def alive(self) -> bool:
+        return self._died is None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._streams)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stats(self) -> dict[str, float]:
+        """The engine's gauges, at most a quarter of a second old while it is idle."""
+        return self._stats
+
+    async def submit(self, request: Request) -> Stream:
+        """Hand a request to the engine. RequestError where it refuses. The caller closes the stream."""
+        if self._died is not None:
+            raise _dead(self._died)
+        stream = Stream(request.id, self.abort)
+        self._streams[request.id] = stream
+        try:
+            await self._say(Add(request))
+            await stream.accepted
+        except BaseException:
+            stream.close()
+            self._streams.pop(request.id, None)
+            raise
+        return stream
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """The request's outputs; leaving early aborts it."""
+        stream = await self.submit(request)
+        try:
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finish_reason:
+                    return
+        finally:
+            stream.close()
+
+    def abort(self, id: str) -> None:
+        """The engine forgets the request, whether or not it runs."""
+        self._streams.pop(id, None)
+        if self._died is None:
+            self._background(self._say(Abort(id)))
+
+    async def close(self) -> None:
+        """End the engine's process and remove the sockets."""
+        if hasattr(self, "_process"):
+            await self._end_process()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._die("The server is closing.")
+        self._sockets.close()
+
+    async def _end_process(self) -> None:
+        if self._process.returncode is None and self._ready.done():
+            await self._say(Stop())
+            try:
+                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
+            except TimeoutError:
+                pass
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    async def _say(self, command: Command) -> None:
+        await self._sockets.outbox.send_multipart(self._wire.pack(command))
+
+    async def _listen(self) -> None:
+        while True:
+            if await self._sockets.inbox.poll(1000):
+                report = self._wire.unpack(await self._sockets.inbox.recv_multipart())
+                if report is not None:
+                    self._heard = monotonic()
+                    self._hear(report)
+            elif self._streams and monotonic() - self._heard > self.watchdog:
+                self._process.kill()
+
+    def _hear(self, report: Report) -> None:
+        match report:
+            case News():
+                self._news(report)
+            case Loading(done, total, name):
+                if self._progress:
+                    self._progress(done, total, name)
+            case Ready() if not self._ready.done():
+                self._ready.set_result(report)
+            case Failed(kind, message, hint) if not self._ready.done():
+                self._ready.set_exception(_opened_badly(kind, message, hint))
+
+    def _news(self, news: News) -> None:
+        self._stats = news.stats
+        for id in news.accepted:
+            stream = self._streams.get(id)
+            if stream and not stream.accepted.done():
+                stream.accepted.set_result(None)
+        for refused in news.refused:
+            if stream := self._streams.pop(refused.id, None):
+                stream.fail(_refusal(refused))
+        for output in news.outputs:
+            if stream := self._streams.get(output.id):
+                stream.push(output)
+                if output.finish_reason:
+                    del self._streams[output.id]
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        await asyncio.sleep(0.05)  # its last words may still be in the socket
+        self._die(f"The engine's process ended with code {code}.")
+
+    def _die(self, message: str) -> None:
+        self._died = self._died or message
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(_dead(message))
+        if not self._ready.done():
+            self._ready.set_exception(UndistilledError(message, "What it said is above."))
+            self._ready.exception()
+
+
+def _dead(message: str) -> RequestError:
+    return RequestError(message, status=500, type="server_error", code="engine_dead")
+
+
+def _refusal(r: Refused) -> RequestError:
+    return RequestError(r.message, status=r.status, type=r.type, param=r.param, code=r.code)
+
+
+def _opened_badly(kind: str, message: str, hint: str) -> UndistilledError:
+    known = getattr(errors, kind, UndistilledError)
+    is_plain = isinstance(known, type) and issubclass(known, UndistilledError) and known is not RequestError
+    return (known if is_plain else UndistilledError)(message, hint)

@@ -1,0 +1,94 @@
+"""What the server and the engine's process say to each other: MessagePack, checked against these types."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+import msgspec
+
+from ..schedule.request import Output, Request
+
+MAX_MESSAGE = 64 * 1024 * 1024  # bytes; libzmq closes a connection that sends more
+
+
+class Add(msgspec.Struct, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    id: str
+
+
+class Stop(msgspec.Struct, tag=True):
+    """The engine's process ends."""
+
+
+class Loading(msgspec.Struct, tag=True):
+    """done, total: bytes."""
+
+    done: int
+    total: int
+    name: str
+
+
+class Ready(msgspec.Struct, tag=True):
+    """vocab: rows of the output head; tokenizer: `Tokenizer.dump()`."""
+
+    name: str
+    max_context: int
+    vocab: int
+    tokenizer: dict[str, Any]
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine did not open. kind: the name of a class in `errors`."""
+
+    kind: str
+    message: str
+    hint: str = ""
+
+
+class Refused(msgspec.Struct):
+    """A RequestError, by the id of its request."""
+
+    id: str
+    message: str
+    status: int = 400
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+class News(msgspec.Struct, tag=True):
+    """What one turn of the engine brought."""
+
+    outputs: list[Output] = []
+    accepted: list[str] = []
+    refused: list[Refused] = []
+    stats: dict[str, float] = {}
+
+
+Command = Add | Abort | Stop
+Report = Loading | Ready | Failed | News
+
+
+class Wire:
+    """Packs messages behind a key that only the two processes know; anything else reads as None."""
+
+    def __init__(self, key: str, incoming: Any) -> None:
+        self._key = key.encode()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(incoming)
+
+    def pack(self, message: Command | Report) -> list[bytes]:
+        return [self._key, self._encoder.encode(message)]
+
+    def unpack(self, frames: list[bytes]) -> Any:
+        """The message, or None where the frames are not one of ours."""
+        if len(frames) != 2 or not hmac.compare_digest(frames[0], self._key):
+            return None
+        try:
+            return self._decoder.decode(frames[1])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None

@@ -1,0 +1,190 @@
+"""What a person sees in a terminal. No logic: numbers come in, text with units goes out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn
+from rich.table import Table
+
+from .errors import UndistilledError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 70272 -> "70.3 KB"."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def count(n: float) -> str:
+    """Parameters for people: 671026419200 -> "671.03 B"."""
+    for unit in ("", "K", "M", "B"):
+        if abs(n) < 1000 or unit == "B":
+            return f"{n:.2f} {unit}".strip() if unit else f"{n:.0f}"
+        n /= 1000
+    raise AssertionError
+
+
+def rate(value: float) -> str:
+    return f"{value:,.1f} tokens/s" if value < 100 else f"{value:,.0f} tokens/s"
+
+
+def error(e: UndistilledError) -> None:
+    err.print(f"[bold red]error:[/] {escape(e.message)}")
+    if e.hint:
+        err.print(f"       {escape(e.hint)}")
+
+
+def note(text: str) -> None:
+    err.print(f"[dim]{escape(text)}[/]")
+
+
+def stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def ask() -> str:
+    return out.input("[bold]> [/]")
+
+
+@contextmanager
+def loading() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr for loading; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total, _name: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that names the step in hand."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True,
+                  disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=escape(text))
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def plan(made: Any, output: Path | None = None) -> None:
+    """A plan as two tables and a sentence."""
+    p = made.predicted
+    out.print(
+        f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, {count(made.active_parameters)} "
+        f"active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/]"
+    )
+    table = _table("device", "weights", "KV cache", "activations", "runtime", "total", "available", "")
+    for name, d in p.devices.items():
+        b = d.bytes
+        table.add_row(
+            name, *(size(x) for x in (b.weights, b.kv, b.activations, b.runtime, b.total, d.available)),
+            "[green]fits[/]" if d.fits else "[red]does not fit[/]",
+        )
+    out.print(table)
+    _contexts(made)
+    out.print(
+        f"Predicted for batch {made.limits.batch}, context {made.limits.context}: prefill {rate(p.prefill_tokens_per_s)}, "
+        f"decode {rate(p.decode_tokens_per_s)} ({size(p.decode_bytes_per_token)} read a token; {p.basis})."
+    )
+    for text in made.notes:
+        out.print(f"[yellow]note:[/] {text}")
+    out.print(f"{len(made.rows)} rows, {made.tensors:,} tensors" + (f"; written to {output}" if output else ""))
+
+
+def _contexts(made: Any) -> None:
+    table = _table("context", *made.predicted.devices, "")
+    for c in made.predicted.contexts:
+        fits = "[green]fits[/]" if c.fits else "[red]does not fit[/]"
+        table.add_row(f"{c.context:,}", *(size(b) for b in c.total_bytes.values()), fits)
+    out.print(table)
+
+
+def inspection(report: dict[str, Any]) -> None:
+    rows = [
+        ("architecture", report["architecture"]),
+        ("parameters", f"{count(report['parameters']['total'])}, {count(report['parameters']['active'])} active for a token"),
+        ("layers", f"{report['layers']}" + (f" + {report['mtp_layers']} MTP" if report["mtp_layers"] else "")),
+        ("released as", f"{report['released_scheme']}, {size(report['bytes'])}, {report['tensors']:,} tensors"),
+        ("other schemes", ", ".join(f"{s} {size(b)}" for s, b in report["bytes_by_scheme"].items())),
+        ("KV cache", f"{size(report['kv_bytes_per_token'])} a token at 16 bits"),
+        ("context", f"at most {report['max_context']:,} tokens"),
+    ]
+    if report["experts"]:
+        rows.insert(2, ("experts", f"{report['experts']['total']}, {report['experts']['per_token']} for a token"))
+    table = _table(report["model"], "")
+    for name, value in rows:
+        table.add_row(name, value)
+    table.columns[1].justify = "left"
+    out.print(table)
+
+
+def doctor(report: dict[str, Any]) -> None:
+    table = _table("this machine", "")
+    table.columns[1].justify = "left"
+    for name, value in report["rows"]:
+        table.add_row(escape(name), escape(value))
+    out.print(table)
+    if not report["native_kernels"]:
+        out.print(f"[yellow]native kernels missing:[/] {escape(report['native_why_missing'])}")
+    kernels = _table("device", "scheme", "kernel", "why")
+    for row in report["kernels"]:
+        kernels.add_row(row["device"], row["scheme"], row["kernel"], row["why"])
+    kernels.columns[3].justify = "left"
+    out.print(kernels)
+    out.print(f"Machines to plan for with --machine: {', '.join(report['presets'])}")
+
+
+def bench(result: dict[str, Any]) -> None:
+    table = _table(f"{result['model']} {result['scheme']}", "median", "min", "max", "predicted")
+    for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
+        m = result[key]
+        table.add_row(name, rate(m["median"]), rate(m["min"]), rate(m["max"]), rate(result["predicted"][key]))
+    out.print(table)
+    planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
+    out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+
+
+def usage(result: dict[str, Any]) -> None:
+    u = result["usage"]
+    out.print(f"\n[dim]{u['prompt_tokens']} + {u['completion_tokens']} tokens, finished by {result['finish_reason']}[/]")
+
+
+def receipt(r: dict[str, Any], output: Path | None = None) -> None:
+    kl, ppl = r["kl_nats"], r["perplexity"]
+    out.print(f"[bold]{r['model']['name']}[/]: {r['plan']['scheme']} against its original ({r['original']['scheme']})")
+    table = _table("measure", "original", "plan")
+    table.add_row("perplexity", f"{ppl['original']:.3f}", f"{ppl['plan']:.3f}")
+    table.add_row("KL divergence", "", f"{kl['mean']:.5f} ± {kl['se']:.5f} nats")
+    table.add_row("same first choice", "", f"{r['top1_agreement']:.1%}")
+    for name, task in r["tasks"].items():
+        table.add_row(f"{name} ({task['n']} questions)", f"{task['original']:.1%}", f"{task['plan']:.1%}")
+    out.print(table)
+    speeds = _table("measure", "predicted", "measured")
+    speeds.add_row("memory", size(r["memory"]["predicted"]), size(r["memory"]["measured"]))
+    for name in ("prefill", "decode"):
+        key = f"{name}_tokens_per_s"
+        speeds.add_row(name, rate(r["speed"]["predicted"][key]), rate(r["speed"]["measured"][key]["median"]))
+    out.print(speeds)
+    if output:
+        out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
