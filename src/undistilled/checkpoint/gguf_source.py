@@ -218,6 +218,11 @@ class GGUFSource:
         v = self._read_tensor(v_b, dtype).view(heads, -1, rank)
         return torch.cat([k, v], dim=1).reshape(-1, rank)
 
+    def splits(self, name: str) -> bool:
+        """Whether `quantised` may have an answer: a matrix that lies in one piece."""
+        weight = self._find(name)
+        return weight.second is None and len(weight.shape) == 2
+
     def quantised(self, name: str) -> tuple[str, dict[str, torch.Tensor]] | None:
         """("int4", values, scales, mins) or ("int8", values, scales) with the stored numbers, rows in the
         released order; None where the stored type has no exact form, or the weight is not a matrix."""

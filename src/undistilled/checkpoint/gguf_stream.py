@@ -11,7 +11,7 @@ EXACT = {
     "F16": "fp16",
     "BF16": "bf16",
     "Q8_0": "int8-g32",
-    "Q4_0": "int4-g32-sym",
+    "Q4_0": "int4-g32",
     "Q4_1": "int4-g32",
 }
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,7 +34,9 @@ class GGUFStream:
 
     def scheme(self, name: str) -> str | None:
         kind = self.inner.dtype(name)
-        return EXACT.get(kind) if kind in PLAIN or len(self.shape(name)) == 2 else None
+        if kind in PLAIN:
+            return EXACT[kind]
+        return EXACT.get(kind) if self.inner.splits(name) else None
 
     def parts(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
         kind = self.inner.dtype(name)

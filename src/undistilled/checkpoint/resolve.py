@@ -64,11 +64,10 @@ class Model:
             from .gguf import GGUFFile
             from .gguf_tokenizer import tokenizer_from_gguf
 
-            tokenizer, special = tokenizer_from_gguf(GGUFFile(self.path).metadata)
-            eos = tuple(t for t in (special.get("eos"), *self.spec.eos) if t is not None)
+            tokenizer, special = tokenizer_from_gguf(GGUFFile(self.path).metadata, str(self.path))
+            eos = [t for t in (special["eos_id"], *special["stop_ids"], *self.spec.eos) if t is not None]
             return Tokenizer(
-                tokenizer, special.get("bos"), tuple(dict.fromkeys(eos)), special.get("add_bos", False),
-                special.get("chat_template"),
+                tokenizer, special["bos_id"], tuple(dict.fromkeys(eos)), special["add_bos"], special["chat_template"]
             )
         return Tokenizer.from_folder(self.path if self.path.is_dir() else self.path.parent)
 

@@ -125,7 +125,7 @@ def _add(here: Positions, original_RV: torch.Tensor, plan_RV: torch.Tensor, came
 
 
 def summary(found: list[Positions]) -> dict[str, Any]:
-    """Figures over all positions.
+    """Figures over all positions. The histogram's first bin is below its first edge, its last at or above the last.
 
     Standard errors are by windows (one cluster each) where there are at least 8, else by single positions;
     `se_by` says which. Neighbouring positions are alike, so one by tokens is likely to be too small.
@@ -149,8 +149,11 @@ def _clustered(found: list[Positions], values: list[list[float]]) -> dict[str, A
 
 
 def _kl_figures(found: list[Positions], kl: list[float]) -> dict[str, Any]:
-    counts, _ = np.histogram(kl, [-math.inf, *EDGES, math.inf])
-    return _clustered(found, [w.kl for w in found]) | {
+    counts = np.bincount(np.searchsorted(EDGES, kl, side="right"), minlength=len(EDGES) + 1)
+    figures = _clustered(found, [w.kl for w in found])
+    if figures["interval"]:
+        figures["interval"][0] = max(0.0, figures["interval"][0])  # what it is an interval of is never negative
+    return figures | {
         "p99": float(np.quantile(kl, 0.99)), "max": max(kl), "n": len(kl), "windows": len(found),
         "histogram": {"edges": EDGES, "counts": counts.tolist()},
     }

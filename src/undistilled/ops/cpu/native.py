@@ -161,13 +161,14 @@ def linear(
     _check(x_MK.shape[-1] == k, "x: wrong width")
     group = 128 if kind == 3 else group if kind > 3 else k
     v, s, z = _weight(kind, values, scales, mins, n, k, group)
-    y_MN = x_MK.new_empty((*x_MK.shape[:-1], n))
-    _native_linear(kind, x, v, s, z, y_MN.data_ptr(), x_MK.numel() // k, n, k, group)
-    return y_MN
+    m = x_MK.numel() // k
+    y_MN = x_MK.new_empty(m, n)
+    _native_linear(kind, x, v, s, z, y_MN.data_ptr(), m, n, k, group)
+    return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
 
 
 class Weight:
-    """A stored weight [N, K], checked once: `linear_stored` then costs a third of `linear`'s Python."""
+    """A stored weight [N, K], checked once: `linear_stored` then checks only x."""
 
     __slots__ = ("arguments", "k", "kind", "n", "parts")
 
@@ -186,9 +187,10 @@ def linear_stored(x_MK: Tensor, weight: Weight) -> Tensor:
     if x_MK.dtype is not torch.float32 or not x_MK.is_contiguous() or not x_MK.is_cpu or x_MK.shape[-1] != k:
         raise ValueError(f"x: want a contiguous float32 tensor [..., {k}] on the CPU")
     v, s, z, group = weight.arguments
-    y_MN = x_MK.new_empty((*x_MK.shape[:-1], n))
-    _native_linear(weight.kind, x_MK.data_ptr(), v, s, z, y_MN.data_ptr(), x_MK.numel() // k, n, k, group)
-    return y_MN
+    m = x_MK.numel() // k
+    y_MN = x_MK.new_empty(m, n)
+    _native_linear(weight.kind, x_MK.data_ptr(), v, s, z, y_MN.data_ptr(), m, n, k, group)
+    return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
 
 
 def dequantise(

@@ -1,0 +1,187 @@
+"""Bodies of requests. Strict: no NaN, no number for a boolean, no string for a number."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..errors import RequestError
+from ..schedule.request import MAX_BIAS, MAX_LOGPROBS
+
+MAX_COPIES = 16
+MAX_PROMPTS = 128
+MAX_MESSAGES = 10_000
+TEXT_PARTS = ("text", "input_text")
+
+
+class Body(BaseModel):
+    """Unknown fields are let through, for clients send many; those that would change the answer are refused."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, reason in REFUSED.items():
+                if data.get(name):
+                    raise RequestError(f"{name} is not supported: {reason}.", param=name, code="unsupported")
+        return data
+
+
+REFUSED = {
+    "chat_template": "a request cannot bring a template",
+    "suffix": "the model continues a prompt, it does not fill in",
+    "guided_json": "answers are not constrained",
+    "guided_regex": "answers are not constrained",
+    "guided_grammar": "answers are not constrained",
+}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class Generating(Body):
+    """What completions and chat have in common. Ranges are checked by `Sampling.check`."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIAS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def copies(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(Generating):
+    """`prompt`: a string, a list of strings, ids, or a list of lists of ids; see `prompts`.
+
+    parse_special: whether control tokens in a string become control tokens (the default) or stay text.
+    """
+
+    prompt: Any = Field(json_schema_extra={"examples": ["The capital of France is"]})
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+    parse_special: bool = True
+
+    @field_validator("best_of")
+    @classmethod
+    def _one(cls, value: int | None) -> int | None:
+        if value is not None and value != 1:
+            raise RequestError("best_of is not supported; use n.", param="best_of", code="unsupported")
+        return value
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """At least one prompt; all strings or all ids. RequestError otherwise."""
+        value = self.prompt
+        if isinstance(value, str) or _is_ids(value):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise RequestError("prompt is a string, token ids, or a list of either.", param="prompt")
+        if len(value) > MAX_PROMPTS:
+            raise RequestError(f"At most {MAX_PROMPTS} prompts go into one request.", param="prompt")
+        if all(isinstance(p, str) for p in value) or all(_is_ids(p) for p in value):
+            return value
+        raise RequestError("prompt is a string, token ids, or a list of either.", param="prompt")
+
+
+class Message(BaseModel):
+    """One turn. `content` arrives as a string, also where the client sent text parts."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return "\n".join(map(_part, value)) if isinstance(value, list) else value
+
+
+class ResponseFormat(BaseModel):
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        if value != "text":
+            raise RequestError(
+                f"response_format {value[:50]!r} is not supported.", param="response_format", code="unsupported"
+            )
+        return value
+
+
+class ChatBody(Generating):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        return self
+
+
+class TokenizeBody(Body):
+    """Either `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    parse_special: bool = True
+    add_generation_prompt: bool = True
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in TEXT_PARTS:
+        raise RequestError(
+            "A message's content is text; images, audio and files are not supported.", param="messages",
+            code="unsupported",
+        )
+    if not isinstance(part.get("text"), str):
+        raise RequestError("A text part has a string as its text.", param="messages")
+    return part["text"]
