@@ -85,16 +85,16 @@ def write_checkpoint(folder: Path, config: dict, *, seed: int = 0, fp8: bool = F
     return folder
 
 
-def load(folder: Path, *, scheme: str | None = None, context: int = 256, batch: int = 4, mtp: bool = False, kv=None):
-    """(decoder, plan) of a checkpoint on this CPU."""
+def load(folder: Path, *, scheme: str | None = None, context: int = 256, batch: int = 4, mtp: bool = False, kv=None, device="cpu"):
+    """(decoder, plan) of a checkpoint; `device` None leaves the choice to the planner."""
     model = find(str(folder))
     machine = load_machine("this")
-    plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, context, batch, mtp, "cpu", kv))
+    plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, context, batch, mtp, device, kv))
     return build(plan, model.spec, model.source(), mtp=mtp), plan
 
 
-def twin(folder: Path, config: dict):
-    """transformers' model with the same weights in float32, FP8 ones dequantised first."""
+def twin(folder: Path, config: dict, dtype=torch.float32):
+    """transformers' model with the same weights in `dtype`, FP8 ones dequantised first."""
     import transformers
 
     source = find(str(folder)).source()
@@ -104,5 +104,5 @@ def twin(folder: Path, config: dict):
     config = {k: v for k, v in config.items() if k != "quantization_config"} | {"torch_dtype": "float32"}
     (plain / "config.json").write_text(json.dumps(config))
     save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, attn_implementation="eager")
     return model.eval()

@@ -2,22 +2,12 @@
 
 import pytest
 import torch
+
+from logits import our_logits
 from runs import greedy
 from tiny import CONFIGS, load, twin, write_checkpoint
 
-from undistilled.generate.runner import Runner
-from undistilled.schedule.request import Request, Sampling
-from undistilled.schedule.scheduler import Sequence, Work
-
 CASES = [(name, False) for name in CONFIGS if name != "deepseek_v3-mtp"] + [("deepseek_v3", True)]
-
-
-def our_logits(decoder, plan, tokens):
-    """Logits [T, V] of one whole prompt."""
-    runner = Runner(decoder, plan)
-    sequence = Sequence(Request("r", tokens, Sampling()), tokens, blocks=list(range(plan.kv.blocks)))
-    with torch.inference_mode():
-        return decoder.logits(decoder(runner.batch([Work(sequence, 0, len(tokens))], True), runner.caches))
 
 
 @pytest.mark.parametrize("name, fp8", CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import scheme as schemes
 from .gguf_source import GGUFSource
 
 EXACT = {
@@ -43,6 +44,8 @@ class GGUFStream:
         if kind in PLAIN:
             return {"values": self._rows(name, start, stop, PLAIN[kind])}
         found = self._once(name, lambda: self.inner.quantised(name))
+        if found is None:  # a scale beyond float16
+            return schemes.get(EXACT[kind]).compress(self.dense(name, start, stop))
         return {PART.get(part, part): tensor[start:stop] for part, tensor in found[1].items()}
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -29,7 +29,12 @@ def _smollm2() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
-BUILT_IN = {"smollm2": _smollm2}
+def _r1() -> Path:
+    """R1's config.json, which is enough to inspect and plan it; the weights are a download of 689 GB."""
+    return Path(__file__).parent / "configs" / "deepseek-r1.json"
+
+
+BUILT_IN = {"smollm2": _smollm2, "deepseek-r1": _r1}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ COPY_S = 1e-5
 
 
 def probe_gpus(cpu_memory: tuple[int, int]) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
-    """GPUs that this process may use and their links. `cpu_memory`: (total, free) bytes, which an integrated one shares.
+    """GPUs that this process may use, and their links. An integrated GPU shares `cpu_memory`: (total, free) bytes.
 
     Numbered as CUDA_VISIBLE_DEVICES says, in the order of the bus. CUDA puts faster cards first unless
     CUDA_DEVICE_ORDER is PCI_BUS_ID, so unlike cards can be numbered otherwise there.
@@ -113,8 +113,9 @@ def _pcie(nvml: Any, handle: Any) -> tuple[float, str]:
     )
     if not generation or not width:
         return 0.0, ""
-    now = f"{_ask(nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle)} x{_ask(nvml.nvmlDeviceGetCurrPcieLinkWidth, handle)}"
-    return PCIE_BYTES.get(generation, 1e9) * width, f"PCIe {generation} x{width} at most, {now} now"
+    now = _ask(nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle), _ask(nvml.nvmlDeviceGetCurrPcieLinkWidth, handle)
+    slower = f", now {now[0]} x{now[1]}" if all(now) and now != (generation, width) else ""
+    return PCIE_BYTES.get(generation, 1e9) * width, f"PCIe {generation} x{width}{slower}"
 
 
 def _links(nvml: Any, handle: Any, number: int, count: int) -> list[Link]:

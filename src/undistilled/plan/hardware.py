@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import BadArtefact, UsageError
 
-SCHEMA = 1
 LARGEST_FILE = 1 << 20  # bytes: a machine of 64 devices takes a tenth of it
 Source = Literal["measured", "datasheet", "estimated"]
 
@@ -85,7 +84,7 @@ class Disk(_Frozen):
 
 
 class Machine(_Frozen):
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     name: str = Field(min_length=1)
     devices: tuple[Device, ...] = Field(min_length=1)
     links: tuple[Link, ...] = ()
@@ -204,9 +203,8 @@ def _describe_device(device: Device) -> list[tuple[str, str]]:
     shared = ", shared with the other processors" if device.unified else ""
     when = f"{c.source}, {c.measured_at}" if c.measured_at else c.source
     one = f", {_rate(c.read_one_thread_bytes_per_s)} by one thread" if c.read_one_thread_bytes_per_s else ""
-    rates = [("fp32", c.fp32_flops, "FLOP/s"), ("bf16", c.bf16_flops, "FLOP/s")]
-    rates += [("fp8", c.fp8_flops, "FLOP/s"), ("int8", c.int8_ops, "OP/s")]
-    compute = ", ".join(f"{label} {_si(rate, unit)}" for label, rate, unit in rates if rate)
+    rates = {"fp32": c.fp32_flops, "bf16": c.bf16_flops, "fp8": c.fp8_flops, "int8": c.int8_ops}
+    compute = ", ".join(f"{k} {_si(rate, 'OP/s' if k == 'int8' else 'FLOP/s')}" for k, rate in rates.items() if rate)
     return [
         (name, f"{device.model}, {cores}" + (f" ({', '.join(device.features)})" if device.features else "")),
         (f"{name} memory", f"{device.free_bytes / 1e9:.1f} GB free of {device.memory_bytes / 1e9:.1f} GB{shared}"),

@@ -154,7 +154,7 @@ def _bytes(n: int) -> Callable[[], Any]:
 
 
 def matmul_rate(make: Callable[[int], Callable[[], Any]], seconds: float) -> float | None:
-    """The best rate over square products from 256 up to 2048, as far as `seconds` reach; None if there is no such op."""
+    """The best rate over square products from 256 up to 2048, as far as `seconds` reach; None without such an op."""
     end, best = time.perf_counter() + seconds, 0.0
     for n in (256, 512, 1024, 2048):
         left = end - time.perf_counter()

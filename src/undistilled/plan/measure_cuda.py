@@ -68,7 +68,9 @@ def _read(name: str, size: int, seconds: float) -> float:
     buffer = torch.ones(size // 4, device=name)
     rows = buffer.view(-1, 1 << 14)
     half = buffer.view(2, -1)
-    ways = [buffer.sum, lambda: rows.sum(1), rows.view(torch.int32).amax, lambda: half[0].copy_(half[1])]
+    ways: list[Callable[[], Any]] = [
+        buffer.sum, lambda: rows.sum(1), rows.view(torch.int32).amax, lambda: half[0].copy_(half[1]),
+    ]
     return size / min(gpu_seconds(way, seconds / len(ways)) for way in ways)
 
 

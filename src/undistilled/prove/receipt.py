@@ -31,12 +31,14 @@ from ..plan.check import check, check_devices
 from ..plan.hardware import load_machine
 from ..plan.plan import Plan
 from ..plan.solve import Ask, solve
-from . import divergence, measure, tasks
+from . import divergence, measure
+from . import tasks as questions
 from .score import Scorer
 
 VERSION = 1
 DEFAULT_CONTEXT = 1024  # tokens that a plan made here has room for: the speed run fills it
 ORIGINAL_CONTEXT = 4096  # tokens; the original only ever scores windows and questions
+CHARACTERS = 64  # of a text for each token wanted: more than a token holds, less than a whole library
 Progress = Callable[[str], None]
 
 
@@ -46,8 +48,8 @@ class Inputs:
 
     text: dict[str, Any]
     windows: list[list[int]]
-    tasks: list[tasks.Task]
-    encoded: list[list[tasks.Encoded]]
+    tasks: list[questions.Task]
+    encoded: list[list[questions.Encoded]]
 
 
 def prove(
@@ -129,15 +131,15 @@ def _inputs(
     room = min(plan.limits.context, original.limits.context)
     name, content = read_text(text)
     bos = tokenizer.bos if tokenizer.add_bos else None
-    ids = tokenizer.encode(content, control=False)
+    ids = tokenizer.encode(content[: tokens * CHARACTERS], control=False)
     _check_vocab(model, ids)
     cut = divergence.windows(ids, min(window, room), tokens, bos)
-    read = tasks.read_tasks(files, limit)
+    read = questions.read_tasks(files, limit)
     described = {
         "name": name, "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "tokens": sum(len(w) - (bos is not None) for w in cut), "window": min(window, room),
     }
-    return Inputs(described, cut, read, [tasks.encode_task(t, tokenizer, room) for t in read])
+    return Inputs(described, cut, read, [questions.encode_task(t, tokenizer, room) for t in read])
 
 
 def _check_vocab(model: Model, ids: list[int]) -> None:
@@ -165,7 +167,7 @@ def _quality(model: Model, plan: Plan, original: Plan, inputs: Inputs, file: Pat
         chosen = []
         for task, encoded in zip(inputs.tasks, inputs.encoded, strict=True):
             say(f"{who}: {task.name}, {len(encoded)} questions")
-            chosen.append(list(tasks.answers(scorer, encoded)))
+            chosen.append(list(questions.answers(scorer, encoded)))
         return chosen
 
     def first(scorer: Scorer):
@@ -181,7 +183,7 @@ def _quality(model: Model, plan: Plan, original: Plan, inputs: Inputs, file: Pat
     say(f"loading the plan ({plan.scheme})")
     figures, after = measure.with_model(model, plan, second)
     compared = zip(inputs.tasks, before, after, strict=True)
-    return figures | {"tasks": {t.name: tasks.compare(t, a, b) for t, a, b in compared}}
+    return figures | {"tasks": {t.name: questions.compare(t, a, b) for t, a, b in compared}}
 
 
 def _figures(plan: Plan, bench: dict[str, Any]) -> dict[str, Any]:
@@ -251,14 +253,23 @@ def write_receipt(receipt: dict[str, Any], path: Path) -> Path:
     from .page import render
 
     path = Path(path)
-    page = path.with_suffix(".html")
-    if page == path:
-        raise UsageError(f"{path}: the receipt is JSON; its page takes the name ending in .html.", "Name it .json.")
+    page = check_output(path)
     try:
         _write(path, json.dumps(receipt, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         _write(page, render(receipt))
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror}.") from None
+    return page
+
+
+def check_output(path: Path) -> Path:
+    """The page's path; UsageError where a receipt cannot be written there, before an hour is spent on making it."""
+    path = Path(path)
+    page = path.with_suffix(".html")
+    if page == path:
+        raise UsageError(f"{path}: the receipt is JSON; its page takes the name ending in .html.", "Name it .json.")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: no file can be written there.", "Its folder has to exist.")
     return page
 
 

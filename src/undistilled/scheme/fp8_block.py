@@ -43,7 +43,11 @@ class Fp8Block:
         return {"values": values, "scales": scales}
 
     def decompress(self, parts, shape, dtype):
-        return (parts["values"].float() * spread(parts["scales"], shape)).to(dtype)
+        values, scales = parts["values"], parts["scales"]
+        if shape[-1] % BLOCK or shape[-2] % BLOCK:
+            return (values.float() * spread(scales, shape)).to(dtype)
+        blocks = values.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).float()
+        return (blocks * scales[..., :, None, :, None]).to(dtype).reshape(shape)
 
 
 SCHEMES = (Fp8Block(),)

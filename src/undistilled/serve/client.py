@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -69,13 +70,17 @@ class EngineClient:
     vocab: int
     tokenizer: Tokenizer
 
-    def __init__(self, watchdog: float = 900.0) -> None:
-        self.watchdog = watchdog
+    def __init__(self, progress: Progress | None = None, watchdog: float = 900.0) -> None:
+        self.watchdog, self._progress = watchdog, progress
+        self._key = secrets.token_hex(16)
+        self._wire, self._sockets = Wire(self._key, Report), Sockets.open()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._process: asyncio.subprocess.Process | None = None
         self._streams: dict[str, Stream] = {}
         self._stats: dict[str, float] = {}
         self._died: str | None = None
         self._heard = monotonic()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(
@@ -83,13 +88,9 @@ class EngineClient:
         watchdog: float = 900.0,
     ) -> EngineClient:
         """A client whose engine is ready. Raises what `open_engine` raised, as one of `errors`."""
-        self = cls(watchdog)
-        key = secrets.token_hex(16)
-        self._wire, self._sockets = Wire(key, Report), Sockets.open()
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._progress = progress
+        self = cls(progress, watchdog)
         try:
-            await self._spawn({"key": key, "factory": factory, "options": options})
+            await self._spawn({"factory": factory, "options": options})
             ready = await self._ready
             self.tokenizer = await asyncio.to_thread(Tokenizer.load, ready.tokenizer)
         except BaseException:
@@ -100,11 +101,13 @@ class EngineClient:
 
     async def _spawn(self, boot: dict[str, Any]) -> None:
         command = [sys.executable, "-P", "-m", "undistilled.serve.worker"]
-        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
-        boot |= {"directory": self._sockets.directory, "parent": os.getpid()}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(boot).encode() + b"\n")
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        self._process = process
+        self._background(self._listen())
+        self._background(self._watch(process))
+        boot |= {"key": self._key, "directory": self._sockets.directory, "parent": os.getpid()}
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(boot).encode() + b"\n")
 
     @property
     def alive(self) -> bool:
@@ -116,7 +119,8 @@ class EngineClient:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """Of the engine's process; 0 before it starts."""
+        return self._process.pid if self._process else 0
 
     def stats(self) -> dict[str, float]:
         """The engine's gauges, at most a quarter of a second old while it is idle."""
@@ -157,29 +161,27 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the engine's process and remove the sockets."""
-        if hasattr(self, "_process"):
-            await self._end_process()
-        for task in self._tasks:
+        if self._process is not None:
+            await self._end(self._process)
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._die("The server is closing.")
         self._sockets.close()
 
-    async def _end_process(self) -> None:
-        if self._process.returncode is None and self._ready.done():
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None and self._ready.done():
             await self._say(Stop())
-            try:
-                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
-            except TimeoutError:
-                pass
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
+        self._kill()
+        await process.wait()
 
-    def _background(self, work: Any) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.append(task)
-        task.add_done_callback(self._tasks.remove)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _say(self, command: Command) -> None:
         await self._sockets.outbox.send_multipart(self._wire.pack(command))
@@ -192,7 +194,11 @@ class EngineClient:
                     self._heard = monotonic()
                     self._hear(report)
             elif self._streams and monotonic() - self._heard > self.watchdog:
-                self._process.kill()
+                self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     def _hear(self, report: Report) -> None:
         match report:
@@ -221,8 +227,8 @@ class EngineClient:
                 if output.finish_reason:
                     del self._streams[output.id]
 
-    async def _watch(self) -> None:
-        code = await self._process.wait()
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
         await asyncio.sleep(0.05)  # its last words may still be in the socket
         self._die(f"The engine's process ended with code {code}.")
 

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from operator import add, mul
 from time import thread_time
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -29,18 +29,16 @@ MAX_ITEMS = 100_000  # nodes of a value that is printed, or steps of ranges in o
 MAX_INTEGER = 1 << 128
 MAX_SECONDS = 2.0  # CPU time of the thread
 
-FILTERS = """
-abs capitalize count default d dictsort e escape first float groupby indent int items last
-length list lower map max min reject rejectattr replace safe select selectattr sort
-title trim unique upper
-""".split()
-STR_METHODS = frozenset(
-    """
-    capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
-    istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit
-    rstrip split splitlines startswith strip swapcase title upper
-    """.split()
+_FILTERS = (
+    "abs capitalize count default d dictsort e escape first float groupby indent int items last length list "
+    "lower map max min reject rejectattr replace safe select selectattr sort title trim unique upper "
 )
+_STR_METHODS = (
+    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
+    "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex "
+    "rpartition rsplit rstrip split splitlines startswith strip swapcase title upper "
+)
+FILTERS, STR_METHODS = frozenset(_FILTERS.split()), frozenset(_STR_METHODS.split())
 
 
 class TemplateError(Exception):
@@ -188,7 +186,7 @@ def _number(value: Any) -> Any:
 class Generation(Extension):
     """`{% generation %}`, which transformers uses to mark an assistant's tokens: its body, as it is."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -199,7 +197,7 @@ class Environment(ImmutableSandboxedEnvironment):
     """The sandbox. Names, filters and methods that no chat template needs are not there."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
-    concat = staticmethod(concat)  # type: ignore[assignment]
+    concat = staticmethod(concat)
 
     def __init__(self) -> None:
         super().__init__(
@@ -229,12 +227,12 @@ class Environment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "replace":
             return _replace(owner, *args)
         if isinstance(owner, str) and name == "join":
-            return _join(*args, d=owner)
+            return _join(args[0], owner)
         if isinstance(owner, str) and "split" in name:
             _budget.get().spend(len(owner))
         return super().call(__context, __obj, *args, **kwargs)

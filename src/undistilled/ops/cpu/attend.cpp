@@ -88,6 +88,7 @@ INLINE void mix(const float* weights, const float* fade, const float* const* val
 void attend_span(const Paged& a, long r, long kv, const float* q, long heads, long t0, long t1,
                  Partial out, long pad, float* scratch) {
   long bytes = a.kind == FP32 ? 4 : 2;
+  auto place = [&](long t) { return (a.slot(r, t) * a.kv_heads + kv) * a.width * bytes; };
   for (long h = 0; h < heads; h++) {
     out.top[h] = -INFINITY;
     out.total[h] = 0;
@@ -98,11 +99,18 @@ void attend_span(const Paged& a, long r, long kv, const float* q, long heads, lo
     const float *keys[BLOCK], *values[BLOCK];
     float scores[HEADS * BLOCK], fade[HEADS];
     for (long i = 0; i < tokens; i++) {
-      long place = (a.slot(r, t + i) * a.kv_heads + kv) * a.width * bytes;
+      if (t + i + BLOCK < t1) {   // a head's rows lie apart, where hardware does not prefetch
+        long next = place(t + i + BLOCK);
+        for (long o = 0; o < a.width * bytes; o += 64) {
+          __builtin_prefetch(a.keys + next + o);
+          if (a.values != a.keys) __builtin_prefetch(a.values + next + o);
+        }
+      }
+      long here = place(t + i);
       auto read = [&](const uint8_t* cache, float* buffer) -> const float* {
-        if (a.kind == FP32) return (const float*)(cache + place);
-        if (a.kind == FP16) decode<Fp16>(cache + place, 0, a.width, buffer);
-        else decode<Bf16>(cache + place, 0, a.width, buffer);
+        if (a.kind == FP32) return (const float*)(cache + here);
+        if (a.kind == FP16) decode<Fp16>(cache + here, 0, a.width, buffer);
+        else decode<Bf16>(cache + here, 0, a.width, buffer);
         return buffer;
       };
       keys[i] = read(a.keys, scratch + i * a.width);

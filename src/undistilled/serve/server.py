@@ -1,0 +1,162 @@
+"""`undistilled serve`: bind, load, listen, and end well."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import sys
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ..errors import CannotBind
+from .client import EngineClient, Progress
+from .limits import Gate, Limits
+from .openai import make_app
+from .protocol import Protocol
+from .template import check_template, template_of
+from .worker import ENGINE
+
+DRAIN_TICK = 0.05  # seconds
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but SIGTERM first lets requests in work finish while new ones get 503."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, shutdown_timeout: float) -> None:
+        super().__init__(config)
+        self.gate, self.shutdown_timeout = gate, shutdown_timeout
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: end now."""
+        if self.gate.draining:
+            self.should_exit = self.force_exit = True
+        self.gate.draining = True
+        self._drain_until = self._drain_until or monotonic() + self.shutdown_timeout
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drain_until is not None and (not self.gate.inside or monotonic() > self._drain_until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. CannotBind says why not, and what to do."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CannotBind(
+            f"Cannot listen on {host} port {port}: {reason}.",
+            "Choose another with --port, or end what uses it (`ss -ltnp` shows who).",
+        ) from error
+    return bound
+
+
+def serve(
+    options: dict[str, Any],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    shutdown_timeout: float = 30.0,
+    *,
+    limits: Limits | None = None,
+    factory: str = ENGINE,
+    progress: Progress | None = None,
+) -> int:
+    """Serve the model that `options` name until a signal. Returns 0, or 1 where the engine died.
+
+    Raises CannotBind before the model is read, and what `open_engine` raises while it is.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    with bind(host, port) as bound:
+        try:
+            return asyncio.run(_serve(bound, options, api_key, shutdown_timeout, limits, factory, progress))
+        except asyncio.CancelledError:  # SIGTERM before there was a server to answer it
+            return 0
+        except KeyboardInterrupt:
+            return 130
+
+
+async def _serve(
+    bound: socket.socket, options: dict[str, Any], api_key: str | None, shutdown_timeout: float,
+    limits: Limits | None, factory: str, progress: Progress | None,
+) -> int:
+    client = await _load(options, factory, progress or show_progress)
+    try:
+        template = template_of(client.tokenizer)
+        if template is not None:
+            check_template(template)
+        gate = Gate()
+        app = make_app(client, api_key=api_key, limits=limits, gate=gate)
+        config = uvicorn.Config(
+            app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+            timeout_keep_alive=30, timeout_graceful_shutdown=1, server_header=False, date_header=True,
+        )
+        server = Server(config, gate, shutdown_timeout)
+        announce(client, bound, api_key)
+        watching = asyncio.create_task(_end_with(client, server))
+        await server.serve([bound])
+        watching.cancel()
+        return 0 if client.alive else 1
+    finally:
+        await client.close()
+
+
+async def _load(options: dict[str, Any], factory: str, progress: Progress) -> EngineClient:
+    """The engine's client. SIGTERM meanwhile cancels, and so ends the engine's process too."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await EngineClient.start(options, factory=factory, progress=progress)
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def _end_with(client: EngineClient, server: Server, linger: float = 5.0) -> None:
+    """A server whose engine died says so for a few seconds, then ends, so that its supervisor starts a new one."""
+    while client.alive:
+        await asyncio.sleep(0.2)
+    logging.getLogger("undistilled.serve").error("The engine has ended; so will the server.")
+    await asyncio.sleep(linger)
+    server.should_exit = True
+
+
+def show_progress(done: int, total: int, name: str) -> None:
+    share = f"{done / total:4.0%}" if total else ""
+    print(f"loading {share} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
+def announce(client: EngineClient, bound: socket.socket, api_key: str | None) -> None:
+    """Where the server listens, and a line to try it with."""
+    host, port = bound.getsockname()[:2]
+    address = ipaddress.ip_address(host)
+    shown = ("[::1]" if address.version == 6 else "127.0.0.1") if address.is_unspecified else host
+    if ":" in shown and not shown.startswith("["):
+        shown = f"[{shown}]"
+    base = f"http://{shown}:{port}/v1"
+    key = " -H \"Authorization: Bearer $UNDISTILLED_API_KEY\"" if api_key else ""
+    chat = template_of(client.tokenizer) is not None
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]} if chat else {"prompt": "Once"}
+    path = "/chat/completions" if chat else "/completions"
+    print(f"{client.name} at {base} (context {client.max_context} tokens). Try:")
+    print(f"  curl {base}{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(ask)}'", flush=True)
+    if not api_key and not address.is_loopback:
+        print("Anybody who reaches this address can use it: set an API key.", file=sys.stderr, flush=True)
+
+
