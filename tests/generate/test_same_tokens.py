@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from runs import greedy
 from tiny import CONFIGS, load, write_checkpoint
 

@@ -5,6 +5,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
+
 from undistilled.prove.receipt import prove
 
 

@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from undistilled.errors import BadArtefact
 from undistilled.prove.divergence import EDGES, compare, record, windows
 from undistilled.prove.score import Scorer

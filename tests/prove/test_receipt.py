@@ -100,7 +100,7 @@ def test_a_bench_that_measured_nothing_is_no_figure(folder, text, printed):
 
 
 def test_a_command_that_fails_says_why():
-    with pytest.raises(UndistilledError, match="exit 3.*broken"):
+    with pytest.raises(UndistilledError, match=r"exit 3.*broken"):
         measure.run_command([sys.executable, "-c", "import sys; print('broken', file=sys.stderr); sys.exit(3)"])
 
 

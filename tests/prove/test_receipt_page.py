@@ -47,7 +47,8 @@ def test_the_page_has_the_figures_and_fetches_nothing(receipt):
         nats(r["kl_nats"]["mean"]), percent(r["top1_agreement"]), size(r["memory"]["predicted"]),
         size(r["memory"]["measured"]), rate(r["speed"]["measured"]["decode_tokens_per_s"]["median"]),
         rate(r["speed"]["predicted"]["prefill_tokens_per_s"]), f"{r['perplexity']['plan']:.3f}", r["receipt_id"],
-        r["model"]["fingerprint"], r["plan"]["digest"], r["text"]["sha256"], "The id matches the content", "toy, accuracy",
+        r["model"]["fingerprint"], r["plan"]["digest"], r["text"]["sha256"], "The id matches the content",
+        "toy, accuracy",
     ):
         assert text in page, text
     tags = parsed(page)

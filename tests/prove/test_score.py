@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from undistilled.errors import UsageError
 from undistilled.prove.score import Scorer
 

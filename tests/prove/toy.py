@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import tiny
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 8
 BENCH = {
@@ -35,6 +36,9 @@ def checkpoint(folder: Path, name: str = "llama") -> Path:
 def task_file(folder: Path, count: int = 6) -> Path:
     """Questions of two choices."""
     file = folder / "toy.jsonl"
-    rows = [{"context": f"What comes after {i}?", "choices": [f"{i + 1}.", f"{i}, again."], "answer": i % 2} for i in range(count)]
+    rows = [
+        {"context": f"What comes after {i}?", "choices": [f"{i + 1}.", f"{i}, again."], "answer": i % 2}
+        for i in range(count)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops import mla
 from ..ops.attention import context_slots
+from ..ops.linear import dense
 from ..ops.rope import rotate
 from .batch import Batch, Cache
 from .layers import Linear, Make, Norm
@@ -52,7 +53,7 @@ class Attention(nn.Module):
 
     def _lift(self, dtype: torch.dtype) -> torch.Tensor:
         """kv_b as [H, N + V, Z]."""
-        return self.kv_b_proj.stored.dense(dtype).unflatten(0, (self.spec.heads, -1))
+        return dense(self.kv_b_proj.stored, dtype).unflatten(0, (self.spec.heads, -1))
 
     def _prefill(self, q_LHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
         slots = context_slots(batch.tables_RB[0], batch.block_size, batch.contexts[0])

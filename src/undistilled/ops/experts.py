@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..scheme import Stored
-from .linear import apply
+from .cpu import native
+from .linear import LARGE, apply, native_arguments, native_ready
 from .registry import op
 
 
@@ -51,4 +52,21 @@ def _one(weight: Stored, expert: int) -> Stored:
     found = weight.kernels.get(expert)
     if found is None:
         found = weight.kernels[expert] = weight.expert(expert)
+    return found  # type: ignore[return-value]
+
+
+@experts.register("native", native_ready, "our C kernel: each chosen expert's weights read once for all rows")
+def _native(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    if x_TD.shape[0] >= LARGE:
+        return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
+    stacked = [_stack(w) for w in (gate, up, down)]
+    return native.experts_rows(x_TD.contiguous(), *stacked, ids_Tk.int().contiguous(), weights_Tk.contiguous())
+
+
+def _stack(weight: Stored) -> native.Experts:
+    found = weight.kernels.get("stack")
+    if found is None:
+        found = weight.kernels["stack"] = native.Experts(*native_arguments(weight))
     return found  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, int4, int8, plain
 from .cpu import native
-from .registry import Kernel, op, say_fallback
+from .registry import Kernel, forced, op, say_fallback
 
 LARGE = 32  # tokens from which a matrix product on a dense copy beats the kernels for few
 
@@ -60,7 +60,8 @@ def _int8_torch(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return y.float() * scales
 
 
-def _native_kind(scheme: object) -> int | None:
+def native_kind(scheme: object) -> int | None:
+    """The C kernels' number for a scheme, or None."""
     if isinstance(scheme, plain.Plain):
         return native.KIND[scheme.name]
     for kind, cls in (("fp8_block", fp8_block.Fp8Block), ("int8", int8.Int8), ("int4", int4.Int4)):
@@ -69,18 +70,34 @@ def _native_kind(scheme: object) -> int | None:
     return None
 
 
-def _native_ready(w: Stored, dtype: torch.dtype) -> bool:
-    return (
-        w.device.type == "cpu" and dtype == torch.float32
-        and native.library() is not None and _native_kind(w.scheme) is not None
-    )
+def native_arguments(weight: Stored) -> tuple:
+    """(kind, values, scales, minimums, experts where there are some, N, K, group) as the C kernels take them."""
+    parts = weight.parts
+    group = getattr(weight.scheme, "group", 0) or weight.shape[-1]
+    kind = native_kind(weight.scheme)
+    return kind, parts["values"], parts.get("scales"), parts.get("minimums"), *weight.shape, group
 
 
-@linear.register("native", _native_ready, "our C kernel: FP32 activations, one result whatever the batch")
+def native_ready(w: Stored, dtype: torch.dtype) -> bool:
+    """Whether the C kernels serve this weight with these activations."""
+    here = w.device.type == "cpu" and dtype == torch.float32
+    return here and native.library() is not None and native_kind(w.scheme) is not None
+
+
+@linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    parts, (n, k) = weight.parts, weight.shape
-    call = (_native_kind(weight.scheme), parts["values"], parts.get("scales"), parts.get("minimums"))
-    group = getattr(weight.scheme, "group", 0) or k
     if x_TK.shape[0] < LARGE:
-        return native.linear(call[0], x_TK.contiguous(), *call[1:], n, k, group)
-    return F.linear(x_TK, native.dequantise(*call, n, k, group))
+        checked = weight.kernels.get("native")
+        if checked is None:
+            checked = weight.kernels["native"] = native.Weight(*native_arguments(weight))
+        return native.linear_stored(x_TK.contiguous(), checked)  # type: ignore[arg-type]
+    return F.linear(x_TK, dense(weight, x_TK.dtype))
+
+
+def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as a plain tensor [N, K], by the C kernel where it serves; not a copy where it is one already."""
+    if weight.parts["values"].dtype == dtype:
+        return weight.parts["values"]
+    if not forced() and native_ready(weight, dtype):
+        return native.dequantise(*native_arguments(weight))
+    return weight.dense(dtype)

@@ -34,8 +34,9 @@ def probe_gpus(cpu_memory: tuple[int, int]) -> tuple[tuple[Device, ...], tuple[L
         return (), ()
     try:
         handles = _visible(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        found = [d for n, h in enumerate(handles) if (d := _device(nvml, h, n, cpu_memory))]
-        links = [link for n, h in enumerate(handles) for link in _links(nvml, h, n, len(handles))]
+        found = [d for n, h in enumerate(handles) if (d := _ask(_device, nvml, h, n, cpu_memory))]
+        links = [link for n, h in enumerate(handles) for link in _ask(_links, nvml, h, n, len(handles)) or []]
+        links.sort(key=lambda k: (k.a, k.b))  # the CPU's first
         names = {d.name for d in found} | {"cpu"}
         return tuple(found), tuple(k for k in links if k.a in names and k.b in names)
     finally:
@@ -43,7 +44,7 @@ def probe_gpus(cpu_memory: tuple[int, int]) -> tuple[tuple[Device, ...], tuple[L
 
 
 def _ask(call: Any, *args: Any) -> Any:
-    """What the driver answers, or None."""
+    """What the call returns, or None where it fails."""
     try:
         return call(*args)
     except Exception as error:

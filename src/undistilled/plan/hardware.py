@@ -47,7 +47,7 @@ class Device(_Frozen):
     memory_bytes: int = Field(gt=0)
     free_bytes: int = Field(ge=0)  # what a run may use now, within the cgroup's limits
     features: tuple[str, ...] = ()  # avx2, neon, ... or sm_90
-    cores: int = Field(gt=0)  # a CPU's logical cores that this process may use; a GPU's multiprocessors or cores
+    cores: int = Field(gt=0)  # a CPU's logical cores that this process may use; a GPU's CUDA cores, 1 if unknown
     numa_nodes: int = Field(default=1, gt=0)
     unified: bool = False
     ceilings: Ceilings
@@ -199,14 +199,15 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
 def _describe_device(device: Device) -> list[tuple[str, str]]:
     c, name = device.ceilings, device.name
     nodes = f", {device.numa_nodes} NUMA nodes" if device.numa_nodes > 1 else ""
-    cores = f"{device.cores} {'cores' if device.kind == 'cpu' else 'CUDA cores'}{nodes}"
+    unit = "CUDA cores" if device.kind == "cuda" else "core" if device.cores == 1 else "cores"
+    cores = f", {device.cores} {unit}{nodes}" if device.kind == "cpu" or device.cores > 1 else ""
     shared = ", shared with the other processors" if device.unified else ""
     when = f"{c.source}, {c.measured_at}" if c.measured_at else c.source
     one = f", {_rate(c.read_one_thread_bytes_per_s)} by one thread" if c.read_one_thread_bytes_per_s else ""
     rates = {"fp32": c.fp32_flops, "bf16": c.bf16_flops, "fp8": c.fp8_flops, "int8": c.int8_ops}
     compute = ", ".join(f"{k} {_si(rate, 'OP/s' if k == 'int8' else 'FLOP/s')}" for k, rate in rates.items() if rate)
     return [
-        (name, f"{device.model}, {cores}" + (f" ({', '.join(device.features)})" if device.features else "")),
+        (name, f"{device.model}{cores}" + (f" ({', '.join(device.features)})" if device.features else "")),
         (f"{name} memory", f"{device.free_bytes / 1e9:.1f} GB free of {device.memory_bytes / 1e9:.1f} GB{shared}"),
         (f"{name} reads", f"{_rate(c.read_bytes_per_s)}{one} ({when})"),
         (f"{name} computes", f"{compute} ({when})"),

@@ -154,9 +154,9 @@ def _bytes(n: int) -> Callable[[], Any]:
 
 
 def matmul_rate(make: Callable[[int], Callable[[], Any]], seconds: float) -> float | None:
-    """The best rate over square products from 256 up to 2048, as far as `seconds` reach; None without such an op."""
+    """The best rate over square products from 256 up to 4096, as far as `seconds` reach; None without such an op."""
     end, best = time.perf_counter() + seconds, 0.0
-    for n in (256, 512, 1024, 2048):
+    for n in (256, 512, 1024, 2048, 4096):
         left = end - time.perf_counter()
         if best and (LEAST + 1) * 2 * n**3 / best > left:
             break

@@ -25,6 +25,7 @@ def cuda_ceilings(device: Device, seconds: float, progress: Progress) -> Ceiling
         size = min(BUFFER, device.free_bytes // 4) // (1 << 20) * (1 << 20)
         progress(f"{device.name}: reading {size >> 20} MiB")
         read = _read(device.name, size, seconds * 0.2)
+        torch.cuda.empty_cache()  # else cuBLAS's workspace settles in the buffer's segment and keeps it all
         progress(f"{device.name}: multiplying matrices")
         share = seconds * 0.15
         fp32 = _matmul(lambda n: _floats(n, torch.float32), share)
@@ -123,6 +124,8 @@ def _launch(seconds: float) -> float:
 
 def measure_links(known: tuple[Link, ...], gpus: list[str], progress: Progress) -> tuple[Link, ...]:
     """Links between the CPU and each GPU and each pair of GPUs, measured; those that fail stay as they were."""
+    import torch
+
     pairs = [("cpu", g) for g in gpus] + [(a, b) for n, a in enumerate(gpus) for b in gpus[n + 1 :]]
     found = []
     for a, b in pairs:
@@ -134,6 +137,7 @@ def measure_links(known: tuple[Link, ...], gpus: list[str], progress: Progress) 
             log.debug("%s – %s: %s", a, b, error)
             progress(f"{a} – {b}: not measured: {error}")
             found += [before] if before else []
+    torch.cuda.empty_cache()
     return tuple(found)
 
 

@@ -144,12 +144,16 @@ def _disk() -> Disk | None:
 
 
 def _estimate(cores: int, features: tuple[str, ...], nodes: int) -> Ceilings:
-    """A guess by instruction set, for a core of 2.5 GHz: good to a factor of two or three."""
+    """A guess by instruction set, for a core of 2.5 GHz: good to a factor of two or three.
+
+    bf16 without its own instructions is a tenth of fp32: PyTorch 2.13 measured on Zen 3.
+    """
     wide = 64 if "avx512f" in features else 32 if "avx2" in features else 16
     fp32 = 0.7 * cores * 2.5e9 * wide
-    faster = 8.0 if "amx_bf16" in features else 1.6 if {"avx512_bf16", "bf16"} & set(features) else 0.5
+    faster = 5.0 if "amx_bf16" in features else 1.6 if {"avx512_bf16", "bf16"} & set(features) else 0.1
+    node = 120e9 if cores >= 24 * nodes else 40e9  # many channels, as a server has, or two
     eight_bit = 8.0 if "amx_int8" in features else 2.0 if {"avx512_vnni", "avx_vnni", "i8mm"} & set(features) else 0.0
     return Ceilings(
-        read_bytes_per_s=min(cores * 8e9, nodes * 40e9), fp32_flops=fp32, bf16_flops=fp32 * faster,
+        read_bytes_per_s=min(cores * 8e9, nodes * node), fp32_flops=fp32, bf16_flops=fp32 * faster,
         int8_ops=fp32 * eight_bit or None, launch_s=3e-6, source="estimated",
     )

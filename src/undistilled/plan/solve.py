@@ -127,7 +127,8 @@ def _place(
     wanted = [w for w in known if mtp or not w.mtp]
     homes = {w.name: "unloaded" for w in known}
     everything = sum(size[w.name] for w in wanted)
-    for device in devices:
+    gpus = [d for d in devices if d.kind != "cpu"]
+    for device in gpus or devices:
         if everything + fixed + working + cost.RUNTIME[device.kind] <= _usable(device) or len(devices) == 1:
             return homes | {w.name: device.name for w in wanted}
     return homes | _spread(wanted, size, devices, fixed, working)

@@ -53,7 +53,7 @@ class Recording:
         need, free = self.positions * self.vocab * 4, shutil.disk_usage(self.path.parent).free
         if need > free:
             raise DoesNotFit(
-                f"{self.path.parent} needs {need / 1e9:.1f} GB for the original's log-probabilities, {free / 1e9:.1f} are free.",
+                f"{self.path.parent} has {free / 1e9:.1f} GB free; the original's probabilities take {need / 1e9:.1f}.",
                 "Use fewer --tokens, or set TMPDIR to a larger disk.",
             )
 

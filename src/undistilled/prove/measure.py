@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -41,10 +42,8 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
 
 
 def run_command(argv: list[str]) -> str:
@@ -59,7 +58,7 @@ def run_command(argv: list[str]) -> str:
 
 
 def bench_conditions(plan: Plan) -> dict[str, int]:
-    """Tokens and requests of the speed run: the context that the plan predicts for, filled, where that is not too long."""
+    """Tokens and requests of the speed run: it fills the context that the plan predicts for, up to LONGEST_PROMPT."""
     context = plan.limits.context
     new = max(2, min(NEW_TOKENS, context // 2))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -16,8 +17,10 @@ Row = dict[str, Any]
 def render(receipt: dict[str, Any]) -> str:
     """The page: one HTML document with no script and nothing to fetch."""
     source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size, "rate": rate, "nats": nats, "percent": percent, "points": points, "signed": signed}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {f.__name__: f for f in (size, rate, nats, percent, points, signed)}
     return environment.from_string(source).render(r=receipt, **view(receipt))
 
 
@@ -40,8 +43,9 @@ def sentence(r: dict[str, Any]) -> str:
         )
     return (
         f"In {plan['scheme']}, {r['model']['name']} takes {size(plan['bytes'])} of weights instead of "
-        f"{size(original['bytes'])}, and its next-token distributions diverge from the original's by {nats(kl['mean'])} "
-        f"on average; at {percent(r['top1_agreement'])} of {kl['n']:,} positions both put the same token first."
+        f"{size(original['bytes'])}, and its next-token distributions diverge from the original's by "
+        f"{nats(kl['mean'])} on average; at {percent(r['top1_agreement'])} of {kl['n']:,} positions both put the same "
+        "token first."
     )
 
 
@@ -79,7 +83,8 @@ def task(name: str, t: dict[str, Any]) -> Row:
     )
     guess = t["original_interval"][0] <= t["chance"]
     if guess:
-        verdict += f" Nor that the original does better than guessing ({percent(t['chance'])}), so this task tells little."
+        guessing = percent(t["chance"])
+        verdict += f" Nor that the original does better than guessing ({guessing}), so this task tells little."
     kept = None if t["kept"] is None or guess else t["kept"]
     return {"name": name, **t, "verdict": verdict, "established": low > 0 or high < 0, "kept_shown": kept}
 
@@ -112,7 +117,7 @@ def histogram(h: dict[str, Any]) -> dict[str, Any]:
     """Columns of a 640 x 180 drawing; the first holds everything below its first edge, the last all above."""
     counts, edges = h["counts"], h["edges"]
     top, width = max(counts) or 1, 640 / len(counts)
-    names = [f"below {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in zip(edges, edges[1:], strict=False)),
+    names = [f"below {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in pairwise(edges)),
              f"{edges[-1]:.2g} or more"]
     columns = [
         {"x": f"{i * width + 1:.1f}", "y": f"{150 - 140 * c / top:.1f}", "height": f"{140 * c / top:.1f}",
@@ -129,7 +134,7 @@ def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
     return [
         ("Model", f"{r['model']['name']}, {r['model']['parameters']:,} parameters"),
-        ("Model's fingerprint", f"{r['model']['fingerprint']} (config; name, size and first and last MB of each weight file)"),
+        ("Model's fingerprint", f"{r['model']['fingerprint']} (config; each weight file's name, size and both ends)"),
         ("Plan", f"{weights(p)}; context {p['context']:,} tokens, batch {p['batch']}"),
         ("Plan's digest", p["digest"]),
         ("Original", weights(o)),
@@ -146,8 +151,8 @@ def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 def weights(p: dict[str, Any]) -> str:
     return (
-        f"{p['scheme']} on {p['device']}: {size(p['bytes'])} of weights, {p['bits_per_weight']:.2f} bits for each; computed in "
-        f"{p['compute_dtype']}, KV cache in {p['kv_dtype']}"
+        f"{p['scheme']} on {p['device']}: {size(p['bytes'])} of weights, {p['bits_per_weight']:.2f} bits for each; "
+        f"computed in {p['compute_dtype']}, KV cache in {p['kv_dtype']}"
     )
 
 

@@ -89,10 +89,8 @@ def _plan(model: Model, plan_file: Path | None, scheme: str | None, context: int
         raise UsageError("A plan file decides scheme and context.", "Give --plan alone, or --scheme and --context.")
     if not model.has_weights:
         raise BadArtefact(f"{model.path} has no weights to prove anything about.")
-    options = {
-        "plan": plan_file, "scheme": scheme, "context": context or min(DEFAULT_CONTEXT, model.spec.max_context), "batch": 1,
-    }
-    plan = plan_for(model, options)
+    context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
+    plan = plan_for(model, {"plan": plan_file, "scheme": scheme, "context": context, "batch": 1})
     _device(plan)
     return plan
 
@@ -123,7 +121,8 @@ def original_plan(model: Model, plan: Plan) -> Plan:
 
 
 def _inputs(
-    model: Model, plan: Plan, original: Plan, text: Path | None, files: list[Path], tokens: int, limit: int | None, window: int
+    model: Model, plan: Plan, original: Plan, text: Path | None, files: list[Path], tokens: int, limit: int | None,
+    window: int,
 ) -> Inputs:
     if tokens < 2 or window < 2:
         raise UsageError("--tokens and the window start at 2.")
@@ -144,7 +143,9 @@ def _inputs(
 
 def _check_vocab(model: Model, ids: list[int]) -> None:
     if ids and max(ids) >= model.spec.vocab:
-        raise BadArtefact(f"The tokenizer gives id {max(ids)}; the model has {model.spec.vocab} rows.", "Is it another model's?")
+        raise BadArtefact(
+            f"The tokenizer gives id {max(ids)}; the model has {model.spec.vocab} rows.", "Is it another model's?"
+        )
 
 
 def read_text(file: Path | None) -> tuple[str, str]:

@@ -62,7 +62,8 @@ class Scorer:
     def _sequence(self, tokens: list[int]) -> Sequence:
         if not 0 < len(tokens) <= self.capacity:
             raise UsageError(
-                f"{len(tokens)} tokens to score; the plan has room for 1 to {self.capacity}.", "Plan with a larger --context."
+                f"{len(tokens)} tokens to score; the plan has room for 1 to {self.capacity}.",
+                "Plan with a larger --context.",
             )
         blocks = -(-len(tokens) // self.plan.kv.block_size)
         return Sequence(Request("prove", tokens), tokens, blocks=list(range(blocks)))

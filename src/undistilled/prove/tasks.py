@@ -80,8 +80,7 @@ def read_tasks(paths: list[Path], limit: int | None = None) -> list[Task]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             while line := file.readline(LONGEST):
                 number += 1
                 yield number, line

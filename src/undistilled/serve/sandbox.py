@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from operator import add, mul
 from time import thread_time
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -186,7 +186,7 @@ def _number(value: Any) -> Any:
 class Generation(Extension):
     """`{% generation %}`, which transformers uses to mark an assistant's tokens: its body, as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

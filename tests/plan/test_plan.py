@@ -1,0 +1,123 @@
+"""Plans: R1 from its config alone, what fits, and plans that must be refused (fault 25)."""
+
+import json
+import time
+
+import pytest
+
+from undistilled.checkpoint.resolve import find
+from undistilled.errors import BadArtefact, DoesNotFit, UsageError
+from undistilled.plan.check import check, check_devices
+from undistilled.plan.hardware import load_machine
+from undistilled.plan.plan import read_plan
+from undistilled.plan.solve import Ask, solve
+
+
+@pytest.fixture(scope="module")
+def r1():
+    return find("deepseek-r1")
+
+
+def make(model, machine="8x-h200", **ask):
+    return solve(model.name, model.config, model.spec, load_machine(machine), Ask(**ask))
+
+
+def test_r1_is_planned_whole_and_fast(r1):
+    load_machine("8x-h200")
+    began = time.perf_counter()
+    plan = make(r1, mtp=True)
+    assert time.perf_counter() - began < 3
+    assert plan.tensors == 91_991
+    assert sum(row.nbytes for row in plan.rows if row.role not in ("norm",)) == pytest.approx(688_574_839_360, rel=1e-4)
+    assert plan.parameters == 671_026_419_200
+    assert plan.kv.bytes_per_token == 70_272
+    assert plan.fits
+
+
+def test_bytes_of_rows_are_the_prediction(r1):
+    plan = make(r1, scheme="int4")
+    for name, device in plan.predicted.devices.items():
+        assert sum(row.nbytes for row in plan.rows if row.store == name) == device.bytes.weights
+        b = device.bytes
+        assert b.total == b.weights + b.kv + b.activations + b.runtime
+
+
+def test_longer_contexts_take_more(r1):
+    plan = make(r1)
+    totals = [sum(c.total_bytes.values()) for c in plan.predicted.contexts]
+    assert totals == sorted(totals) and totals[0] < totals[-1]
+
+
+def test_r1_does_not_fit_a_laptop_and_says_what_would_help(r1):
+    plan = make(r1, "laptop-16gb")
+    assert not plan.fits and "GB" in plan.advice
+    with pytest.raises(DoesNotFit):
+        check(plan, r1.spec, r1.config)
+
+
+def test_advice_is_true(r1):
+    plan = make(r1, "4x-rtx4090", scheme="fp8_block")
+    assert not plan.fits
+    scheme = plan.advice.split("--scheme ")[1].split()[0]
+    assert make(r1, "4x-rtx4090", scheme=scheme).fits
+
+
+def test_too_long_a_context_names_the_limit(r1):
+    with pytest.raises(UsageError, match="163840"):
+        make(r1, context=200_000)
+
+
+def edited(plan, tmp_path, **changes):
+    raw = plan.model_dump(mode="json")
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        at = raw
+        for key in parents:
+            at = at[int(key)] if key.isdigit() else at[key]
+        at[last] = value
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(raw))
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"rows__5__scheme": "int5"}, "rows|Row"),
+        ({"rows__5__nbytes": 12}, "Row"),
+        ({"rows__5__nbytes": -1}, "rows.5.nbytes"),
+        ({"rows__5__shape": [1, 2]}, "Row"),
+        ({"rows__5__name": "model.layers.0.nothing"}, "row|Row"),
+        ({"kv__blocks": 0}, "kv.blocks"),
+        ({"kv__blocks": 1}, "blocks"),
+        ({"kv__dtype": "int3"}, "kv.dtype"),
+        ({"limits__context": 10**9}, "context"),
+        ({"version": 99}, "version"),
+        ({"model_hash": "0"}, "another"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_edited_plans_are_refused_by_name(r1, tmp_path, changes, names):
+    with pytest.raises(BadArtefact, match=names):
+        check(read_plan(edited(make(r1), tmp_path, **changes)), r1.spec, r1.config)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}', "[" * 100_000])
+def test_nonsense_is_refused(tmp_path, text):
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(BadArtefact, match=r"plan\.json"):
+        read_plan(file)
+
+
+def test_a_plan_written_is_the_plan_read(r1, tmp_path):
+    plan = make(r1)
+    plan.write(tmp_path / "p.json")
+    assert read_plan(tmp_path / "p.json") == plan
+
+
+def test_a_plan_for_another_machine_is_refused(r1):
+    with pytest.raises(DoesNotFit, match="cuda:0"):
+        check_devices(make(r1), {"cpu": 10**12})
+    with pytest.raises(DoesNotFit, match="GB"):
+        check_devices(make(r1, "8x-h200"), dict.fromkeys([f"cuda:{i}" for i in range(8)] + ["cpu"], 10**9))

@@ -1,0 +1,84 @@
+"""Every scheme on shapes that divide nothing: parts as declared, bytes as counted, slices as the whole."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undistilled import scheme as schemes
+from undistilled.errors import UsageError
+
+# half a step of each format, relative to the largest value that shares a scale
+HALF_STEP = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "int8": 0.5 / 127, "int4": 0.55 / 7}
+R1_SHAPES = [(576, 7168), (1536, 7168), (2048, 7168), (7168, 2048)]
+
+
+@pytest.mark.parametrize("name", list(schemes.SCHEMES))
+@settings(max_examples=25, deadline=None)
+@given(out=st.integers(1, 300), into=st.integers(1, 300), experts=st.integers(0, 3), seed=st.integers(0, 99))
+def test_parts_bytes_and_error(name, out, into, experts, seed):
+    scheme = schemes.get(name)
+    shape = (experts, out, into) if experts else (out, into)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    parts = scheme.compress(w)
+    specs = schemes.parts_of(scheme, shape)
+    assert {k: (tuple(t.shape), str(t.dtype)) for k, t in parts.items()} == {
+        k: (s.shape, f"torch.{s.dtype}") for k, s in specs.items()
+    }
+    stored = schemes.Stored(scheme, shape, parts)
+    assert stored.nbytes == schemes.bytes_of(scheme, shape)
+    error = (stored.dense(torch.float32) - w).abs().amax()
+    assert error <= HALF_STEP[name.split("-")[0]] * 2 * w.abs().amax() + 1e-6
+
+
+@pytest.mark.parametrize("name", list(schemes.SCHEMES))
+def test_a_slice_is_the_slice_of_the_whole(name):
+    scheme = schemes.get(name)
+    stored = schemes.Stored(scheme, (3, 300, 384), scheme.compress(torch.randn(3, 300, 384)))
+    dense = stored.dense(torch.float32)
+    assert torch.equal(stored.narrow("out", 128, 256).dense(torch.float32), dense[:, 128:256])
+    assert torch.equal(stored.narrow("out", 256, 300).dense(torch.float32), dense[:, 256:])
+    assert torch.equal(stored.narrow("in", 128, 256).dense(torch.float32), dense[..., 128:256])
+    assert torch.equal(stored.narrow("expert", 1, 3).dense(torch.float32), dense[1:])
+    assert torch.equal(stored.expert(2).dense(torch.float32), dense[2])
+
+
+@pytest.mark.parametrize("name, axis, start", [("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32)])
+def test_a_cut_quantum_is_refused(name, axis, start):
+    scheme = schemes.get(name)
+    stored = schemes.Stored(scheme, (256, 256), scheme.compress(torch.randn(256, 256)))
+    with pytest.raises(ValueError, match="quantum"):
+        stored.narrow(axis, start, 256)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "fp8_block"])
+def test_compressing_rows_apart_is_compressing_them_together(name):
+    scheme = schemes.get(name)
+    w = torch.randn(300, 160)
+    step = schemes.row_quantum(scheme) * (1 if name == "fp8_block" else 7)
+    whole = scheme.compress(w)
+    pieces = [scheme.compress(w[at : at + step]) for at in range(0, 300, step)]
+    for part in whole:
+        joined = torch.cat([p[part].view(torch.uint8) for p in pieces])
+        assert torch.equal(joined, whole[part].view(torch.uint8))
+
+
+def test_extremes_survive():
+    for name in schemes.SCHEMES:
+        scheme = schemes.get(name)
+        for w in (torch.zeros(4, 64), torch.full((4, 64), 3.0), torch.full((4, 64), -1e-8)):
+            dense = scheme.decompress(scheme.compress(w), (4, 64), torch.float32)
+            assert dense.isfinite().all(), name
+            assert (dense - w).abs().max() <= 0.07 * w.abs().max() + 1e-7, name
+
+
+def test_unknown_scheme_names_the_known_ones():
+    with pytest.raises(UsageError, match="int8"):
+        schemes.get("int5")
+
+
+@pytest.mark.parametrize("shape", R1_SHAPES)
+def test_r1_shapes_have_bytes(shape):
+    weights = shape[0] * shape[1]
+    assert schemes.bytes_of(schemes.get("int4"), shape) * 8 / weights == pytest.approx(4.25, abs=0.01)
+    assert schemes.bytes_of(schemes.get("fp8_block"), shape) * 8 / weights == pytest.approx(8.002, abs=0.001)
