@@ -100,6 +100,7 @@ class SafetensorsSource:
     """A folder with config.json and one or more safetensors files."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self._open: tuple[Path, int] | None = None
         self.folder, self.config = folder, config
         self.files = shard_files(folder)
         self.entries: dict[str, Entry] = {}
@@ -108,7 +109,6 @@ class SafetensorsSource:
                 if name in self.entries:
                     raise BadArtefact(f"{file}: tensor {name!r} is also in {self.entries[name].file}.")
                 self.entries[name] = entry
-        self._open: tuple[Path, int] | None = None
 
     def names(self) -> set[str]:
         return {n for n in self.entries if not n.endswith(SCALE)}

@@ -83,9 +83,16 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, control: bool) -> list[int]:
-        """Ids of `text`, without BOS. `control`: whether control tokens in it become their ids or stay text."""
+        """Ids of `text`, without BOS. `control`: whether control tokens in it become their ids or stay text.
+
+        UnicodeEncodeError where `text` has half of a surrogate pair.
+        """
         tokenizer = self._tokenizer if control else self._plain
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            text.encode()
+            raise
         if not control and not self._control_ids.isdisjoint(ids):
             raise ValueError("plain text came out as a control token")
         return ids

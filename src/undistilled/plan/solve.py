@@ -99,9 +99,10 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
 
 
 def _devices(machine: Machine, ask: Ask) -> list[Device]:
-    """GPUs first, then the CPU."""
+    """GPUs first, then the CPU, unless its memory is the GPU's."""
     gpus = [d for d in machine.devices if d.kind != "cpu" and ask.device != "cpu"]
-    cpus = [d for d in machine.devices if d.kind == "cpu"]
+    shared = any(d.unified for d in gpus)
+    cpus = [d for d in machine.devices if d.kind == "cpu" and not shared]
     return [*gpus, *cpus]
 
 
@@ -205,7 +206,7 @@ def _advice(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask
         if tried.fits:
             return f"With --scheme {scheme} it fits (tried at --context 1024)."
     least = min((_weight_bytes(spec, s), s) for s in (*smaller, plan.scheme))
-    memory = sum(_usable(d) for d in machine.devices)
+    memory = machine.free_bytes()
     return (
         f"Its smallest form here, {least[1]}, is {least[0] / 1e9:.0f} GB of weights; {machine.name} has "
         f"{memory / 1e9:.0f} GB free in all. See `undistilled doctor` for machines to plan for with --machine."

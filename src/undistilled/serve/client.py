@@ -171,7 +171,7 @@ class EngineClient:
         self._sockets.close()
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is None and self._ready.done():
+        if process.returncode is None and self._ready.done() and not self._ready.cancelled():
             await self._say(Stop())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), CLOSE_SECONDS)

@@ -38,6 +38,7 @@ def make_app(
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(UnicodeEncodeError, _on_surrogate)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(Guard, gate=gate or Gate(), limits=limits or Limits(), metrics=metrics, api_key=api_key)
     return app
@@ -120,6 +121,10 @@ async def _on_invalid(request: Request, error: Any) -> Response:
     path = ".".join(where[:4])
     message = f"{path}: {first['msg']}." if path else f"{first['msg']}."
     return Json(error_body(message[:500], param=where[0] if where else None, code=first["type"]), 400)
+
+
+async def _on_surrogate(request: Request, error: Any) -> Response:
+    return Json(error_body("A text has half of a surrogate pair.", code="invalid_json"), 400)
 
 
 async def _on_http(request: Request, error: Any) -> Response:

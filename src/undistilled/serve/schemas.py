@@ -13,6 +13,8 @@ MAX_COPIES = 16
 MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
 TEXT_PARTS = ("text", "input_text")
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Float = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Body(BaseModel):
@@ -50,17 +52,17 @@ class Generating(Body):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
+    max_tokens: Int64 | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int64 | None = None
+    min_p: Float | None = None
+    repetition_penalty: Float | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    seed: Int64 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Int64] | None = None
     ignore_eos: bool = False
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIAS)] | None = None
     stream: bool | None = None
@@ -84,7 +86,7 @@ class CompletionBody(Generating):
     prompt: Any = Field(json_schema_extra={"examples": ["The capital of France is"]})
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: int | None = None
+    best_of: Int64 | None = None
     parse_special: bool = True
 
     @field_validator("best_of")
@@ -140,7 +142,7 @@ class ResponseFormat(BaseModel):
 
 class ChatBody(Generating):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -167,7 +169,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Int64]
     skip_special_tokens: bool = False
 
 

@@ -1,0 +1,176 @@
+"""The engine's process and the server's: start, bind, garbage on the socket, death, SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+import zmq
+from conftest import FACTORY, Running, free_port, run_serve
+
+from undistilled.errors import BadArtefact, RequestError
+from undistilled.schedule.request import Output, Request, Sampling
+from undistilled.serve.client import EngineClient
+from undistilled.serve.messages import Add, Command, Wire
+from undistilled.serve.stream import merge
+
+
+def test_garbage_on_the_sockets_is_dropped(server):
+    directory = server.client._sockets.directory
+    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+    forged = Wire("not the key", Command).pack(Add(Request("x", [1], Sampling())))
+    added = server.stats()["added"]
+    with zmq.Context() as context:
+        for name in ("commands", "reports"):
+            with context.socket(zmq.PUSH) as s:
+                s.set(zmq.LINGER, 500)
+                s.connect(f"ipc://{directory}/{name}")
+                for frames in ([b"x"], [b"", b""], forged, [server.client._key.encode(), b"\xff" * 100], [b"x"] * 9,
+                               [server.client._key.encode(), b"\x91" * 100_000]):
+                    s.send_multipart(frames)
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect(f"{directory}/{name}")
+                s.sendall(os.urandom(10_000))
+    time.sleep(0.3)
+    answer = server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 5})
+    assert answer.json()["choices"][0]["text"] == "Hello"
+    server.wait_for(lambda stats: stats["added"] == added + 1)
+
+
+def test_the_engine_dies():
+    with Running({"delay": 0.02}) as running:
+        answers = []
+        body = {"prompt": "long", "max_tokens": 4000}
+        neighbour = threading.Thread(target=lambda: answers.append(running.post("/v1/completions", body)))
+        neighbour.start()
+        running.wait_for(lambda stats: stats.get("running") == 1)
+        assert running.post("/v1/completions", {"prompt": "die"}).status_code == 500
+        neighbour.join(5)
+        assert answers[0].status_code == 500 and answers[0].json()["error"]["code"] == "engine_dead"
+        health = httpx.get(running.base + "/health")
+        assert health.status_code == 503 and health.json()["error"]["type"] == "server_error"
+        assert running.post("/v1/completions", {"prompt": "Hi"}).status_code == 500
+
+
+def test_a_stopped_engine_is_found_by_the_watchdog():
+    with Running({"delay": 0.02}) as running:
+        running.client.watchdog = 1.0
+        os.kill(running.client.pid, signal.SIGSTOP)
+        assert running.post("/v1/completions", {"prompt": "Hi"}).status_code == 500
+        assert httpx.get(running.base + "/health").status_code == 503
+
+
+def test_an_error_while_opening_keeps_its_class():
+    with pytest.raises(BadArtefact, match=r"The model is bad. Get another."):
+        asyncio.run(EngineClient.start({"bad": True}, factory=FACTORY))
+
+
+def test_generate_and_progress():
+    async def main() -> tuple[str, list]:
+        seen: list = []
+        client = await EngineClient.start({"load": 1.0}, factory=FACTORY, progress=lambda *news: seen.append(news))
+        try:
+            text, ids = "", lambda words: client.tokenizer.encode(words, control=False)
+            async for output in client.generate(Request("a", ids("Hi"), Sampling(max_tokens=5))):
+                text += output.text
+            with pytest.raises(RequestError):
+                async for _ in client.generate(Request("b", ids("refuse"), Sampling())):
+                    pass
+            async for _ in client.generate(Request("c", ids("long"), Sampling(500))):
+                break
+            return text, seen
+        finally:
+            await client.close()
+            assert not os.path.exists(client._sockets.directory)
+
+    text, seen = asyncio.run(main())
+    assert text == "Hello" and len(seen) > 1 and seen[0] == (0, 10, "weight")
+
+
+def test_merge():
+    merged = merge([Output("a", [1], "x", completion_tokens=1), Output("a", [2], "y", [], "stop", None, 3, 2)])
+    assert (merged.tokens, merged.text, merged.finish_reason, merged.completion_tokens) == ([1, 2], "xy", "stop", 2)
+
+
+def started(port: int, shutdown_timeout: float = 5.0, **options: object) -> subprocess.Popen:
+    """A process that serves; its output is text. Returns once it answers."""
+    command = run_serve(options=options, port=port, shutdown_timeout=shutdown_timeout)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(200):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return process
+        except httpx.TransportError:
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def test_sigterm_lets_requests_finish_and_refuses_new_ones():
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    process = started(port, delay=0.02)
+    answers = []
+    body = {"prompt": "long", "max_tokens": 75}
+    busy = threading.Thread(target=lambda: answers.append(httpx.post(base + "/v1/completions", json=body, timeout=9)))
+    busy.start()
+    time.sleep(0.4)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    refused = httpx.post(base + "/v1/completions", json=body)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    out, err = process.communicate(timeout=10)
+    busy.join()
+    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 75
+    assert process.returncode == 0, err
+    assert f"http://127.0.0.1:{port}/v1" in out and "curl" in out
+
+
+def test_sigterm_gives_up_after_the_timeout_and_while_loading():
+    port = free_port()
+    process = started(port, 0.5, delay=0.02)
+    body = {"prompt": "long", "max_tokens": 4000, "stream": True}
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20):
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=8)
+    assert process.returncode == 0
+    command = run_serve(options={"load": 30}, port=port)
+    loading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.5)
+    loading.send_signal(signal.SIGTERM)
+    _, err = loading.communicate(timeout=8)
+    assert loading.returncode == 0 and "Traceback" not in err, err
+
+
+def test_the_engine_ends_with_a_server_that_is_killed():
+    process = started(port := free_port(), delay=0.02)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    assert len(children) == 1 and port
+    process.kill()
+    process.communicate()
+    for _ in range(40):
+        if not os.path.exists(f"/proc/{children[0]}"):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the engine outlived the server")
+
+
+def test_exit_codes():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(run_serve(options={"bad": True}, port=port), capture_output=True, text=True, timeout=20)
+    assert done.returncode == 5 and str(port) in done.stderr and "--port" in done.stderr
+    for options in ({"bad": True}, {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}):
+        command = run_serve(options=options, port=0)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
