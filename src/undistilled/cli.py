@@ -118,10 +118,13 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
 ) -> None:
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
-    from .serve.chat import converse
+    from .serve.terminal import converse
 
     engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
-    converse(engine, system=system, max_tokens=max_tokens, temperature=temperature, ask=show.ask, on_text=show.stream)
+    converse(
+        engine, system=system, max_tokens=max_tokens, temperature=temperature, ask=show.ask, on_text=show.stream,
+        on_thought=show.thought,
+    )
 
 
 @app.command()

@@ -56,6 +56,10 @@ def stream(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def thought(text: str) -> None:
+    out.print(f"[dim]{escape(text)}[/]", end="")
+
+
 def ask() -> str:
     return out.input("[bold]> [/]")
 
@@ -163,6 +167,23 @@ def bench(result: dict[str, Any]) -> None:
     out.print(table)
     planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
     out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+
+
+def comparison(rows: list[dict[str, Any]]) -> None:
+    """Schemes of one model beside its original: bytes, divergence, speed."""
+    table = _table("scheme", "weights", "peak memory", "KL to original", "same first choice", "prefill", "decode")
+    for row in rows:
+        kl = row["kl_nats"]
+        table.add_row(
+            row["scheme"], size(row["weights"]), size(row["peak_bytes"]),
+            f"{kl['mean']:.4f} ± {kl['se']:.4f} nats" if kl else "(the original)",
+            f"{row['top1_agreement']:.1%}" if kl else "", rate(row["prefill"]), rate(row["decode"]),
+        )
+    out.print(table)
+
+
+def heading(text: str) -> None:
+    out.print(f"\n[bold]{escape(text)}[/]")
 
 
 def usage(result: dict[str, Any]) -> None:

@@ -78,13 +78,18 @@ def test_what_is_not_established_is_said(receipt):
     none = receipt["tasks"]["toy"] | {"difference_interval": [-0.1, 0.1], "original_interval": [0.3, 0.7], "kept": 0.9}
     page = render(changed(receipt, perplexity=receipt["perplexity"] | {"log_ratio": flat}, tasks={"toy": none}))
     assert "Not established that the perplexities differ" in page and "Not established that accuracy differs" in page
-    assert "better than guessing" in page and "It keeps" not in page
-    known = none | {"difference_interval": [-0.2, -0.1], "original_interval": [0.6, 0.7]}
+    assert "better than guessing" in page and "Plan over original" not in page
+    known = none | {"difference_interval": [-0.2, -0.1], "original_interval": [0.6, 0.7], "mcnemar_p": 0.01}
     page = render(changed(receipt, tasks={"toy": known}))
-    assert "The plan answers worse." in page and "It keeps 90.0%" in page
+    assert "The plan answers worse (" in page and "Plan over original: 90.0%" in page
+    page = render(changed(receipt, tasks={"toy": known | {"mcnemar_p": 0.06}}))
+    assert "Not established that accuracy differs: the exact paired test does not exclude chance (p = 0.06)" in page
     assert "nothing is shown about the accuracy" in render(changed(receipt, tasks={}))
     apart = receipt["conditions"] | {"same_context": False}
     assert "Not under the same conditions" in render(changed(receipt, conditions=apart))
+    for load, said in ((0.1, False), (3.0, True), (None, False)):
+        at = receipt["conditions"] | {"load_before": load, "cores": 2}
+        assert ("was busy" in render(changed(receipt, conditions=at))) is said
 
 
 def test_units():

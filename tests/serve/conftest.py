@@ -1,96 +1,21 @@
-"""A real server over a fake engine, in a thread of this process; the engine has its own process."""
+"""Servers that tests share."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import openai
 import pytest
-import uvicorn
-
-from undistilled.serve.client import EngineClient
-from undistilled.serve.limits import Gate
-from undistilled.serve.openai import make_app
-from undistilled.serve.protocol import Protocol
+from live_server import Running
 
 HERE = Path(__file__).parent
-FACTORY = "fake_engine:open_engine"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _worker_path() -> None:
     paths = [str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-
-
-@dataclass
-class Running:
-    """A server in a thread. `base` is its address."""
-
-    options: dict
-    settings: dict = field(default_factory=dict)
-    header_seconds: float = 10.0
-
-    def __enter__(self) -> Running:
-        self.started, self.error = threading.Event(), None
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
-        self.thread.start()
-        assert self.started.wait(20)
-        if self.error:
-            raise self.error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(15)
-
-    async def _run(self) -> None:
-        try:
-            self.client = await EngineClient.start(self.options, factory=FACTORY)
-        except BaseException as error:
-            self.error = error
-            self.started.set()
-            return
-        self.gate = Gate()
-        bound = socket.socket()
-        bound.bind(("127.0.0.1", 0))
-        self.port = bound.getsockname()[1]
-        self.base = f"http://127.0.0.1:{self.port}"
-        protocol = type("Timed", (Protocol,), {"header_seconds": self.header_seconds})
-        app = make_app(self.client, gate=self.gate, **self.settings)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
-        )
-        bound.listen()
-        self.started.set()
-        await self.server.serve([bound])
-        await self.client.close()
-
-    def openai(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base + "/v1", api_key="none", max_retries=0, **options)
-
-    def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.base + path, json=body, timeout=20, **options)
-
-    def stats(self) -> dict[str, float]:
-        return self.client.stats()
-
-    def wait_for(self, condition: Callable[[dict], bool], seconds: float = 3.0) -> float:
-        """Seconds until the engine's stats meet the condition."""
-        began = time.monotonic()
-        while not condition(self.stats()):
-            assert time.monotonic() - began < seconds, self.stats()
-            time.sleep(0.02)
-        return time.monotonic() - began
 
 
 @pytest.fixture(scope="session")
@@ -104,23 +29,3 @@ def slow() -> Iterator[Running]:
     """A token every 20 ms."""
     with Running({"delay": 0.02}) as running:
         yield running
-
-
-def run_serve(**arguments: object) -> list[str]:
-    """The command line of a process that serves the fake engine."""
-    return [sys.executable, "-c", f"""
-import sys
-from undistilled.serve.server import serve
-from undistilled.errors import UndistilledError
-try:
-    sys.exit(serve(factory={FACTORY!r}, **{arguments!r}))
-except UndistilledError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

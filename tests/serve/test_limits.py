@@ -9,9 +9,9 @@ import time
 
 import httpx
 import pytest
-from conftest import Running
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_server import Running
 
 from undistilled.serve.limits import Limits, too_deep
 
@@ -148,6 +148,7 @@ def nested(value: object) -> int:
     return 0 if children is None else 1 + max(map(nested, children), default=0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.recursive(st.text() | st.none() | st.floats(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
 def test_depth_is_counted_outside_strings(value):
     body = json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")

@@ -14,7 +14,7 @@ import time
 import httpx
 import pytest
 import zmq
-from conftest import FACTORY, Running, free_port, run_serve
+from live_server import FACTORY, Running, free_port, run_serve
 
 from undistilled.errors import BadArtefact, RequestError
 from undistilled.schedule.request import Output, Request, Sampling
@@ -157,10 +157,18 @@ def test_the_engine_ends_with_a_server_that_is_killed():
     process.kill()
     process.communicate()
     for _ in range(40):
-        if not os.path.exists(f"/proc/{children[0]}"):
+        if not _runs(children[0]):
             return
         time.sleep(0.05)
     raise AssertionError("the engine outlived the server")
+
+
+def _runs(pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat_file:
+            return stat_file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_exit_codes():

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -67,9 +68,17 @@ def bench_conditions(plan: Plan) -> dict[str, int]:
     }
 
 
+def load_average() -> float | None:
+    """Processes that wanted a core over the last minute; None where the system does not say.
+
+    Work of others slows the run, and a receipt that hides it would blame the plan.
+    """
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def bench(model_name: str, plan: Plan, run: Command = run_command) -> dict[str, Any]:
     """Peak bytes and tokens a second of `plan` in a fresh process, with the conditions they were measured under."""
-    at = bench_conditions(plan)
+    at: dict[str, Any] = bench_conditions(plan) | {"cores": os.cpu_count() or 1, "load_before": load_average()}
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
         file = Path(folder) / "plan.json"
         plan.write(file)

@@ -30,7 +30,7 @@ def view(r: dict[str, Any]) -> dict[str, Any]:
         "verified": verify_receipt(r), "sentence": sentence(r), "perplexity": perplexity(r["perplexity"]),
         "kl_note": kl_note(r["kl_nats"]), "tasks": [task(name, t) for name, t in r["tasks"].items()],
         "bars": bars(r), "histogram": histogram(r["kl_nats"]["histogram"]), "bindings": bindings(r),
-        "same_context": r["conditions"]["same_context"],
+        "same_context": r["conditions"]["same_context"], "busy": busy(r["conditions"]),
     }
 
 
@@ -78,15 +78,19 @@ def perplexity(p: dict[str, Any]) -> Row:
 
 def task(name: str, t: dict[str, Any]) -> Row:
     low, high = t["difference_interval"]
-    verdict = "The plan answers worse." if high < 0 else "The plan answers better." if low > 0 else (
-        "Not established that accuracy differs: the interval includes zero."
-    )
+    p = t["mcnemar_p"]
+    established = not low <= 0 <= high and p < 0.05  # with few discordant questions the exact test is the stricter
+    if established:
+        verdict = f"The plan answers {'worse' if high < 0 else 'better'} (exact paired test: p = {p:.2g})."
+    else:
+        why = "the interval includes zero" if low <= 0 <= high else "the exact paired test does not exclude chance"
+        verdict = f"Not established that accuracy differs: {why} (p = {p:.2g})."
     guess = t["original_interval"][0] <= t["chance"]
     if guess:
         guessing = percent(t["chance"])
         verdict += f" Nor that the original does better than guessing ({guessing}), so this task tells little."
     kept = None if t["kept"] is None or guess else t["kept"]
-    return {"name": name, **t, "verdict": verdict, "established": low > 0 or high < 0, "kept_shown": kept}
+    return {"name": name, **t, "verdict": verdict, "established": established, "kept_shown": kept}
 
 
 def bars(r: dict[str, Any]) -> list[Row]:
@@ -97,6 +101,11 @@ def bars(r: dict[str, Any]) -> list[Row]:
         m = speed["measured"][key]
         rows.append(bar(title, speed["predicted"][key], m["median"], rate, m["min"], m["max"]))
     return rows
+
+
+def busy(at: dict[str, Any]) -> bool:
+    """Whether other work took so much of the machine that its speed here is not its own."""
+    return at["load_before"] is not None and at["load_before"] > 0.5 * at["cores"]
 
 
 def bar(title: str, predicted: float, measured: float, show, low=None, high=None, lower_is_better=False) -> Row:
@@ -124,7 +133,7 @@ def histogram(h: dict[str, Any]) -> dict[str, Any]:
          "width": f"{width - 2:.1f}", "middle": f"{(i + 0.5) * width:.1f}", "count": c, "name": f"{names[i]} nats"}
         for i, c in enumerate(counts)
     ]
-    ticks = [{"x": f"{(i + 1) * width:.1f}", "text": f"{e:g}"} for i, e in enumerate(edges) if i % 2 == 0]
+    ticks = [{"x": f"{(i + 1) * width:.1f}", "text": power(e)} for i, e in enumerate(edges) if i % 2 == 0]
     return {"columns": columns, "ticks": ticks}
 
 
@@ -179,6 +188,11 @@ def percent(value: float) -> str:
 
 def signed(value: float) -> str:
     return f"{value:+.2%}".replace("-", "−")
+
+
+def power(edge: float) -> str:
+    """0.01 -> "0.01", 1e-6 -> "10⁻⁶"."""
+    return f"{edge:g}" if edge > 0.0009 else "10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[-round(math.log10(edge))]
 
 
 def points(value: float) -> str:

@@ -83,10 +83,14 @@ class Generation:
 
     async def start(self) -> None:
         """Returns once the engine has taken every sequence. RequestError where it refuses one."""
+        tasks = [asyncio.create_task(self.client.submit(s.request)) for s in self.sequences]
         try:
-            for sequence in self.sequences:
-                self._streams.append(await self.client.submit(sequence.request))
+            self._streams = list(await asyncio.gather(*tasks))
         except BaseException:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            self._streams = [r for r in results if isinstance(r, Stream)]
             self.close()
             raise
 
@@ -173,10 +177,10 @@ def sampling_of(
     asked = getattr(body, "max_completion_tokens", None)
     asked = body.max_tokens if asked is None else asked
     chosen = {name: default_of(name, body, client.tokenizer.generation) for name in (*FROM_CHECKPOINT, *PENALTIES)}
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     sampling = Sampling(
         max_tokens=min(default_tokens or left, left) if asked is None else asked,
-        seed=body.seed, logprobs=logprobs, stop=tuple(stop), stop_ids=tuple(body.stop_token_ids or ()),
+        seed=body.seed, logprobs=logprobs, stop=stop, stop_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos, logit_bias=_bias(body.logit_bias or {}),
         **{name: value for name, value in chosen.items() if value is not None},
     )

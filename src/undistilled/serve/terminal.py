@@ -1,0 +1,67 @@
+"""A conversation in the terminal, by the same template and reasoning rules as the API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import UsageError
+from ..generate.engine import Engine
+from ..generate.once import complete
+from ..schedule.request import Sampling
+from .reasoning import ReasoningSplitter
+from .template import END_THINK, chat_prompt, template_of
+
+Show = Callable[[str], None]
+
+
+class Conversation:
+    """Messages so far with one engine."""
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        template = template_of(engine.tokenizer)
+        if template is None:
+            raise UsageError(f"{engine.name} has no chat template.", "Use `undistilled generate`.")
+        self.engine, self.template = engine, template
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+
+    def say(self, text: str, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:
+        """One turn: the answer streams to `on_content`, what the model thinks to `on_reasoning`."""
+        self.messages.append({"role": "user", "content": text})
+        tokenizer = self.engine.tokenizer
+        prompt = chat_prompt(tokenizer, self.template, self.messages)
+        reasons = prompt.thinking or END_THINK in tokenizer.control
+        splitter = ReasoningSplitter(prompt.thinking) if reasons else None
+        answer: list[str] = []
+
+        def show(piece: str, last: bool = False) -> None:
+            found = splitter.push(piece, last) if splitter else None
+            reasoning, content = (found.reasoning, found.content) if found else ("", piece)
+            answer.append(content)
+            if reasoning:
+                on_reasoning(reasoning)
+            if content:
+                on_content(content)
+
+        result = complete(self.engine, prompt.ids, sampling, show)
+        show("", last=True)
+        self.messages.append({"role": "assistant", "content": "".join(answer)})
+        return result
+
+
+def converse(
+    engine: Engine, *, system: str | None, max_tokens: int, temperature: float, ask: Callable[[], str], on_text: Show,
+    on_thought: Show,
+) -> None:
+    """Turns until an empty line or the end of input."""
+    conversation = Conversation(engine, system)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
+    while True:
+        try:
+            text = ask()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not text.strip():
+            return
+        conversation.say(text, sampling, on_text, on_thought)
+        on_text("\n")
