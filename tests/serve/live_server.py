@@ -18,7 +18,9 @@ from undistilled.serve.client import EngineClient
 from undistilled.serve.limits import Gate
 from undistilled.serve.openai import make_app
 from undistilled.serve.protocol import Protocol
+from undistilled.serve.server import bind
 
+http = httpx.Client(timeout=20, verify=False)  # one for all: a certificate store takes 30 ms to open
 FACTORY = "fake_engine:open_engine"
 
 
@@ -51,8 +53,7 @@ class Running:
             self.started.set()
             return
         self.gate = Gate()
-        bound = socket.socket()
-        bound.bind(("127.0.0.1", 0))
+        bound = bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}"
         protocol = type("Timed", (Protocol,), {"header_seconds": self.header_seconds})
@@ -66,10 +67,10 @@ class Running:
         await self.client.close()
 
     def openai(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base + "/v1", api_key="none", max_retries=0, **options)
+        return openai.OpenAI(base_url=self.base + "/v1", api_key="none", max_retries=0, http_client=http, **options)
 
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.base + path, json=body, timeout=20, **options)
+        return http.post(self.base + path, json=body, **options)
 
     def stats(self) -> dict[str, float]:
         return self.client.stats()

@@ -7,7 +7,9 @@ import time
 from itertools import pairwise
 
 import httpx
+import psutil
 import pytest
+from live_server import http
 
 HELLO = [{"role": "user", "content": "Hi"}]
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -19,7 +21,7 @@ def _survives(server):
     answer = server.post(COMPLETE, {"prompt": "Hi", "max_tokens": 5})
     assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == "Hello"
     server.wait_for(lambda stats: stats["kv_blocks_used"] == 0)
-    assert httpx.get(server.base + "/health").status_code == 200
+    assert http.get(server.base + "/health").status_code == 200
 
 
 def check_error(answer: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> dict:
@@ -54,7 +56,7 @@ def test_parameters_out_of_range(server, bad):
 def test_numbers_that_are_none(server, number):
     body = f'{{"prompt": "Hi", "temperature": {number}}}'
     headers = {"Content-Type": "application/json"}
-    check_error(httpx.post(server.base + COMPLETE, content=body, headers=headers), 400, "temperature")
+    check_error(http.post(server.base + COMPLETE, content=body, headers=headers), 400, "temperature")
 
 
 @pytest.mark.parametrize("body", [
@@ -64,7 +66,7 @@ def test_numbers_that_are_none(server, number):
 def test_bad_json(server, body):
     for path in (COMPLETE, CHAT, "/tokenize", "/detokenize"):
         headers = {"Content-Type": "application/json"}
-        check_error(httpx.post(server.base + path, content=body, headers=headers), 400)
+        check_error(http.post(server.base + path, content=body, headers=headers), 400)
 
 
 def test_brackets_in_a_string_do_not_nest(server):
@@ -97,6 +99,36 @@ def test_messages(server, messages):
     check_error(server.post(CHAT, {"messages": messages}), 400, "messages")
 
 
+@pytest.mark.parametrize("calls", [[{}], [{"function": "x"}], [{"function": {}}], ["x"], [{"function": {"name": 1}}]])
+def test_malformed_tool_calls(server, calls):
+    messages = [{"role": "assistant", "tool_calls": calls}, *HELLO]
+    assert server.post(CHAT, {"messages": messages}).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("body", [
+    {"stop": [1] * 10**6}, {"stop_token_ids": ["a"] * 10**6}, {"logit_bias": {str(i): "a" for i in range(300_000)}},
+    {"messages": [{}] * 10**6}, {"tools": [1] * 10**6, "messages": HELLO}, {"tokens": ["a"] * 10**6},
+    {"messages": [{"role": "user", "content": ["a"] * 10**6}]},
+], ids=lambda b: next(iter(b)))
+def test_a_million_mistakes_are_one_error(server, body):
+    """A report of each of them would take a gigabyte."""
+    path = "/detokenize" if "tokens" in body else CHAT if "messages" in body else COMPLETE
+    before = psutil.Process().memory_info().rss
+    began = time.monotonic()
+    check_error(server.post(path, body), 400, next(iter(body)))
+    assert time.monotonic() - began < 5 and psutil.Process().memory_info().rss - before < 300e6
+
+
+def test_a_body_that_is_not_json_by_its_header(server):
+    answer = http.post(server.base + COMPLETE, content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"})
+    assert "Content-Type" in check_error(answer, 400)["message"]
+
+
+def test_the_schema_can_be_read(server):
+    paths = http.get(server.base + "/openapi.json").json()["paths"]
+    assert {COMPLETE, CHAT, "/v1/models", "/health"} <= paths.keys()
+
+
 def test_what_is_not_supported_says_so(server):
     check_error(server.post(CHAT, {"messages": HELLO, "chat_template": "{{ 1 }}"}), 400, "chat_template")
     check_error(server.post(CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}), 400,
@@ -120,10 +152,10 @@ def test_unknown_models_routes_and_methods(server):
         check_error(server.post(path, body | {"model": "gpt-4"}), 404, "model", "model_not_found")
         check_error(server.post(path, body | {"model": "../../etc/passwd"}), 400, "model")
         check_error(server.post(path, body | {"model": "a\r\nb"}), 400, "model")
-        check_error(httpx.get(server.base + path), 405)
-    check_error(httpx.get(server.base + "/nowhere"), 404)
-    check_error(httpx.get(server.base + "/v1/models/"), 404)
-    check_error(httpx.get(server.base + "/v1/models/..%2F..%2Fetc"), 400)
+        check_error(http.get(server.base + path), 405)
+    check_error(http.get(server.base + "/nowhere"), 404)
+    check_error(http.get(server.base + "/v1/models/"), 404)
+    check_error(http.get(server.base + "/v1/models/..%2F..%2Fetc"), 400)
 
 
 def test_the_engines_refusal_reaches_the_client(server):
@@ -152,7 +184,7 @@ def test_a_client_that_leaves_is_aborted_within_a_second(slow, stream):
     aborted = slow.stats().get("aborted", 0)
     body = {"prompt": "long", "max_tokens": 4000, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        with httpx.stream("POST", slow.base + COMPLETE, json=body, timeout=0.4) as answer:
+        with http.stream("POST", slow.base + COMPLETE, json=body, timeout=0.4) as answer:
             next(answer.iter_lines())
             raise httpx.ReadTimeout("enough")
     took = slow.wait_for(lambda stats: stats["kv_blocks_used"] == 0 and stats["aborted"] == aborted + 1)
@@ -174,7 +206,7 @@ def test_neighbours_go_on_while_a_template_or_a_text_takes_long(slow):
     for i, _ in enumerate(stream):
         times.append(time.monotonic())
         if i == 5:
-            httpx.post(slow.base + "/tokenize", json={"prompt": "abc " * 500_000}, timeout=20)
+            http.post(slow.base + "/tokenize", json={"prompt": "abc " * 500_000}, timeout=20)
         if i > 20:
             break
     stream.close()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_server import Running
+from live_server import Running, http
 
 from undistilled.serve.limits import Limits, too_deep
 
@@ -39,7 +39,7 @@ def test_every_route_but_health_needs_the_key(strict, key):
         for host in ("127.0.0.1", "x/health?", "localhost/health"):
             answer = raw(strict.port, method, path, host, headers)
             assert b" 401 " in answer and b"invalid_api_key" in answer, (path, answer)
-    assert httpx.get(strict.base + "/health").status_code == 200
+    assert http.get(strict.base + "/health").status_code == 200
 
 
 def raw(port: int, method: str, path: str, host: str, headers: dict[str, bytes]) -> bytes:
@@ -51,14 +51,14 @@ def raw(port: int, method: str, path: str, host: str, headers: dict[str, bytes])
 
 
 def test_the_right_key(strict):
-    assert httpx.get(strict.base + "/v1/models", headers=strict.headers).status_code == 200
+    assert http.get(strict.base + "/v1/models", headers=strict.headers).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_refused_while_it_comes(strict, chunked):
     body = (b"x" * 1000 for _ in range(3000)) if chunked else b"x" * 3_000_000
     try:
-        answer = httpx.post(strict.base + "/v1/completions", content=body, headers=strict.headers)
+        answer = http.post(strict.base + "/v1/completions", content=body, headers=strict.headers)
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
     except httpx.WriteError:
         assert chunked  # the server hung up while we were still sending
@@ -81,7 +81,7 @@ def test_one_byte_chunks(strict):
         except ConnectionResetError:
             answer = b" 413 "
     assert b" 413 " in answer or b" 408 " in answer
-    assert httpx.get(strict.base + "/health").status_code == 200
+    assert http.get(strict.base + "/health").status_code == 200
 
 
 def test_a_slow_body_and_slow_headers(strict):
@@ -112,20 +112,20 @@ def test_a_connection_that_trickles_headers_after_a_request(strict):
 def test_a_full_queue(strict):
     def hold():
         body = {"prompt": "long", "max_tokens": 50}
-        httpx.post(strict.base + "/v1/completions", json=body, headers=strict.headers, timeout=20)
+        http.post(strict.base + "/v1/completions", json=body, headers=strict.headers, timeout=20)
 
     threads = [threading.Thread(target=hold) for _ in range(2)]
     for thread in threads:
         thread.start()
     strict.wait_for(lambda stats: stats["running"] == 2)
-    answer = httpx.post(strict.base + "/v1/completions", content=b"not even JSON", headers=strict.headers)
+    answer = http.post(strict.base + "/v1/completions", content=b"not even JSON", headers=strict.headers)
     assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
     assert answer.json()["error"]["code"] == "queue_full"
-    assert httpx.get(strict.base + "/v1/models", headers=strict.headers).status_code == 200
+    assert http.get(strict.base + "/v1/models", headers=strict.headers).status_code == 200
     for thread in threads:
         thread.join()
     body = {"prompt": "Hi", "max_tokens": 1}
-    assert httpx.post(strict.base + "/v1/completions", json=body, headers=strict.headers).status_code == 200
+    assert http.post(strict.base + "/v1/completions", json=body, headers=strict.headers).status_code == 200
 
 
 def test_a_reader_that_stops_reading_is_aborted():
@@ -148,7 +148,7 @@ def nested(value: object) -> int:
     return 0 if children is None else 1 + max(map(nested, children), default=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.recursive(st.text() | st.none() | st.floats(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
 def test_depth_is_counted_outside_strings(value):
     body = json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")

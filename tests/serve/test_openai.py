@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
+from live_server import http
 
 REPLY = "Hello, wörld 🤖!"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -121,9 +121,9 @@ def test_tokenize_and_detokenize(server):
 
 def test_version_health_metrics(server):
     server.openai().completions.create(model="fake", prompt="Hi")
-    assert httpx.get(server.base + "/health").json() == {"status": "ok"}
-    assert httpx.get(server.base + "/version").json()["version"]
-    text = httpx.get(server.base + "/metrics").text
+    assert http.get(server.base + "/health").json() == {"status": "ok"}
+    assert http.get(server.base + "/version").json()["version"]
+    text = http.get(server.base + "/metrics").text
     for name in (
         'undistilled_requests_total{route="/v1/completions",status="200"}',
         "undistilled_time_to_first_token_seconds_sum",

@@ -12,9 +12,10 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 import zmq
-from live_server import FACTORY, Running, free_port, run_serve
+from live_server import FACTORY, Running, free_port, http, run_serve
 
 from undistilled.errors import BadArtefact, RequestError
 from undistilled.schedule.request import Output, Request, Sampling
@@ -55,7 +56,7 @@ def test_the_engine_dies():
         assert running.post("/v1/completions", {"prompt": "die"}).status_code == 500
         neighbour.join(5)
         assert answers[0].status_code == 500 and answers[0].json()["error"]["code"] == "engine_dead"
-        health = httpx.get(running.base + "/health")
+        health = http.get(running.base + "/health")
         assert health.status_code == 503 and health.json()["error"]["type"] == "server_error"
         assert running.post("/v1/completions", {"prompt": "Hi"}).status_code == 500
 
@@ -65,7 +66,7 @@ def test_a_stopped_engine_is_found_by_the_watchdog():
         running.client.watchdog = 1.0
         os.kill(running.client.pid, signal.SIGSTOP)
         assert running.post("/v1/completions", {"prompt": "Hi"}).status_code == 500
-        assert httpx.get(running.base + "/health").status_code == 503
+        assert http.get(running.base + "/health").status_code == 503
 
 
 def test_an_error_while_opening_keeps_its_class():
@@ -106,7 +107,7 @@ def started(port: int, shutdown_timeout: float = 5.0, **options: object) -> subp
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(200):
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+            if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return process
         except httpx.TransportError:
             time.sleep(0.05)
@@ -120,12 +121,12 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones():
     process = started(port, delay=0.02)
     answers = []
     body = {"prompt": "long", "max_tokens": 75}
-    busy = threading.Thread(target=lambda: answers.append(httpx.post(base + "/v1/completions", json=body, timeout=9)))
+    busy = threading.Thread(target=lambda: answers.append(http.post(base + "/v1/completions", json=body, timeout=9)))
     busy.start()
     time.sleep(0.4)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
-    refused = httpx.post(base + "/v1/completions", json=body)
+    refused = http.post(base + "/v1/completions", json=body)
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
     out, err = process.communicate(timeout=10)
     busy.join()
@@ -138,13 +139,15 @@ def test_sigterm_gives_up_after_the_timeout_and_while_loading():
     port = free_port()
     process = started(port, 0.5, delay=0.02)
     body = {"prompt": "long", "max_tokens": 4000, "stream": True}
-    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20):
+    with http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20):
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=8)
     assert process.returncode == 0
     command = run_serve(options={"load": 30}, port=port)
     loading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(2.5)
+    while not _children(loading.pid):
+        time.sleep(0.05)
+    time.sleep(0.2)
     loading.send_signal(signal.SIGTERM)
     _, err = loading.communicate(timeout=8)
     assert loading.returncode == 0 and "Traceback" not in err, err
@@ -152,23 +155,23 @@ def test_sigterm_gives_up_after_the_timeout_and_while_loading():
 
 def test_the_engine_ends_with_a_server_that_is_killed():
     process = started(port := free_port(), delay=0.02)
-    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    children = _children(process.pid)
     assert len(children) == 1 and port
     process.kill()
     process.communicate()
-    for _ in range(40):
-        if not _runs(children[0]):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the engine outlived the server")
+    _, alive = psutil.wait_procs(children, timeout=2)
+    assert all(p.status() == psutil.STATUS_ZOMBIE for p in alive), "the engine outlived the server"
 
 
-def _runs(pid: str) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat_file:
-            return stat_file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def test_a_server_whose_engine_died_ends():
+    process = started(free_port())
+    _children(process.pid)[0].kill()
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and "engine has ended" in err
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children()
 
 
 def test_exit_codes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -164,8 +165,7 @@ class Tokenizer:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.control, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
+        return re.compile(f"({_trie(set(self.control))})" if self.control else "((?!))")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -240,6 +240,15 @@ def _unescape(piece: str) -> bytes:
         return bytes(_BYTES[c] for c in piece)
     except KeyError:
         return piece.encode()
+
+
+def _trie(words: set[str]) -> str:
+    """A regular expression for the longest of `words`; each character of a text is tried against one branch."""
+    prefix = os.path.commonprefix(list(words))
+    rests = {word[len(prefix) :] for word in words}
+    heads = sorted({rest[0] for rest in rests if rest})
+    branches = "|".join(_trie({rest for rest in rests if rest[:1] == head}) for head in heads)
+    return re.escape(prefix) + (f"(?:{branches})" + "?" * ("" in rests) if branches else "")
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:

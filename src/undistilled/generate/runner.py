@@ -87,6 +87,5 @@ class Runner:
         def ids(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
-        return Batch(
-            ids(tokens), ids(positions), ids(slots), ids(padded, torch.int32), contexts, self.size, prefill
-        )
+        seen = torch.tensor(contexts, dtype=torch.int32)
+        return Batch(ids(tokens), ids(positions), ids(slots), ids(padded, torch.int32), seen, self.size, prefill)

@@ -14,14 +14,15 @@ class Batch:
     """T tokens of one prompt (`prefill`), or T rows that may belong to T requests (decode).
 
     tokens_T, positions_T, slots_T int64: ids, positions, and where each token's cache entry goes.
-    tables_RB int32: block tables; R is 1 in prefill and T in decode. contexts: tokens seen, by row.
+    tables_RB int32: block tables; R is 1 in prefill and T in decode. contexts_R int32, always in host memory:
+    tokens seen, by row.
     """
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     tables_RB: torch.Tensor
-    contexts: list[int]
+    contexts_R: torch.Tensor
     block_size: int
     prefill: bool
     cos_TF: torch.Tensor | None = None

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         return dense(self.kv_b_proj.stored, dtype).unflatten(0, (self.spec.heads, -1))
 
     def _prefill(self, q_LHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
-        slots = context_slots(batch.tables_RB[0], batch.block_size, batch.contexts[0])
+        slots = context_slots(batch.tables_RB[0], batch.block_size, int(batch.contexts_R[0]))
         cached = latents[slots].to(q_LHX.dtype)
         return mla.naive(q_LHX, cached, self._lift(q_LHX.dtype), self.mla.qk_nope_head_dim, self.spec.softmax_scale)
 
@@ -66,13 +66,12 @@ class Attention(nn.Module):
             return self._decode_naive(q_RHX, batch, latents, lift)
         inside = mla.absorb(q_RHX, lift, nope)
         rank, scale = self.mla.kv_lora_rank, self.spec.softmax_scale
-        kernel = mla.mla_rows.resolve(inside)
-        out = kernel.run(inside, latents, batch.tables_RB, batch.contexts, batch.block_size, rank, scale)
+        out = mla.mla_rows(inside, latents, batch.tables_RB, batch.contexts_R, batch.block_size, rank, scale)
         return mla.release(out, lift, nope)
 
     def _decode_naive(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
         rows = []
-        for row, context in enumerate(batch.contexts):
+        for row, context in enumerate(batch.contexts_R.tolist()):
             cached = latents[context_slots(batch.tables_RB[row], batch.block_size, context)].to(q_RHX.dtype)
             rows.append(mla.naive(q_RHX[row : row + 1], cached, lift, self.mla.qk_nope_head_dim, self.spec.softmax_scale))
         return torch.cat(rows)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..ops.experts import experts
 from ..ops.linear import apply
 from ..ops.norm import rms_norm
 from ..ops.router import route
+from ..ops.swiglu import silu_mul
 from ..scheme import Stored
 from .spec import Moe
 
@@ -50,7 +50,7 @@ class Norm(Weighted):
         self.eps = eps
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return rms_norm.resolve(x_TD).run(x_TD, self.values, self.eps)
+        return rms_norm(x_TD, self.values, self.eps)
 
 
 class Embedding(Weighted):
@@ -75,7 +75,7 @@ class SwiGlu(nn.Module):
         self.down_proj = Linear(make, f"{name}.down_proj")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(silu_mul(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Bank(Protocol):

@@ -27,9 +27,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
         spec, (k_cache, v_cache) = self.spec, cache
-        q_THD = self.q_norm(self.q_proj(x).unflatten(-1, (spec.heads, spec.head_dim)))
-        k_TGD = self.k_norm(self.k_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim)))
-        v_TGD = self.v_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim))
+        q_THD = self.q_norm(self.q_proj(x).view(-1, spec.heads, spec.head_dim))
+        k_TGD = self.k_norm(self.k_proj(x).view(-1, spec.kv_heads, spec.head_dim))
+        v_TGD = self.v_proj(x).view(-1, spec.kv_heads, spec.head_dim)
         q_THD, k_TGD = (rotate(t, batch.cos_TF, batch.sin_TF, spec.rope.interleaved) for t in (q_THD, k_TGD))
         k_cache.index_copy_(0, batch.slots_T, k_TGD.to(k_cache.dtype))
         v_cache.index_copy_(0, batch.slots_T, v_TGD.to(v_cache.dtype))
@@ -38,7 +38,6 @@ class Attention(nn.Module):
     def _attend(self, q_THD: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         size, scale = batch.block_size, self.spec.softmax_scale
         if batch.prefill:
-            slots = context_slots(batch.tables_RB[0], size, batch.contexts[0])
+            slots = context_slots(batch.tables_RB[0], size, int(batch.contexts_R[0]))
             return causal(q_THD, k_cache[slots].to(q_THD.dtype), v_cache[slots].to(q_THD.dtype), scale)
-        kernel = attend_rows.resolve(q_THD)
-        return kernel.run(q_THD, k_cache, v_cache, batch.tables_RB, batch.contexts, size, scale)
+        return attend_rows(q_THD, k_cache, v_cache, batch.tables_RB, batch.contexts_R, size, scale)

@@ -44,21 +44,19 @@ def attend_rows(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     table_RB: torch.Tensor,
-    context_R: list[int],
+    context_R: torch.Tensor,
     size: int,
     scale: float,
 ) -> torch.Tensor:
     """Row by row: each row sees the first context_R[r] tokens of its own block table. Caches [slots, G, D]."""
     out = torch.empty_like(q_RHD)
-    for row, context in enumerate(context_R):
+    for row, context in enumerate(context_R.tolist()):
         slots = context_slots(table_RB[row], size, context)
         k, v = k_cache[slots].to(q_RHD.dtype), v_cache[slots].to(q_RHD.dtype)
         out[row] = causal(q_RHD[row : row + 1], k, v, scale)[0]
     return out
 
 
-@attend_rows.register("native", lambda q: q.device.type == "cpu" and q.dtype == torch.float32 and native.library()
-                      is not None, "our C kernel: reads the pages in place")
+@attend_rows.register("native", native.serves, "our C kernel: reads the pages in place")
 def _native_rows(q_RHD, k_cache, v_cache, table_RB, context_R, size, scale):
-    context = torch.tensor(context_R, dtype=torch.int32)
-    return native.attend_rows(q_RHD.contiguous(), k_cache, v_cache, table_RB, context, size, scale)
+    return native.attend_rows(q_RHD.contiguous(), k_cache, v_cache, table_RB, context_R, size, scale)

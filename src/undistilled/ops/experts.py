@@ -6,17 +6,17 @@ T tokens, D hidden, W expert width, E experts, k chosen. Stacked weights: gate a
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..scheme import Stored
 from .cpu import native
 from .linear import LARGE, apply, native_arguments, native_ready
 from .registry import op
+from .swiglu import silu_mul
 
 
 def swiglu(x_TD: torch.Tensor, gate: Stored, up: Stored, down: Stored) -> torch.Tensor:
     """down(silu(gate x) * up x)."""
-    return apply(F.silu(apply(x_TD, gate)) * apply(x_TD, up), down)
+    return apply(silu_mul(apply(x_TD, gate), apply(x_TD, up)), down)
 
 
 @op

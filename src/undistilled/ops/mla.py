@@ -49,22 +49,20 @@ def mla_rows(
     q_RHW: torch.Tensor,
     cache: torch.Tensor,
     table_RB: torch.Tensor,
-    context_R: list[int],
+    context_R: torch.Tensor,
     size: int,
     latent: int,
     scale: float,
 ) -> torch.Tensor:
     """Row by row in latent space: q [R, H, Z + P], cache [slots, Z + P] -> [R, H, Z]."""
     out = q_RHW.new_empty(*q_RHW.shape[:2], latent)
-    for row, context in enumerate(context_R):
+    for row, context in enumerate(context_R.tolist()):
         seen = cache[context_slots(table_RB[row], size, context)].to(q_RHW.dtype)
         scores = (q_RHW[row] @ seen.T).float() * scale
         out[row] = scores.softmax(-1).to(q_RHW.dtype) @ seen[:, :latent]
     return out
 
 
-@mla_rows.register("native", lambda q: q.device.type == "cpu" and q.dtype == torch.float32 and native.library()
-                   is not None, "our C kernel: reads the pages in place, each latent once for all heads")
+@mla_rows.register("native", native.serves, "our C kernel: reads the pages in place, each latent once for all heads")
 def _native_rows(q_RHW, cache, table_RB, context_R, size, latent, scale):
-    context = torch.tensor(context_R, dtype=torch.int32)
-    return native.mla_rows(q_RHW.contiguous(), cache, table_RB, context, size, latent, scale)
+    return native.mla_rows(q_RHW.contiguous(), cache, table_RB, context_R, size, latent, scale)

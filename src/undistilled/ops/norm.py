@@ -16,11 +16,7 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     return (w_D * x.to(x_TD.dtype)).to(x_TD.dtype)
 
 
-@rms_norm.register(
-    "native",
-    lambda x: x.device.type == "cpu" and x.dtype == torch.float32 and native.library() is not None,
-    "our C kernel: one pass over a row",
-)
+@rms_norm.register("native", native.serves, "our C kernel: one pass over a row")
 def _native(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     x = x_TD.contiguous()
     return native.norm_rows(x.view(-1, x.shape[-1]), w_D, eps).view(x.shape)

@@ -35,6 +35,7 @@ class Op:
         self.name = name
         self.reference = Kernel("reference", reference, lambda *_: True, reference.__doc__ or "")
         self.kernels: list[Kernel] = []
+        self._chosen: dict[tuple, Kernel] = {}
 
     def register(self, name: str, when: Callable[..., bool], why: str) -> Callable:
         """Decorator: a kernel that serves wherever `when(subject)` holds."""
@@ -52,6 +53,14 @@ class Op:
                 if kernel.when(*subject):
                     return kernel
         return self.reference
+
+    def __call__(self, x: Any, *arguments: Any) -> Any:
+        """Run the kernel that serves tensors like `x`; for ops whose predicates look at its device and dtype alone."""
+        key = (x.device.type, x.dtype, _forced)
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            kernel = self._chosen[key] = self.resolve(x)
+        return kernel.run(x, *arguments)
 
 
 OPS: dict[str, Op] = {}

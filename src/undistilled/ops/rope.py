@@ -1,8 +1,8 @@
 """Rotary position embedding: frequencies for each scaling, and the rotation.
 
 Sources: Su et al. 2021; YaRN: Peng et al. 2023, section 3; llama3: the Llama 3.1 release.
-Both layouts of pairs give the rotated halves side by side: scores do not depend on the order, as long
-as queries and keys share it.
+Scores do not depend on the order of the rotated values as long as queries and keys share it: the
+reference leaves halves side by side, the C kernel leaves every value in its place.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 import torch
 
 from ..model.spec import Rope, yarn_mscale
+from .cpu import native
+from .registry import op
 
 
 def frequencies(rope: Rope) -> tuple[torch.Tensor, float]:
@@ -55,9 +57,15 @@ def angles(positions_T: torch.Tensor, frequencies_F: torch.Tensor, factor: float
     return turned.cos() * factor, turned.sin() * factor
 
 
+@op
 def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate the pairs of x [T, heads, dim] in float32; the dtype of x is kept."""
     x = x_THR.float()
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     cos, sin = cos_TF[:, None], sin_TF[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THR.dtype)
+
+
+@rotate.register("native", native.serves, "our C kernel: in place")
+def _native(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    return native.rope_rows(x_THR, cos_TF, sin_TF, interleaved)

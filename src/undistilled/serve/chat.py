@@ -41,7 +41,7 @@ def chat_routes(client: Client, metrics: Metrics) -> APIRouter:
     async def chat(request: Request, body: ChatBody) -> Response:
         generation = await unless_gone(request, _begin(body, client, metrics))
         if body.stream:
-            return EventStream(_chunks(generation, body))
+            return EventStream(_chunks(generation, body), generation.close)
         return Json(_whole(await unless_gone(request, generation.finish()), generation))
 
     return router
@@ -119,7 +119,6 @@ async def _chunks(generation: Chat, body: ChatBody) -> AsyncGenerator[dict[str, 
             yield generation.frame("chat.completion.chunk", [], usage=generation.usage(sum(counts)))
     finally:
         await outputs.aclose()
-        generation.close()
 
 
 def _news(generation: Chat, index: int, piece: Piece, output: Output, usage: dict[str, Any]) -> list[dict[str, Any]]:

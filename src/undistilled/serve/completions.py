@@ -28,7 +28,7 @@ def completion_routes(client: Client, metrics: Metrics) -> APIRouter:
     async def completions(request: Request, body: CompletionBody) -> Response:
         generation = await unless_gone(request, _begin(body, client, metrics))
         if body.stream:
-            return EventStream(_chunks(generation, body))
+            return EventStream(_chunks(generation, body), generation.close)
         return Json(_whole(await unless_gone(request, generation.finish()), generation, body))
 
     return router
@@ -101,4 +101,3 @@ async def _chunks(generation: Generation, body: CompletionBody) -> AsyncGenerato
             yield generation.frame(OBJECT, [], usage=generation.usage(sum(counts.values())))
     finally:
         await outputs.aclose()
-        generation.close()

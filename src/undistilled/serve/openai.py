@@ -118,6 +118,8 @@ async def _on_invalid(request: Request, error: Any) -> Response:
     where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
         return Json(error_body("The body is not valid JSON.", code="invalid_json"), 400)
+    if not where and "json" not in request.headers.get("content-type", ""):
+        return Json(error_body("Send JSON, with Content-Type: application/json.", code="invalid_json"), 400)
     path = ".".join(where[:4])
     message = f"{path}: {first['msg']}." if path else f"{first['msg']}."
     return Json(error_body(message[:500], param=where[0] if where else None, code=first["type"]), 400)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -71,15 +71,16 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events. `chunks` yields objects; it is closed when it ends or when the client leaves.
+    """Server-sent events. `chunks` yields objects. `close` is called when it ends and when the client leaves,
+    also where it never began.
 
     A RequestError within it becomes an error event, since the status has gone out already.
     """
 
-    def __init__(self, chunks: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[Any, None], close: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self.chunks = chunks
+        self.chunks, self.close = chunks, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(gone(receive))
@@ -94,6 +95,7 @@ class EventStream(Response):
         finally:
             watcher.cancel()
             await self.chunks.aclose()
+            self.close()
 
     async def _events(self, watcher: asyncio.Task[None]) -> AsyncGenerator[bytes, None]:
         """Each chunk's bytes, and comments while none comes. Raises ClientGone."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from ..errors import RequestError
-from ..schedule.request import MAX_BIAS, MAX_LOGPROBS
+from ..schedule.request import MAX_BIAS, MAX_LOGPROBS, MAX_STOPS
 
 MAX_COPIES = 16
 MAX_PROMPTS = 128
@@ -61,12 +61,19 @@ class Generating(Body):
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int64] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), FailFast()] | None = None
+    stop_token_ids: Annotated[list[Int64], Field(max_length=MAX_STOPS), FailFast()] | None = None
     ignore_eos: bool = False
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIAS)] | None = None
+    logit_bias: dict[str, Float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _not_giant(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_BIAS:
+            raise RequestError(f"logit_bias takes at most {MAX_BIAS} tokens.", param="logit_bias")
+        return value
 
     @property
     def copies(self) -> int:
@@ -118,13 +125,16 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], FailFast()] | None = None
     tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return "\n".join(map(_part, value)) if isinstance(value, list) else value
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
 
 
 class ResponseFormat(BaseModel):
@@ -141,11 +151,11 @@ class ResponseFormat(BaseModel):
 
 
 class ChatBody(Generating):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FailFast()] | None = None
     tool_choice: Any = None
     response_format: ResponseFormat | None = None
 
@@ -161,7 +171,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     parse_special: bool = True
     add_generation_prompt: bool = True
@@ -169,7 +179,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[Int64]
+    tokens: Annotated[list[Int64], FailFast()]
     skip_special_tokens: bool = False
 
 

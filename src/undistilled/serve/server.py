@@ -128,8 +128,8 @@ async def _load(options: dict[str, Any], factory: str, progress: Progress) -> En
         loop.remove_signal_handler(signal.SIGTERM)
 
 
-async def _end_with(client: EngineClient, server: Server, linger: float = 5.0) -> None:
-    """A server whose engine died says so for a few seconds, then ends, so that its supervisor starts a new one."""
+async def _end_with(client: EngineClient, server: Server, linger: float = 2.0) -> None:
+    """A server whose engine died says so for two seconds, then ends, so that its supervisor starts a new one."""
     while client.alive:
         await asyncio.sleep(0.2)
     logging.getLogger("undistilled.serve").error("The engine has ended; so will the server.")

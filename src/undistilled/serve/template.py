@@ -168,10 +168,12 @@ def _prepared(message: dict[str, Any], template: str) -> dict[str, Any]:
 
 def _prepared_call(call: dict[str, Any], template: str) -> dict[str, Any]:
     """Templates that write arguments as JSON themselves take an object; R1's takes OpenAI's string."""
-    function = dict(call.get("function") or {})
+    function = call.get("function")
+    if not isinstance(function, dict):
+        raise RequestError("A tool call has a function with name and arguments.", param="messages")
     if re.search(r"arguments\s*\|\s*tojson", template) and isinstance(function.get("arguments"), str):
         try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
+            function = {**function, "arguments": json.loads(function["arguments"] or "{}")}
         except (ValueError, RecursionError) as error:
             raise RequestError("A tool call's arguments are not JSON.", param="messages") from error
     return {**call, "function": function}

@@ -18,7 +18,7 @@ struct Matrix {          // [n, k], row-major
   const uint8_t* row(long i) const { return values + i * row_bytes(); }
 };
 
-constexpr long PANEL = 256;   // elements of k that are worked on at a time
+constexpr long PANEL = 1024;   // elements of k that are worked on at a time
 constexpr int TILE = 16;      // rows of a matrix that are worked on at a time
 constexpr long SERIAL = 1 << 15;   // below this many multiplications a team of threads costs more
 constexpr int ROWS = 32;      // rows of x for which a weight is read once

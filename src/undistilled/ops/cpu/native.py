@@ -83,6 +83,11 @@ def _cpu_flags(otherwise: list[str]) -> list[str]:
     return otherwise
 
 
+def serves(x: Tensor) -> bool:
+    """Whether the kernels take activations like x."""
+    return x.device.type == "cpu" and x.dtype is torch.float32 and library() is not None
+
+
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
     return _load()[0]
