@@ -94,7 +94,9 @@ def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, S
     return figures, held, after_prompt, after_one
 
 
-def theirs(config: dict, held: dict[str, Stored], prompt: list[int], steps: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def theirs(
+    config: dict, held: dict[str, Stored], prompt: list[int], steps: int
+) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """transformers on the same weights, dequantised to BF16."""
     import transformers
 
@@ -170,7 +172,10 @@ def main() -> None:
         "prefill": float((first - their_first).norm() / their_first.norm()),
         "decode": float((second - their_second).norm() / their_second.norm()),
     }
-    report["same_first_choice"] = [bool(first.argmax() == their_first.argmax()), bool(second.argmax() == their_second.argmax())]
+    report["same_first_choice"] = [
+        bool(first.argmax() == their_first.argmax()),
+        bool(second.argmax() == their_second.argmax()),
+    ]
     print(json.dumps(report, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

@@ -17,38 +17,94 @@ from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 
 YARN = {
-    "rope_type": "yarn", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32,
-    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "rope_type": "yarn",
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
 }
 DEEPSEEK = {
-    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 256, "vocab_size": 320,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 320,
-    "moe_intermediate_size": 128, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1,
-    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
-    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "q_lora_rank": 96, "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": YARN, "tie_word_embeddings": False,
-    "hidden_act": "silu", "attention_bias": False, "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1,
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 256,
+    "vocab_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": YARN,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
     "num_nextn_predict_layers": 0,
 }
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "vocab_size": 320,
-    "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 224,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "vocab_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 224,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 CONFIGS = {
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3-no-q-lora": DEEPSEEK | {"q_lora_rank": None, "rope_scaling": None},
     "deepseek_v3-mtp": DEEPSEEK | {"num_nextn_predict_layers": 1},
     "deepseek_v2": DEEPSEEK
-    | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy",
-       "scoring_func": "softmax", "q_lora_rank": None},
+    | {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "q_lora_rank": None,
+    },
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_word_embeddings": True},
     "llama3-rope": LLAMA
-    | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 64}},
+    | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "mistral": LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
     "qwen2": LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3": LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
@@ -61,8 +117,12 @@ def write_checkpoint(folder: Path, config: dict, *, seed: int = 0, fp8: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     if fp8:
         config = config | {
-            "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
-                                    "activation_scheme": "dynamic"}
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "weight_block_size": [128, 128],
+                "activation_scheme": "dynamic",
+            }
         }
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +145,16 @@ def write_checkpoint(folder: Path, config: dict, *, seed: int = 0, fp8: bool = F
     return folder
 
 
-def load(folder: Path, *, scheme: str | None = None, context: int = 256, batch: int = 4, mtp: bool = False, kv=None, device="cpu"):
+def load(
+    folder: Path,
+    *,
+    scheme: str | None = None,
+    context: int = 256,
+    batch: int = 4,
+    mtp: bool = False,
+    kv=None,
+    device="cpu",
+):
     """(decoder, plan) of a checkpoint; `device` None leaves the choice to the planner."""
     model = find(str(folder))
     machine = load_machine("this")

@@ -13,13 +13,19 @@ from . import show
 from .errors import UndistilledError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Plan, run and prove the whole DeepSeek-R1 (and its smaller relatives) on the hardware you have.",
 )
-MODEL = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2).")]
+MODEL = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2).")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PLAN = Annotated[Path | None, typer.Option("--plan", help="A plan file; it decides schemes, homes and limits.")]
-SCHEME = Annotated[str | None, typer.Option("--scheme", help="bf16, fp16, fp32, fp8_block, int8, int4, … Default: as released.")]
+SCHEME = Annotated[
+    str | None, typer.Option("--scheme", help="bf16, fp16, fp32, fp8_block, int8, int4, … Default: as released.")
+]
 CONTEXT = Annotated[int | None, typer.Option("--context", help="Tokens of context to make room for.")]
 BATCH = Annotated[int, typer.Option("--batch", help="Requests to make room for at once.")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
@@ -32,7 +38,9 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's ceilings and remember them.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's ceilings and remember them.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """What this machine has, how fast it is, and which kernels will serve each scheme."""
@@ -112,7 +120,11 @@ def generate(
 
 @app.command()
 def chat(
-    model: MODEL, plan_file: PLAN = None, scheme: SCHEME = None, context: CONTEXT = None, device: DEVICE = None,
+    model: MODEL,
+    plan_file: PLAN = None,
+    scheme: SCHEME = None,
+    context: CONTEXT = None,
+    device: DEVICE = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
@@ -122,7 +134,12 @@ def chat(
 
     engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
     converse(
-        engine, system=system, max_tokens=max_tokens, temperature=temperature, ask=show.ask, on_text=show.stream,
+        engine,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        ask=show.ask,
+        on_text=show.stream,
         on_thought=show.thought,
     )
 
@@ -144,8 +161,12 @@ def serve(
     from .serve.server import serve as run
 
     options = {
-        "model": model, "plan": str(plan_file) if plan_file else None, "scheme": scheme, "context": max_model_len,
-        "batch": batch, "device": device,
+        "model": model,
+        "plan": str(plan_file) if plan_file else None,
+        "scheme": scheme,
+        "context": max_model_len,
+        "batch": batch,
+        "device": device,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
@@ -176,11 +197,17 @@ def prove(
     model: MODEL,
     plan_file: PLAN = None,
     scheme: SCHEME = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")] = None,
-    tasks: Annotated[list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Questions of each task file; default: all.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Compare a plan with the original weights: divergence, accuracy, memory and speed."""
@@ -189,7 +216,13 @@ def prove(
 
     with show.steps() as progress:
         receipt = run(
-            model, plan_file=plan_file, scheme=scheme, text=text, tasks=tasks or (), tokens=tokens, limit=limit,
+            model,
+            plan_file=plan_file,
+            scheme=scheme,
+            text=text,
+            tasks=tasks or (),
+            tokens=tokens,
+            limit=limit,
             progress=progress,
         )
     if output:

@@ -1,4 +1,4 @@
-"""What `make run` shows: plan a real model for this machine, measure what compression costs it, and ask it something."""
+"""What `make run` shows: plan a real model for this machine, measure what compression costs, ask it something."""
 
 from __future__ import annotations
 
@@ -56,8 +56,13 @@ def _compressed(name: str, scheme: str, folder: Path) -> dict[str, Any]:
 
 def _row(scheme: str, weights: int, peak: int, speed: dict, kl: dict | None, top1: float) -> dict[str, Any]:
     return {
-        "scheme": scheme, "weights": weights, "peak_bytes": peak, "kl_nats": kl, "top1_agreement": top1,
-        "prefill": speed["prefill_tokens_per_s"]["median"], "decode": speed["decode_tokens_per_s"]["median"],
+        "scheme": scheme,
+        "weights": weights,
+        "peak_bytes": peak,
+        "kl_nats": kl,
+        "top1_agreement": top1,
+        "prefill": speed["prefill_tokens_per_s"]["median"],
+        "decode": speed["decode_tokens_per_s"]["median"],
     }
 
 

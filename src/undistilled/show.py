@@ -10,8 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from .errors import UndistilledError
@@ -68,7 +75,11 @@ def ask() -> str:
 def loading() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on stderr for loading; nothing where stderr is no terminal."""
     columns = (
-        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("loading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("loading", total=None)
@@ -78,8 +89,9 @@ def loading() -> Iterator[Callable[[int, int, str], None]]:
 @contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
     """A spinner on stderr that names the step in hand."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True,
-                  disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=escape(text))
 
@@ -95,20 +107,22 @@ def plan(made: Any, output: Path | None = None) -> None:
     """A plan as two tables and a sentence."""
     p = made.predicted
     out.print(
-        f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, {count(made.active_parameters)} "
-        f"active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/]"
+        f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, "
+        f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/]"
     )
     table = _table("device", "weights", "KV cache", "activations", "runtime", "total", "available", "")
     for name, d in p.devices.items():
         b = d.bytes
         table.add_row(
-            name, *(size(x) for x in (b.weights, b.kv, b.activations, b.runtime, b.total, d.available)),
+            name,
+            *(size(x) for x in (b.weights, b.kv, b.activations, b.runtime, b.total, d.available)),
             "[green]fits[/]" if d.fits else "[red]does not fit[/]",
         )
     out.print(table)
     _contexts(made)
     out.print(
-        f"Predicted for batch {made.limits.batch}, context {made.limits.context}: prefill {rate(p.prefill_tokens_per_s)}, "
+        f"Predicted for batch {made.limits.batch}, context {made.limits.context}: "
+        f"prefill {rate(p.prefill_tokens_per_s)}, "
         f"decode {rate(p.decode_tokens_per_s)} ({size(p.decode_bytes_per_token)} read a token; {p.basis})."
     )
     for text in made.notes:
@@ -127,7 +141,10 @@ def _contexts(made: Any) -> None:
 def inspection(report: dict[str, Any]) -> None:
     rows = [
         ("architecture", report["architecture"]),
-        ("parameters", f"{count(report['parameters']['total'])}, {count(report['parameters']['active'])} active for a token"),
+        (
+            "parameters",
+            f"{count(report['parameters']['total'])}, {count(report['parameters']['active'])} active for a token",
+        ),
         ("layers", f"{report['layers']}" + (f" + {report['mtp_layers']} MTP" if report["mtp_layers"] else "")),
         ("released as", f"{report['released_scheme']}, {size(report['bytes'])}, {report['tensors']:,} tensors"),
         ("other schemes", ", ".join(f"{s} {size(b)}" for s, b in report["bytes_by_scheme"].items())),
@@ -175,9 +192,13 @@ def comparison(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         kl = row["kl_nats"]
         table.add_row(
-            row["scheme"], size(row["weights"]), size(row["peak_bytes"]),
+            row["scheme"],
+            size(row["weights"]),
+            size(row["peak_bytes"]),
             f"{kl['mean']:.4f} ± {kl['se']:.4f} nats" if kl else "(the original)",
-            f"{row['top1_agreement']:.1%}" if kl else "", rate(row["prefill"]), rate(row["decode"]),
+            f"{row['top1_agreement']:.1%}" if kl else "",
+            rate(row["prefill"]),
+            rate(row["decode"]),
         )
     out.print(table)
 
@@ -188,7 +209,9 @@ def heading(text: str) -> None:
 
 def usage(result: dict[str, Any]) -> None:
     u = result["usage"]
-    out.print(f"\n[dim]{u['prompt_tokens']} + {u['completion_tokens']} tokens, finished by {result['finish_reason']}[/]")
+    out.print(
+        f"\n[dim]{u['prompt_tokens']} + {u['completion_tokens']} tokens, finished by {result['finish_reason']}[/]"
+    )
 
 
 def receipt(r: dict[str, Any], output: Path | None = None) -> None:

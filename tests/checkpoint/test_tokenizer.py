@@ -158,3 +158,20 @@ def test_r1_facts():
     assert tokenizer.vocab_size == 128_815 and (tokenizer.bos, tokenizer.eos_ids) == (0, (1,))
     assert tokenizer.control["</think>"] == 128_799 and tokenizer.kind == "bytes"
     assert tokenizer.decode([128_798, 129_279, 128_799]) == "<think></think>"
+
+
+def test_r1_conversations_are_what_transformers_makes_of_them():
+    transformers = pytest.importorskip("transformers")
+    from undistilled.serve.template import R1_TEMPLATE, render_ids
+
+    ours = r1()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours._tokenizer, bos_token="<｜begin▁of▁sentence｜>")
+    messages = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was ist 2+2? 你好 🤖\n  x"},
+        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"}, {"role": "user", "content": "Sure?"},
+    ]
+    text = theirs.apply_chat_template(
+        messages, chat_template=ours.chat_template, add_generation_prompt=True, tokenize=False
+    )
+    expected = theirs(text + "<think>\n", add_special_tokens=False)["input_ids"]
+    assert render_ids(ours, ours.chat_template, messages) == expected == render_ids(ours, R1_TEMPLATE, messages)

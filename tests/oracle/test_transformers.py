@@ -23,11 +23,15 @@ def test_logits_and_greedy_tokens(name, fp8, tmp_path):
     ours = our_logits(decoder, plan, tokens)
     assert (ours - expected).norm() / expected.norm() < 1e-4
 
-
     prompt = tokens[:20]
     with torch.inference_mode():
         out = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=1,
-            eos_token_id=None, use_cache=True,
+            torch.tensor([prompt]),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=None,
+            use_cache=True,
         )[0, len(prompt) :].tolist()
     assert greedy(decoder, plan, [prompt], 64)[0] == out

@@ -39,6 +39,7 @@ class Running:
         assert self.started.wait(20)
         if self.error:
             raise self.error
+        self.wait_for(bool)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -153,7 +153,8 @@ def test_sigterm_gives_up_after_the_timeout_and_while_loading():
     assert loading.returncode == 0 and "Traceback" not in err, err
 
 
-def test_the_engine_ends_with_a_server_that_is_killed():
+def test_the_engine_ends_with_a_server_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed server leaves its sockets' directory
     process = started(port := free_port(), delay=0.02)
     children = _children(process.pid)
     assert len(children) == 1 and port

@@ -249,6 +249,11 @@ class GGUFFile:
         tensor = self._tensor(name)
         return self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def forget(self) -> None:
+        """Let go of the file's pages: they count as this process's memory while they are mapped in."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
         """Dequantised values. `rows` takes a range of the first dimension and touches no other bytes."""
         tensor = self._tensor(name)

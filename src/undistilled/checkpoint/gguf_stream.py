@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .. import scheme as schemes
@@ -25,7 +28,7 @@ class GGUFStream:
     def __init__(self, source: GGUFSource) -> None:
         self.inner, self.config = source, source.config
         self.files = [file.path for file in source.files]
-        self._last: tuple[str, object] = ("", None)
+        self._last: tuple[str, Any] = ("", None)
 
     def names(self) -> set[str]:
         return set(self.inner.names())
@@ -53,12 +56,18 @@ class GGUFStream:
 
     def _rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         rows = self.inner.plain_rows(name, start, stop, dtype)
-        if rows is not None:
-            return rows
-        return self._once(name + str(dtype), lambda: self.inner.read(name, dtype))[start:stop]
+        if rows is None:
+            rows = self._once(name + str(dtype), lambda: self.inner.read(name, dtype))[start:stop]
+        self._forget()
+        return rows
 
-    def _once(self, key: str, read):
+    def _once(self, key: str, read: Callable[[], Any]) -> Any:
         """What `read` gives, kept while ranges of the same tensor are asked for."""
         if self._last[0] != key:
             self._last = (key, read())
+            self._forget()
         return self._last[1]
+
+    def _forget(self) -> None:
+        for file in self.inner.files:
+            file.forget()

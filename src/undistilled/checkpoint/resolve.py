@@ -129,7 +129,8 @@ def _download(model: str) -> Path:
     parts = model.split("/")
     if len(parts) != 2 or not all(p and p.strip(".") for p in parts) or model.startswith(("/", ".", "~")):
         raise BadArtefact(
-            f"No model at {model!r}.", f"Give a folder, a .gguf file, a hub id (owner/name) or one of: {', '.join(BUILT_IN)}."
+            f"No model at {model!r}.",
+            f"Give a folder, a .gguf file, a hub id (owner/name) or one of: {', '.join(BUILT_IN)}.",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

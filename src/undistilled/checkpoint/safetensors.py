@@ -132,7 +132,7 @@ class SafetensorsSource:
         entry = self._entry(name)
         width = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
-        view = memoryview(rows.view(torch.uint8).numpy().reshape(-1))
+        view = rows.view(torch.uint8).numpy().reshape(-1).data
         done, offset = 0, entry.start + start * width
         while done < len(view):
             got = os.preadv(self._descriptor(entry.file), [view[done:]], offset + done)
@@ -203,7 +203,9 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
         raise BadArtefact(f"{index}: not an index with a weight_map.", "Download it again.") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise BadArtefact(f"{index}: shard {name!r} is not a plain file name.", "Paths out of the folder are refused.")
+            raise BadArtefact(
+                f"{index}: shard {name!r} is not a plain file name.", "Paths out of the folder are refused."
+            )
         if not name.endswith(".safetensors"):
             raise BadArtefact(f"{index}: shard {name!r} is not safetensors.", "Pickle files are never opened.")
         if not (folder / name).exists():

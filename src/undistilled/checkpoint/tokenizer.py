@@ -202,9 +202,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left when no more ids come; U+FFFD for bytes that never became a character."""
-        if self._tokenizer.kind == "other":
-            return self._push_prefix([], final=True)
-        return self._begin(self._utf8.decode(b"", final=True))
+        other = self._tokenizer.kind == "other"
+        return self._push_prefix([], final=True) if other else self._begin(self._utf8.decode(b"", final=True))
 
     def _begin(self, text: str) -> str:
         if self._strip and text:

@@ -107,8 +107,14 @@ class Engine:
         if matched is not None:
             reason, stop_reason = "stop", matched
         output = Output(
-            request.id, [token], text, [logprob] if logprob else [], reason, stop_reason,
-            running.sequence.prompt_length, running.produced,
+            request.id,
+            [token],
+            text,
+            [logprob] if logprob else [],
+            reason,
+            stop_reason,
+            running.sequence.prompt_length,
+            running.produced,
         )
         if reason:
             self.abort(request.id)
@@ -141,7 +147,10 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
         plan = read_plan(Path(options["plan"]))
     else:
         ask = Ask(
-            options.get("scheme"), options.get("context"), options.get("batch") or 1, bool(options.get("mtp")),
+            options.get("scheme"),
+            options.get("context"),
+            options.get("batch") or 1,
+            bool(options.get("mtp")),
             options.get("device"),
         )
         plan = solve(model.name, model.config, model.spec, machine, ask)

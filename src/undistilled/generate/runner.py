@@ -15,7 +15,6 @@ from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
 from .cache import allocate
 
-
 # Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
 ROWS = {"cpu": LARGE - 1, "cuda": 4096}
 
@@ -60,20 +59,26 @@ class Runner:
     def _timed(self, works: list[Work], prefill: bool) -> list[tuple[Work, torch.Tensor | None]]:
         began = perf_counter()
         h_TD = self.decoder(self.batch(works, prefill), self.caches)
-        wanted, last, row = [], [], 0
+        wanted: list[Work] = []
+        last: list[int] = []
+        row = 0
         for work in works:
             row += work.stop - work.start
             if work.samples:
                 wanted.append(work)
                 last.append(row - 1)
-        logits = self.decoder.logits(h_TD[last]) if last else []
+        logits = self.decoder.logits(h_TD[last]) if last else h_TD[:0]
         emit("engine.pass", prefill=prefill, tokens=row, requests=len(works), seconds=perf_counter() - began)
         found = {id(work): logits[i] for i, work in enumerate(wanted)}
         return [(work, found.get(id(work))) for work in works]
 
     def batch(self, works: list[Work], prefill: bool) -> Batch:
         """One prompt chunk, or rows: every token of every piece of work with its own view of the cache."""
-        tokens, positions, slots, tables, contexts = [], [], [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        tables: list[list[int]] = []
+        contexts: list[int] = []
         for work in works:
             blocks, span = work.sequence.blocks, range(work.start, work.stop)
             tokens += work.sequence.tokens[work.start : work.stop]

@@ -22,7 +22,7 @@ from ..model.weights import Weight, weights
 from ..plan.plan import Plan, Row
 from ..scheme import Stored
 
-RANGE = 4 << 20  # elements of a tensor that are on their way at once
+RANGE = 2 << 20  # elements of a tensor that are on their way at once
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 
@@ -50,7 +50,9 @@ class Memory:
         return self.held[name]
 
 
-def build(plan: Plan, spec: ModelSpec, source: Source, *, mtp: bool = False, progress: Progress | None = None) -> Decoder:
+def build(
+    plan: Plan, spec: ModelSpec, source: Source, *, mtp: bool = False, progress: Progress | None = None
+) -> Decoder:
     """The decoder that `plan` describes, with its weights. BadArtefact names what is wrong with a tensor."""
     known = {w.name: w for w in weights(spec)}
     memory = Memory(plan)
@@ -82,7 +84,8 @@ def _check_names(source: Source, wanted: list[Weight]) -> None:
         for n in w.tensor_names:
             if tuple(source.shape(n)) != w.shape:
                 raise BadArtefact(
-                    f"{source.files[0].parent}: tensor {n!r} is {list(source.shape(n))}, config.json implies {list(w.shape)}."
+                    f"{source.files[0].parent}: tensor {n!r} is {list(source.shape(n))}, "
+                    f"config.json implies {list(w.shape)}."
                 )
 
 
@@ -94,8 +97,10 @@ def fill(target: Stored, source: Source, name: str) -> None:
     if len(target.shape) == 1:
         step = rows
     else:
-        quantum = schemes.row_quantum(target.scheme) if native is None else math.lcm(
-            schemes.row_quantum(target.scheme), schemes.row_quantum(schemes.get(native))
+        quantum = (
+            schemes.row_quantum(target.scheme)
+            if native is None
+            else math.lcm(schemes.row_quantum(target.scheme), schemes.row_quantum(schemes.get(native)))
         )
         step = max(1, RANGE // target.shape[1] // quantum) * quantum
     for start in range(0, rows, step):

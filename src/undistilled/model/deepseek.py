@@ -43,7 +43,9 @@ class Attention(nn.Module):
     def _queries(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
         compressed = self.mla.q_lora_rank > 0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
-        nope, rope = q.unflatten(-1, (self.spec.heads, -1)).split([self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], -1)
+        nope, rope = q.unflatten(-1, (self.spec.heads, -1)).split(
+            [self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], -1
+        )
         return torch.cat((nope, rotate(rope, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)), -1)
 
     def _latents(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -69,11 +71,15 @@ class Attention(nn.Module):
         out = mla.mla_rows(inside, latents, batch.tables_RB, batch.contexts_R, batch.block_size, rank, scale)
         return mla.release(out, lift, nope)
 
-    def _decode_naive(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    def _decode_naive(
+        self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor, lift: torch.Tensor
+    ) -> torch.Tensor:
         rows = []
         for row, context in enumerate(batch.contexts_R.tolist()):
             cached = latents[context_slots(batch.tables_RB[row], batch.block_size, context)].to(q_RHX.dtype)
-            rows.append(mla.naive(q_RHX[row : row + 1], cached, lift, self.mla.qk_nope_head_dim, self.spec.softmax_scale))
+            rows.append(
+                mla.naive(q_RHX[row : row + 1], cached, lift, self.mla.qk_nope_head_dim, self.spec.softmax_scale)
+            )
         return torch.cat(rows)
 
 

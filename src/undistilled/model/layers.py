@@ -25,6 +25,8 @@ Make = Callable[[str], Stored]
 class Weighted(nn.Module):
     """A module around one stored weight, whose parts are its parameters."""
 
+    values: torch.Tensor  # the part that every scheme has
+
     def __init__(self, make: Make, name: str) -> None:
         super().__init__()
         self.stored = make(name)
@@ -33,15 +35,20 @@ class Weighted(nn.Module):
             self.stored.parts[part] = self._parameters[part]  # type: ignore[assignment]
 
 
+def vector(weight: Weighted | None) -> torch.Tensor | None:
+    """The values of a vector that may be absent."""
+    return None if weight is None else weight.values
+
+
 class Linear(Weighted):
     """y = x W^T (+ b), whatever the scheme of W."""
 
     def __init__(self, make: Make, name: str, bias: bool = False) -> None:
         super().__init__(make, f"{name}.weight")
-        self.bias = Weighted(make, f"{name}.bias") if bias else None
+        self.bias: Weighted | None = Weighted(make, f"{name}.bias") if bias else None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return apply(x_TK, self.stored, self.bias.values if self.bias is not None else None)
+        return apply(x_TK, self.stored, vector(self.bias))
 
 
 class Norm(Weighted):
@@ -110,13 +117,13 @@ class MoeLayer(nn.Module):
         self.moe = moe
         self.gate = Weighted(make, f"{name}.gate.weight")
         sigmoid = moe.scoring == "sigmoid"
-        self.bias = Weighted(make, f"{name}.gate.e_score_correction_bias") if sigmoid else None
+        self.bias: Weighted | None = Weighted(make, f"{name}.gate.e_score_correction_bias") if sigmoid else None
         self.banks = nn.ModuleList([LocalBank(make, f"{name}.experts")])
         self.shared_experts = SwiGlu(make, f"{name}.shared_experts") if moe.shared else None
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         logits = apply(x_TD.float(), self.gate.stored)
-        ids, weights = route(logits, self.bias.values if self.bias is not None else None, self.moe)
+        ids, weights = route(logits, vector(self.bias), self.moe)
         handles = [bank.submit(x_TD, ids, weights) for bank in self.banks]  # type: ignore[operator]
         out = self.shared_experts(x_TD) if self.shared_experts is not None else torch.zeros_like(x_TD)
         for bank, handle in zip(self.banks, handles, strict=True):

@@ -19,9 +19,11 @@ class Attention(nn.Module):
     def __init__(self, make: Make, name: str, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        for which in ("q", "k", "v", "o"):
-            linear = Linear(make, f"{name}.{which}_proj", bias=which in spec.attention_bias)
-            self.add_module(f"{which}_proj", linear)
+        biased = spec.attention_bias
+        self.q_proj = Linear(make, f"{name}.q_proj", bias="q" in biased)
+        self.k_proj = Linear(make, f"{name}.k_proj", bias="k" in biased)
+        self.v_proj = Linear(make, f"{name}.v_proj", bias="v" in biased)
+        self.o_proj = Linear(make, f"{name}.o_proj", bias="o" in biased)
         self.q_norm = Norm(make, f"{name}.q_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = Norm(make, f"{name}.k_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
 

@@ -114,15 +114,13 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _need(config: dict[str, Any], key: str, kind: type = int) -> Any:
+def _need(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise BadArtefact(
-            f"config.json: {key!r} is {value!r}, expected {kind.__name__}.",
+            f"config.json: {key!r} is {value!r}, expected a positive whole number.",
             "Is this the model's own config.json?",
         )
-    if kind is int and value <= 0:
-        raise BadArtefact(f"config.json: {key!r} is {value}, expected a positive number.")
     return value
 
 
@@ -255,7 +253,9 @@ def _moe(config: dict[str, Any], v3: bool) -> Moe:
         first_dense=config.get("first_k_dense_replace") or 0,
     )
     if moe.experts % moe.groups or moe.top_groups > moe.groups:
-        raise BadArtefact(f"config.json: {moe.experts} experts do not form {moe.groups} groups of which {moe.top_groups}.")
+        raise BadArtefact(
+            f"config.json: {moe.experts} experts do not form {moe.groups} groups of which {moe.top_groups}."
+        )
     if moe.per_token > moe.experts // moe.groups * moe.top_groups:
         raise BadArtefact(f"config.json: a token cannot choose {moe.per_token} experts from {moe.top_groups} groups.")
     return moe

@@ -92,9 +92,7 @@ def _block(spec: ModelSpec, layer: int, mtp: bool) -> Iterator[Weight]:
         yield from _swiglu(f"{at}.mlp.shared_experts", "shared", spec.hidden, moe.width * moe.shared, layer, mtp)
 
 
-def _swiglu(
-    at: str, role: str, hidden: int, width: int, layer: int, mtp: bool, experts: int = 0
-) -> Iterator[Weight]:
+def _swiglu(at: str, role: str, hidden: int, width: int, layer: int, mtp: bool, experts: int = 0) -> Iterator[Weight]:
     for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
         yield Weight(f"{at}.{name}_proj.weight", f"{role}.{name}", shape, layer, experts, mtp)
 
@@ -118,7 +116,12 @@ def _mla(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def _gqa(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    for name, rows, cols in (("q", q, spec.hidden), ("k", kv, spec.hidden), ("v", kv, spec.hidden), ("o", spec.hidden, q)):
+    for name, rows, cols in (
+        ("q", q, spec.hidden),
+        ("k", kv, spec.hidden),
+        ("v", kv, spec.hidden),
+        ("o", spec.hidden, q),
+    ):
         yield f"{name}_proj.weight", f"attention.{name}", (rows, cols)
         if name in spec.attention_bias:
             yield f"{name}_proj.bias", "bias", (rows,)

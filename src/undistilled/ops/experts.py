@@ -61,8 +61,8 @@ def _native(
 ) -> torch.Tensor:
     if x_TD.shape[0] >= LARGE:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
-    stacked = [_stack(w) for w in (gate, up, down)]
-    return native.experts_rows(x_TD.contiguous(), *stacked, ids_Tk.int().contiguous(), weights_Tk.contiguous())
+    chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
+    return native.experts_rows(x_TD.contiguous(), _stack(gate), _stack(up), _stack(down), chosen, shares)
 
 
 def _stack(weight: Stored) -> native.Experts:

@@ -37,16 +37,23 @@ def _choose(x_TK: torch.Tensor, weight: Stored) -> Kernel:
     return kernel
 
 
-@linear.register("dense", lambda w, dtype: isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
-                 "PyTorch's own product: weights and activations have one dtype")
+@linear.register(
+    "dense",
+    lambda w, dtype: isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
+    "PyTorch's own product: weights and activations have one dtype",
+)
 def _dense(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return F.linear(x_TK, weight.parts["values"])
 
 
 def _int8pack(w: Stored, dtype: torch.dtype) -> bool:
     return (
-        isinstance(w.scheme, int8.Int8) and w.scheme.group == 0 and w.device.type == "cpu"
-        and dtype == torch.float32 and w.shape[-1] % 16 == 0 and w.shape[-2] % 4 == 0
+        isinstance(w.scheme, int8.Int8)
+        and w.scheme.group == 0
+        and w.device.type == "cpu"
+        and dtype == torch.float32
+        and w.shape[-1] % 16 == 0
+        and w.shape[-2] % 4 == 0
     )
 
 

@@ -45,8 +45,10 @@ def _yarn(plain: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, float]:
     factor = rope.attention_factor
     if factor is None:
         both = rope.mscale and rope.mscale_all_dim
-        factor = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim) if both else (
-            yarn_mscale(rope.factor)
+        factor = (
+            yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+            if both
+            else (yarn_mscale(rope.factor))
         )
     return torch.lerp(plain, plain / rope.factor, stretched), factor
 

@@ -46,12 +46,11 @@ def _check_row(row: Row, weight) -> None:
 
 def _check_totals(plan: Plan, spec: ModelSpec) -> None:
     if plan.limits.context > spec.max_context:
-        raise BadArtefact(
-            f"The plan's context is {plan.limits.context}; {plan.model} has at most {spec.max_context}."
-        )
+        raise BadArtefact(f"The plan's context is {plan.limits.context}; {plan.model} has at most {spec.max_context}.")
     if plan.kv.blocks * plan.kv.block_size < plan.limits.context:
         raise BadArtefact(
-            f"The plan's {plan.kv.blocks} blocks of {plan.kv.block_size} do not hold one context of {plan.limits.context}."
+            f"The plan's {plan.kv.blocks} blocks of {plan.kv.block_size} do not hold "
+            f"one context of {plan.limits.context}."
         )
     for device, prediction in plan.predicted.devices.items():
         stored = sum(row.nbytes for row in plan.rows if row.store == device)

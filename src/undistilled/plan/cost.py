@@ -16,8 +16,9 @@ from .plan import Row
 if TYPE_CHECKING:
     from .hardware import Device
 
-RUNTIME = {"cpu": 420_000_000, "cuda": 600_000_000}  # bytes: interpreter, torch and buffers; CUDA's context
-LOAD_BUFFER = 160_000_000  # bytes: one range of rows on its way to its scheme (see load/build.py)
+# Bytes: interpreter, torch, tokenizer and API libraries, resident; CUDA's context. See docs/memory.md for the runs.
+RUNTIME = {"cpu": 290_000_000, "cuda": 600_000_000}
+LOAD_BUFFER = 48_000_000  # bytes: one range of rows on its way to its scheme (see load/build.py)
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
 
 
@@ -77,8 +78,16 @@ def prefill_flops(spec: ModelSpec, active: int, context: int) -> float:
 
 
 def seconds(
-    placed: list[Placed], spec: ModelSpec, devices: dict[str, Device], *, active: int, batch: int, context: int,
-    chunk: int, kv_bytes: int, compute: str,
+    placed: list[Placed],
+    spec: ModelSpec,
+    devices: dict[str, Device],
+    *,
+    active: int,
+    batch: int,
+    context: int,
+    chunk: int,
+    kv_bytes: int,
+    compute: str,
 ) -> tuple[float, float]:
     """(prefill, decode) in tokens a second; devices work one after another, as one request's layers do."""
     step = launches(spec, batch) * max(d.ceilings.launch_s for d in devices.values())
@@ -114,7 +123,9 @@ def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int
     return moved
 
 
-def activation_bytes(spec: ModelSpec, *, chunk: int, batch: int, context: int, width: int, kind: str, scheme: str) -> int:
+def activation_bytes(
+    spec: ModelSpec, *, chunk: int, batch: int, context: int, width: int, kind: str, scheme: str
+) -> int:
     """The largest working set of a pass: `width` bytes a value; rows of the widest layers, and a dense copy."""
     tokens = max(chunk, batch)
     attention = spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 3 * spec.head_dim)

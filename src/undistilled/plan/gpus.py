@@ -86,9 +86,16 @@ def _device(nvml: Any, handle: Any, number: int, cpu_memory: tuple[int, int]) ->
     total, free = (int(memory.total), int(memory.free)) if memory else cpu_memory
     cores = _ask(nvml.nvmlDeviceGetNumGpuCores, handle) or 1
     return Device(
-        name=f"cuda:{number}", kind="cuda", model=_string(_ask(nvml.nvmlDeviceGetName, handle)) or "NVIDIA GPU",
-        memory_bytes=total, free_bytes=min(free, total), features=(f"sm_{sm}",), cores=cores, unified=memory is None,
-        ceilings=_estimate(nvml, handle, sm, cores), note=_pcie(nvml, handle)[1],
+        name=f"cuda:{number}",
+        kind="cuda",
+        model=_string(_ask(nvml.nvmlDeviceGetName, handle)) or "NVIDIA GPU",
+        memory_bytes=total,
+        free_bytes=min(free, total),
+        features=(f"sm_{sm}",),
+        cores=cores,
+        unified=memory is None,
+        ceilings=_estimate(nvml, handle, sm, cores),
+        note=_pcie(nvml, handle)[1],
     )
 
 
@@ -101,16 +108,21 @@ def _estimate(nvml: Any, handle: Any, sm: int, cores: int) -> Ceilings:
     fp32 = 2e6 * core_mhz * cores if core_mhz and cores > 1 else 5e12
     bf16 = fp32 * BF16_PER_FP32.get(sm, 1.0)
     return Ceilings(
-        read_bytes_per_s=read, fp32_flops=fp32, bf16_flops=bf16,
+        read_bytes_per_s=read,
+        fp32_flops=fp32,
+        bf16_flops=bf16,
         int8_ops=bf16 * INT8_PER_BF16[sm] if sm in INT8_PER_BF16 else None,
-        fp8_flops=2 * bf16 if sm >= 89 else None, launch_s=LAUNCH_S, source="estimated",
+        fp8_flops=2 * bf16 if sm >= 89 else None,
+        launch_s=LAUNCH_S,
+        source="estimated",
     )
 
 
 def _pcie(nvml: Any, handle: Any) -> tuple[float, str]:
     """(bytes a second one way, words). The widest that card and slot agree on: an idle card slows its link down."""
     generation, width = (
-        _ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle), _ask(nvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
+        _ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+        _ask(nvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
     )
     if not generation or not width:
         return 0.0, ""
@@ -124,15 +136,22 @@ def _links(nvml: Any, handle: Any, number: int, count: int) -> list[Link]:
     name = f"cuda:{number}"
     found = []
     if rate:
-        found.append(Link(
-            a="cpu", b=name, bytes_per_s=rate, latency_s=COPY_S, kind="pcie", source="estimated", note=words
-        ))
+        found.append(
+            Link(a="cpu", b=name, bytes_per_s=rate, latency_s=COPY_S, kind="pcie", source="estimated", note=words)
+        )
     lanes = sum(1 for n in range(18) if _ask(nvml.nvmlDeviceGetNvLinkState, handle, n) == 1)
     if lanes:
         # 25 GB/s a lane and direction since NVLink 3 (A100, H100); all to all, as through NVSwitch
         found += [
-            Link(a=name, b=f"cuda:{n}", bytes_per_s=lanes * 25e9, latency_s=COPY_S, kind="nvlink", source="estimated",
-                 note=f"{lanes} lanes")
+            Link(
+                a=name,
+                b=f"cuda:{n}",
+                bytes_per_s=lanes * 25e9,
+                latency_s=COPY_S,
+                kind="nvlink",
+                source="estimated",
+                note=f"{lanes} lanes",
+            )
             for n in range(number + 1, count)
         ]
     return found

@@ -119,9 +119,14 @@ def _cpu_ceilings(device: Device, seconds: float, progress: Progress) -> Ceiling
         progress("cpu: starting small operations")
         launch = cpu_launch(seconds * 0.05)
     return Ceilings(
-        read_bytes_per_s=max(read, one), read_one_thread_bytes_per_s=one, fp32_flops=fp32 or device.ceilings.fp32_flops,
-        bf16_flops=bf16 or device.ceilings.bf16_flops, int8_ops=int8 if int8 and int8 > (fp32 or 0) else None,
-        launch_s=launch, source="measured", measured_at=now(),
+        read_bytes_per_s=max(read, one),
+        read_one_thread_bytes_per_s=one,
+        fp32_flops=fp32 or device.ceilings.fp32_flops,
+        bf16_flops=bf16 or device.ceilings.bf16_flops,
+        int8_ops=int8 if int8 and int8 > (fp32 or 0) else None,
+        launch_s=launch,
+        source="measured",
+        measured_at=now(),
     )
 
 

@@ -37,9 +37,14 @@ def cuda_ceilings(device: Device, seconds: float, progress: Progress) -> Ceiling
         torch.cuda.empty_cache()
     wide = bf16 or device.ceilings.bf16_flops
     return Ceilings(
-        read_bytes_per_s=read, fp32_flops=fp32 or device.ceilings.fp32_flops, bf16_flops=wide,
-        int8_ops=int8 if int8 and int8 > wide else None, fp8_flops=fp8 if fp8 and fp8 > wide else None,
-        launch_s=launch, source="measured", measured_at=now(),
+        read_bytes_per_s=read,
+        fp32_flops=fp32 or device.ceilings.fp32_flops,
+        bf16_flops=wide,
+        int8_ops=int8 if int8 and int8 > wide else None,
+        fp8_flops=fp8 if fp8 and fp8 > wide else None,
+        launch_s=launch,
+        source="measured",
+        measured_at=now(),
     )
 
 
@@ -70,7 +75,10 @@ def _read(name: str, size: int, seconds: float) -> float:
     rows = buffer.view(-1, 1 << 14)
     half = buffer.view(2, -1)
     ways: list[Callable[[], Any]] = [
-        buffer.sum, lambda: rows.sum(1), rows.view(torch.int32).amax, lambda: half[0].copy_(half[1]),
+        buffer.sum,
+        lambda: rows.sum(1),
+        rows.view(torch.int32).amax,
+        lambda: half[0].copy_(half[1]),
     ]
     return size / min(gpu_seconds(way, seconds / len(ways)) for way in ways)
 
@@ -151,9 +159,14 @@ def _link(a: str, b: str, before: Link | None) -> Link:
         plain = torch.ones(COPY, dtype=torch.uint8)
         pageable = COPY / _copy_seconds(target, plain, b)
     return Link(
-        a=a, b=b, bytes_per_s=COPY / _copy_seconds(target, source, b), pageable_bytes_per_s=pageable,
-        latency_s=_copy_seconds(target[:64], source[:64], b), kind=before.kind if before else "pcie",
-        source="measured", note=before.note if before else "",
+        a=a,
+        b=b,
+        bytes_per_s=COPY / _copy_seconds(target, source, b),
+        pageable_bytes_per_s=pageable,
+        latency_s=_copy_seconds(target[:64], source[:64], b),
+        kind=before.kind if before else "pcie",
+        source="measured",
+        note=before.note if before else "",
     )
 
 

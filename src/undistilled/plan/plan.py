@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import BadArtefact
 
-VERSION = 1
-
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +86,7 @@ class Predicted(Frozen):
 
 
 class Plan(Frozen):
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     model: str
     model_hash: str  # of the config: what the plan was made for
     architecture: str

@@ -33,9 +33,14 @@ def probe() -> Machine:
         note = f"{gpus[0].model} is here, but torch {torch} is built without CUDA and cannot use it."
         gpus, links = (), ()
     return Machine(
-        name=platform.node() or "this", devices=(_cpu(total, free, any(g.unified for g in gpus)), *gpus), links=links,
-        disk=_disk(), os=f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
-        python=platform.python_version(), torch=torch, note=note,
+        name=platform.node() or "this",
+        devices=(_cpu(total, free, any(g.unified for g in gpus)), *gpus),
+        links=links,
+        disk=_disk(),
+        os=f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
+        python=platform.python_version(),
+        torch=torch,
+        note=note,
     )
 
 
@@ -49,8 +54,16 @@ def torch_version() -> str:
 def _cpu(total: int, free: int, unified: bool) -> Device:
     cores, (model, features), nodes = usable_cores(), cpu_model(), numa_nodes()
     return Device(
-        name="cpu", kind="cpu", model=model, memory_bytes=total, free_bytes=free, features=features, cores=cores,
-        numa_nodes=nodes, unified=unified, ceilings=_estimate(cores, features, nodes),
+        name="cpu",
+        kind="cpu",
+        model=model,
+        memory_bytes=total,
+        free_bytes=free,
+        features=features,
+        cores=cores,
+        numa_nodes=nodes,
+        unified=unified,
+        ceilings=_estimate(cores, features, nodes),
     )
 
 
@@ -154,6 +167,10 @@ def _estimate(cores: int, features: tuple[str, ...], nodes: int) -> Ceilings:
     node = 120e9 if cores >= 24 * nodes else 40e9  # many channels, as a server has, or two
     eight_bit = 8.0 if "amx_int8" in features else 2.0 if {"avx512_vnni", "avx_vnni", "i8mm"} & set(features) else 0.0
     return Ceilings(
-        read_bytes_per_s=min(cores * 8e9, nodes * node), fp32_flops=fp32, bf16_flops=fp32 * faster,
-        int8_ops=fp32 * eight_bit or None, launch_s=3e-6, source="estimated",
+        read_bytes_per_s=min(cores * 8e9, nodes * node),
+        fp32_flops=fp32,
+        bf16_flops=fp32 * faster,
+        int8_ops=fp32 * eight_bit or None,
+        launch_s=3e-6,
+        source="estimated",
     )

@@ -15,7 +15,7 @@ HEAD = {"int8": "int8", "int4": "int8", "fp8_block": "bf16"}
 
 
 def family(scheme: str) -> str:
-    """"int4-g32-sym" -> "int4"."""
+    """ "int4-g32-sym" -> "int4"."""
     return scheme.split("-")[0]
 
 

@@ -7,7 +7,7 @@ fit beside them live and run on the CPU, where a token reads only the few that i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from .. import scheme as schemes
 from ..errors import UsageError
@@ -22,7 +22,8 @@ from .recipes import scheme_of
 BLOCK = 16  # tokens in a cache block
 DEFAULT_CONTEXT = 4096
 CHUNK = {"cpu": 512, "cuda": 4096}
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+WIDTH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 CANDIDATES = ("fp8_block", "int8", "int4", "int4-sym")  # tried, in this order, when something does not fit
 
 
@@ -35,7 +36,7 @@ class Ask:
     batch: int = 1
     mtp: bool = False
     device: str | None = None  # "cpu" keeps GPUs out
-    kv_dtype: str | None = None  # None: float32 where the scheme is fp32, else bfloat16
+    kv_dtype: Dtype | None = None  # None: float32 where the scheme is fp32, else bfloat16
 
 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
@@ -55,14 +56,16 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
     asked = ask.scheme or spec.native
     devices = _devices(machine, ask)
     kind = devices[0].kind
-    compute = "float32" if kind == "cpu" or asked == "fp32" else "bfloat16"
-    cache = ask.kv_dtype or ("float32" if asked == "fp32" else "bfloat16")
+    compute: Dtype = "float32" if kind == "cpu" or asked == "fp32" else "bfloat16"
+    cache: Dtype = ask.kv_dtype or ("float32" if asked == "fp32" else "bfloat16")
     if cache not in WIDTH:
         raise UsageError(f"--kv-dtype {cache!r} is not known.", f"Known: {', '.join(WIDTH)}.")
     known = [w for w in weights(spec)]
     chunk = min(CHUNK[kind], -(-context // BLOCK) * BLOCK)
     kv = Kv(
-        dtype=cache, block_size=BLOCK, blocks=ask.batch * -(-context // BLOCK),
+        dtype=cache,
+        block_size=BLOCK,
+        blocks=ask.batch * -(-context // BLOCK),
         bytes_per_token=spec.kv_bytes_per_token(WIDTH[cache]),
     )
     working = cost.activation_bytes(
@@ -75,8 +78,15 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
     used = {d.name: d for d in devices if any(p.row.store == d.name for p in loaded)}
     total, active = counts(spec)
     prefill, decode = cost.seconds(
-        loaded, spec, used, active=active, batch=ask.batch, context=context, chunk=chunk,
-        kv_bytes=kv.bytes_per_token, compute=compute,
+        loaded,
+        spec,
+        used,
+        active=active,
+        batch=ask.batch,
+        context=context,
+        chunk=chunk,
+        kv_bytes=kv.bytes_per_token,
+        compute=compute,
     )
     predictions = {d.name: _device_bytes(d, loaded, fixed, working) for d in used.values()}
     predicted = Predicted(
@@ -90,11 +100,21 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
         basis=", ".join(f"{d.name}: {d.ceilings.source} ceilings" for d in used.values()),
     )
     return Plan(
-        model=name, model_hash=config_hash(config), architecture=spec.model_type, machine=machine.name,
-        scheme=asked, compute_dtype=compute, parameters=total, active_parameters=active,
-        tensors=sum(p.row.tensors for p in placed), rows=[p.row for p in placed], kv=kv,
-        limits=Limits(context=context, batch=ask.batch, chunk=chunk), predicted=predicted,
-        fits=all(p.fits for p in predictions.values()), notes=_notes(used),
+        model=name,
+        model_hash=config_hash(config),
+        architecture=spec.model_type,
+        machine=machine.name,
+        scheme=asked,
+        compute_dtype=compute,
+        parameters=total,
+        active_parameters=active,
+        tensors=sum(p.row.tensors for p in placed),
+        rows=[p.row for p in placed],
+        kv=kv,
+        limits=Limits(context=context, batch=ask.batch, chunk=chunk),
+        predicted=predicted,
+        fits=all(p.fits for p in predictions.values()),
+        notes=_notes(used),
     )
 
 
@@ -110,8 +130,15 @@ def _row(weight: Weight, spec: ModelSpec, asked: str, home: str) -> Row:
     scheme = scheme_of(weight, spec, asked)
     scaled = spec.native == "fp8_block" and weight.is_linear
     return Row(
-        name=weight.name, role=weight.role, layer=weight.layer, experts=(0, weight.experts) if weight.experts else None,
-        shape=weight.shape, tensors=weight.count * (2 if scaled else 1), scheme=scheme, store=home, compute=home,
+        name=weight.name,
+        role=weight.role,
+        layer=weight.layer,
+        experts=(0, weight.experts) if weight.experts else None,
+        shape=weight.shape,
+        tensors=weight.count * (2 if scaled else 1),
+        scheme=scheme,
+        store=home,
+        compute=home,
         nbytes=0 if home == "unloaded" else cost.row_bytes(weight, scheme),
     )
 
@@ -164,11 +191,12 @@ def _device_bytes(device: Device, placed: list[Placed], fixed: int, working: int
     held = sum(p.row.nbytes for p in placed if p.row.store == device.name)
     share = cost._layer_share(placed).get(device.name, 0.0)
     kv, runtime = int(fixed * share), cost.RUNTIME[device.kind]
-    activations = max(working, cost.LOAD_BUFFER - kv) if device.kind == "cpu" else working
+    activations = max(working, cost.LOAD_BUFFER - kv)
     total = held + kv + activations + runtime
     return DevicePrediction(
         bytes=Bytes(weights=held, kv=kv, activations=activations, runtime=runtime, total=total),
-        available=_usable(device), fits=total <= _usable(device),
+        available=_usable(device),
+        fits=total <= _usable(device),
     )
 
 
@@ -182,8 +210,10 @@ def _contexts(
         each = {name: _device_bytes(d, placed, fixed, working) for name, d in used.items()}
         found.append(
             ContextPrediction(
-                context=length, kv_bytes={n: e.bytes.kv for n, e in each.items()},
-                total_bytes={n: e.bytes.total for n, e in each.items()}, fits=all(e.fits for e in each.values()),
+                context=length,
+                kv_bytes={n: e.bytes.kv for n, e in each.items()},
+                total_bytes={n: e.bytes.total for n, e in each.items()},
+                fits=all(e.fits for e in each.values()),
             )
         )
     return found

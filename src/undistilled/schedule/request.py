@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..errors import RequestError
@@ -39,7 +38,7 @@ class Sampling:
         """RequestError naming the parameter that is out of its range."""
         for name, low, high in RANGES:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # NaN is in no range
                 raise RequestError(f"{name} is {value}, expected {low} to {high}.", param=name)
         if len(self.stop) > MAX_STOPS or any(not s or len(s) > MAX_STOP_CHARS for s in self.stop):
             raise RequestError(

@@ -115,9 +115,7 @@ class Stored:
         at = names.index(axis)
         parts = {}
         for name, spec in parts_of(self.scheme, self.shape).items():
-            index = tuple(
-                cut(d, start, stop, self.shape[at]) if d.axis == axis else slice(None) for d in spec.dims
-            )
+            index = tuple(cut(d, start, stop, self.shape[at]) if d.axis == axis else slice(None) for d in spec.dims)
             parts[name] = self.parts[name][index]
         shape = (*self.shape[:at], stop - start, *self.shape[at + 1 :])
         return Stored(self.scheme, shape, parts)

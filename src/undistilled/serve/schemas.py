@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import RequestError
 from ..schedule.request import MAX_BIAS, MAX_LOGPROBS, MAX_STOPS
@@ -61,8 +61,8 @@ class Generating(Body):
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     seed: Int64 | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), FailFast()] | None = None
-    stop_token_ids: Annotated[list[Int64], Field(max_length=MAX_STOPS), FailFast()] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Int64], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool = False
     logit_bias: dict[str, Float] | None = None
     stream: bool | None = None
@@ -125,7 +125,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | None = None
     name: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], FailFast()] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
@@ -134,7 +134,7 @@ class Message(BaseModel):
         return "\n".join(map(_part, value)) if isinstance(value, list) else value
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ResponseFormat(BaseModel):
@@ -155,7 +155,7 @@ class ChatBody(Generating):
     max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[dict[str, Any]], FailFast()] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
     response_format: ResponseFormat | None = None
 
@@ -179,7 +179,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: Annotated[list[Int64], FailFast()]
+    tokens: Annotated[list[Int64], Field(fail_fast=True)]
     skip_special_tokens: bool = False
 
 
