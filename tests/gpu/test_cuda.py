@@ -62,7 +62,7 @@ def test_smollm2_in_every_scheme(scheme):
         plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, 256, 1, False, device))
         decoder = build(plan, model.spec, model.source())
         logits = our_logits(decoder, plan, tokens).float().cpu()
-        found = greedy(decoder, plan, [tokens], 16)[0]
+        found = greedy(decoder, plan, [tokens], 16)[0] if scheme == "fp32" else []
         del decoder
         gc.collect()
         return logits, found, plan
