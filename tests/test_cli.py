@@ -1,0 +1,81 @@
+"""The verbs as scripts use them: JSON out, errors as one message, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tiny import LLAMA, write_checkpoint
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "undistilled", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+    )
+
+
+def test_plan_r1_from_its_config():
+    done = run("plan", "deepseek-r1", "--machine", "8x-h200", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["tensors"] == 91_991 and len(plan["rows"]) == 1048
+    for device in plan["predicted"]["devices"].values():
+        assert set(device["bytes"]) == {"weights", "kv", "activations", "runtime", "total"}
+    assert plan["predicted"]["prefill_tokens_per_s"] > 0 and plan["predicted"]["decode_tokens_per_s"] > 0
+
+
+def test_what_does_not_fit_is_exit_4_and_still_json():
+    done = run("plan", "deepseek-r1", "--machine", "laptop-16gb", "--json")
+    assert done.returncode == 4 and json.loads(done.stdout)["fits"] is False
+    assert "GB" in done.stderr
+
+
+def test_inspect_r1():
+    found = json.loads(run("inspect", "deepseek-r1", "--json").stdout)
+    assert found["parameters"]["total"] == 671_026_419_200 and found["parameters"]["active"] == 36_625_625_600
+    assert found["kv_bytes_per_token"] == 70_272 and found["layers"] == 61
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["plan"], 2),
+        (["plan", "deepseek-r1", "--machine", "nowhere"], 2),
+        (["plan", "deepseek-r1", "--scheme", "int5"], 2),
+        (["plan", "deepseek-r1", "--context", "999999999"], 2),
+        (["plan", "/no/such/model"], 3),
+        (["inspect", "nobody/nothing"], 3),
+        (["prove", "deepseek-r1", "--tokens", "64"], 3),
+    ],
+)
+def test_exit_codes(arguments, code):
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip()
+
+
+def test_a_plan_is_held_to(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", LLAMA)
+    plan = tmp_path / "plan.json"
+    assert run("plan", folder, "--scheme", "int8", "--device", "cpu", "-o", plan).returncode == 0
+    raw = json.loads(plan.read_text())
+    raw["rows"][3]["nbytes"] += 1
+    plan.write_text(json.dumps(raw))
+    done = run("generate", folder, "--plan", plan, "--prompt", "x")
+    assert done.returncode == 3 and raw["rows"][3]["name"] in done.stderr.replace("\n", "")
+
+
+def test_doctor():
+    found = json.loads(run("doctor", "--json").stdout)
+    assert {row["scheme"] for row in found["kernels"]} >= {"bf16", "int8", "int4", "fp8_block"}
+
+
+def test_reference_can_be_forced():
+    kernels = json.loads(run("doctor", "--json", UNDISTILLED_REFERENCE="1").stdout)["kernels"]
+    assert {row["kernel"] for row in kernels} == {"reference"}
