@@ -17,6 +17,7 @@ import torch
 
 from .. import scheme as schemes
 from ..errors import BadArtefact
+from ..ops.linear import dense
 from ..scheme.fp8_block import BLOCK
 
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -174,8 +175,8 @@ class SafetensorsSource:
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:
         parts = self.parts(name, start, stop)
-        shape = tuple(parts["values"].shape)
-        return schemes.get(self.scheme(name)).decompress(parts, shape, torch.float32)
+        stored = schemes.Stored(schemes.get(self.scheme(name)), tuple(parts["values"].shape), parts)
+        return dense(stored, torch.float32)
 
 
 def shard_files(folder: Path) -> list[Path]:

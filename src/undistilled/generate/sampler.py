@@ -39,7 +39,7 @@ class Sampler:
         for token, bias in s.logit_bias:
             logits[token] += bias
         if s.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self.seen | self.counts.keys()))
+            seen = torch.tensor(sorted(self.seen | self.counts.keys()), dtype=torch.int64)
             chosen = logits[seen]
             logits[seen] = torch.where(chosen > 0, chosen / s.repetition_penalty, chosen * s.repetition_penalty)
         if self.counts and (s.presence_penalty or s.frequency_penalty):

@@ -19,8 +19,10 @@ from ..events import emit
 from ..model.decoder import Decoder
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
+from ..ops.linear import dense
 from ..plan.plan import Plan, Row
 from ..scheme import Stored
+from ..scheme.base import Parts
 
 RANGE = 2 << 20  # elements of a tensor that are on their way at once
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,25 +93,39 @@ def _check_names(source: Source, wanted: list[Weight]) -> None:
 
 def fill(target: Stored, source: Source, name: str) -> None:
     """Stream one tensor into its place, range by range, each checked for NaN and infinity."""
-    rows = target.shape[0]
+    rows, matrix = target.shape[0], len(target.shape) > 1
     native = source.scheme(name)
-    same = native == target.scheme.name
-    if len(target.shape) == 1:
-        step = rows
-    else:
-        quantum = (
-            schemes.row_quantum(target.scheme)
-            if native is None
-            else math.lcm(schemes.row_quantum(target.scheme), schemes.row_quantum(schemes.get(native)))
-        )
-        step = max(1, RANGE // target.shape[1] // quantum) * quantum
+    step = _step(target, native) if matrix else rows
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        parts = source.parts(name, start, stop) if same else target.scheme.compress(source.dense(name, start, stop))
-        _check_finite(parts, source, name)
-        place = target.narrow("out", start, stop) if len(target.shape) > 1 else target
+        parts = _parts(target, source, name, native, start, stop)
+        place = target.narrow("out", start, stop) if matrix else target
         for part, tensor in place.parts.items():
             tensor.copy_(parts[part])
+
+
+def _step(target: Stored, native: str | None) -> int:
+    """Rows in a range: about RANGE elements, whole quanta of both schemes."""
+    quantum = schemes.row_quantum(target.scheme)
+    if native is not None:
+        quantum = math.lcm(quantum, schemes.row_quantum(schemes.get(native)))
+    return max(1, RANGE // target.shape[1] // quantum) * quantum
+
+
+def _parts(target: Stored, source: Source, name: str, native: str | None, start: int, stop: int) -> Parts:
+    """Rows [start, stop) in the target's scheme; what was read is checked before it is turned into anything."""
+    if native is None:
+        values = source.dense(name, start, stop)
+        _check_finite({"values": values}, source, name)
+        return target.scheme.compress(values)
+    parts = source.parts(name, start, stop)
+    _check_finite(parts, source, name)
+    if native == target.scheme.name:
+        return parts
+    read = Stored(schemes.get(native), (stop - start, *target.shape[1:]), parts)
+    compressed = target.scheme.compress(dense(read, torch.float32))
+    _check_finite(compressed, source, name)  # float16 scales overflow where BF16 values do not
+    return compressed
 
 
 def _check_finite(parts: dict[str, torch.Tensor], source: Source, name: str) -> None:

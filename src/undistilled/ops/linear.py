@@ -105,6 +105,6 @@ def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight as a plain tensor [N, K], by the C kernel where it serves; not a copy where it is one already."""
     if weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
-    if not forced() and native_ready(weight, dtype):
+    if len(weight.shape) == 2 and not forced() and native_ready(weight, dtype):
         return native.dequantise(*native_arguments(weight))
     return weight.dense(dtype)

@@ -43,26 +43,28 @@ class Int4:
         return parts if self.symmetric else {**parts, "minimums": scale}
 
     def compress(self, w):
-        import torch
-
         w = w.float()
-        padded = grouped(w, self.group)
-        if self.symmetric:
-            extreme = padded.gather(-1, padded.abs().argmax(-1, keepdim=True))[..., 0]
-            scales, low = (extreme / -8).half(), None
-            shift = 8.0
-        else:
-            # padding must not widen the last group's range
-            filled = padded if w.shape[-1] % self.group == 0 else self._edge_filled(padded, w)
-            lowest, highest = filled.amin(-1), filled.amax(-1)
-            scales, low = ((highest - lowest) / 15).half(), lowest.half()
-            shift = -low.float()[..., None]
+        groups = grouped(w, self.group)
+        scales, offsets = self._symmetric(groups) if self.symmetric else self._asymmetric(groups, w)
         step = scales.float()
-        inverse = torch.where(step == 0, 0.0, 1.0 / step)[..., None]
-        q = (padded * inverse + shift if self.symmetric else (padded + shift) * inverse).round_().clamp_(0, 15)
-        q = q.flatten(-2)[..., : -(-w.shape[-1] // QUANTUM) * QUANTUM]
-        parts = {"values": pack(q), "scales": scales}
-        return parts if low is None else {**parts, "minimums": low}
+        inverse = step.reciprocal().masked_fill_(step == 0, 0.0)[..., None]
+        shift = 8.0 if self.symmetric else -offsets.float()[..., None] * inverse
+        q = groups.mul(inverse).add_(shift).round_().clamp_(0, 15).flatten(-2)
+        values = pack(q[..., : -(-w.shape[-1] // QUANTUM) * QUANTUM])
+        parts = {"values": values, "scales": scales}
+        return parts if self.symmetric else {**parts, "minimums": offsets}
+
+    def _symmetric(self, groups):
+        """(scales, None): the value of largest magnitude becomes -8."""
+        lowest, highest = groups.aminmax(dim=-1)
+        return (highest.where(highest > -lowest, lowest) / -8).half(), None
+
+    def _asymmetric(self, groups, w):
+        """(scales, minimums): the lowest value becomes 0, the highest 15."""
+        # padding must not widen the last group's range
+        filled = groups if w.shape[-1] % self.group == 0 else self._edge_filled(groups, w)
+        lowest, highest = filled.aminmax(dim=-1)
+        return ((highest - lowest) / 15).half(), lowest.half()
 
     def _edge_filled(self, padded, w):
         filled = padded.clone()

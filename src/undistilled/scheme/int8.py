@@ -32,9 +32,10 @@ class Int8:
         import torch
 
         groups = grouped(w.float(), self.group)
-        scales = groups.abs().amax(-1) / 127
-        safe = torch.where(scales > 0, scales, 1.0)
-        values = (groups / safe[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        lowest, highest = groups.aminmax(dim=-1)
+        scales = torch.maximum(highest, -lowest) / 127
+        inverse = scales.reciprocal().masked_fill_(scales == 0, 0.0)
+        values = groups.mul(inverse[..., None]).round_().clamp_(-127, 127).to(torch.int8)
         return {"values": values.flatten(-2)[..., : w.shape[-1]].contiguous(), "scales": scales}
 
     def decompress(self, parts, shape, dtype):
