@@ -1,4 +1,4 @@
-"""A real server over the fake engine, in a thread of this process; the engine has its own process."""
+"""A real server over the fake engine (or another), in a thread of this process; the engine has its own process."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ class Running:
     options: dict
     settings: dict = field(default_factory=dict)
     header_seconds: float = 10.0
+    factory: str = FACTORY
 
     def __enter__(self) -> Running:
         self.started, self.error = threading.Event(), None
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.thread.start()
-        assert self.started.wait(20)
+        assert self.started.wait(60)
         if self.error:
             raise self.error
         self.wait_for(bool)
@@ -48,7 +49,7 @@ class Running:
 
     async def _run(self) -> None:
         try:
-            self.client = await EngineClient.start(self.options, factory=FACTORY)
+            self.client = await EngineClient.start(self.options, factory=self.factory)
         except BaseException as error:
             self.error = error
             self.started.set()

@@ -85,7 +85,7 @@ def chat_prompt(
     """
     mask = Mask(tokenizer)
     masked = [mask.message(_prepared(message, template)) for message in messages]
-    bos, eos = (tokenizer.token_text(i) for i in (_first(tokenizer.bos), _first(*tokenizer.eos_ids)))
+    bos, eos = _first(tokenizer, tokenizer.bos), _first(tokenizer, *tokenizer.eos_ids)
     try:
         variables = _variables(masked, mask.value(tools), add_generation_prompt, bos, eos)
         text = render(_compiled(template), variables)
@@ -149,8 +149,9 @@ def _variables(
     }
 
 
-def _first(*ids: int | None) -> int:
-    return next((id for id in ids if id is not None), -1)
+def _first(tokenizer: Tokenizer, *ids: int | None) -> str:
+    """The text of the first id that there is; empty where a tokenizer names none."""
+    return next((tokenizer.token_text(id) for id in ids if id is not None), "")
 
 
 def _prepared(message: dict[str, Any], template: str) -> dict[str, Any]:
