@@ -19,8 +19,9 @@ from undistilled.checkpoint.resolve import find
 
 def synthetic() -> str:
     """The folder of the DeepSeek-shaped model."""
-    from streaming import write_shard
     from tokenizers import Tokenizer, models
+
+    from streaming import write_shard
 
     folder = Path(__file__).parent / ".peers" / "deepseek-1gb"
     config = find("deepseek-r1").config | {

@@ -159,7 +159,7 @@ def load(
     model = find(str(folder))
     machine = load_machine("this")
     plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, context, batch, mtp, device, kv))
-    return build(plan, model.spec, model.source(), mtp=mtp), plan
+    return build(plan, model.spec, model.source()), plan
 
 
 def twin(folder: Path, config: dict, dtype=torch.float32):

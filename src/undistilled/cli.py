@@ -11,6 +11,7 @@ import typer
 
 from . import show
 from .errors import UndistilledError
+from .events import subscribed
 
 app = typer.Typer(
     add_completion=False,
@@ -19,15 +20,18 @@ app = typer.Typer(
     help="Plan, run and prove the whole DeepSeek-R1 (and its smaller relatives) on the hardware you have.",
 )
 MODEL = Annotated[
-    str, typer.Argument(help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2).")
+    str,
+    typer.Argument(
+        help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2; deepseek-r1, to plan)."
+    ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PLAN = Annotated[Path | None, typer.Option("--plan", help="A plan file; it decides schemes, homes and limits.")]
 SCHEME = Annotated[
     str | None, typer.Option("--scheme", help="bf16, fp16, fp32, fp8_block, int8, int4, … Default: as released.")
 ]
-CONTEXT = Annotated[int | None, typer.Option("--context", help="Tokens of context to make room for.")]
-BATCH = Annotated[int, typer.Option("--batch", help="Requests to make room for at once.")]
+CONTEXT = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of context to make room for.")]
+BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make room for at once.")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
 MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 
@@ -78,9 +82,9 @@ def plan(
 
     found = find(model)
     made = solve(found.name, found.config, found.spec, load_machine(machine), Ask(scheme, context, batch, mtp, device))
+    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
         made.write(output)
-    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if not made.fits:
         from .errors import DoesNotFit
 
@@ -153,7 +157,7 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of context; the same as --context.")] = None,
     plan_file: PLAN = None,
     scheme: SCHEME = None,
-    batch: BATCH = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
     device: DEVICE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
 ) -> None:
@@ -165,7 +169,7 @@ def serve(
         "plan": str(plan_file) if plan_file else None,
         "scheme": scheme,
         "context": max_model_len,
-        "batch": batch,
+        "batch": batch or (None if plan_file else 8),
         "device": device,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
@@ -187,7 +191,8 @@ def bench(
     from .observe.bench import bench as run
 
     room = None if plan_file else prompt_tokens + new_tokens
-    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": room, "batch": batch, "device": device})
+    wanted = None if plan_file else batch
+    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": room, "batch": wanted, "device": device})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
     _print_json(result) if as_json else show.bench(result)
 
@@ -204,6 +209,7 @@ def prove(
         list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
+    context: CONTEXT = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task file; default: all.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")
@@ -211,8 +217,11 @@ def prove(
     as_json: JSON = False,
 ) -> None:
     """Compare a plan with the original weights: divergence, accuracy, memory and speed."""
+    from .prove.receipt import check_output, write_receipt
     from .prove.receipt import prove as run
-    from .prove.receipt import write_receipt
+
+    if output:
+        check_output(output)
 
     with show.steps() as progress:
         receipt = run(
@@ -223,6 +232,7 @@ def prove(
             tasks=tasks or (),
             tokens=tokens,
             limit=limit,
+            context=context,
             progress=progress,
         )
     if output:
@@ -241,7 +251,8 @@ def demo(model: Annotated[str, typer.Argument()] = "smollm2") -> None:
 def main() -> None:
     """Run a verb; an error of ours becomes one message on stderr and its exit code."""
     try:
-        app()
+        with subscribed(show.event):
+            app()
     except UndistilledError as error:
         show.error(error)
         sys.exit(error.exit_code)

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .errors import UndistilledError
+from .events import Event
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -88,12 +89,20 @@ def loading() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that names the step in hand."""
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    """On stderr, the step in hand: a spinner in a terminal, a line for each elsewhere."""
+    if not sys.stderr.isatty():
+        yield note
+        return
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=escape(text))
+
+
+def event(happened: Event) -> None:
+    """Says what a person should know of what happened."""
+    if happened.name == "op.fallback":
+        f = happened.fields
+        note(f"{f['op']} for {f['subject']} on {f['device']} has no fast kernel here: the PyTorch reference runs")
 
 
 def _table(*columns: str, title: str = "") -> Table:

@@ -183,3 +183,29 @@ def test_stop_strings_in_any_pieces(text, stops, cuts):
         assert shown == text and matched is None
     else:
         assert not any(s in shown for s in stops) and text.startswith(shown) and matched in stops
+
+
+def test_the_coldest_temperatures_are_greedy():
+    for temperature in (1e-40, 1e-10, 1e-5, 1e-3):
+        assert choose([1.0, 3.0, 2.0], temperature=temperature, seed=1)[0] == 1
+
+
+def test_top_p_works_on_what_top_k_left():
+    for seed in range(50):
+        logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
+        assert choose(logits, temperature=1.0, top_k=2, top_p=0.5, seed=seed)[0] == 0
+
+
+def test_a_failure_ends_its_own_request_only(engine, monkeypatch):
+    whole = tokens(run(engine, Request("b", [4, 5], greedy()))["b"])
+    real = Sampler.choose
+
+    def broken(self, logits):
+        if self.sampling.seed == 13:
+            raise RuntimeError("boom")
+        return real(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", broken)
+    found = run(engine, Request("a", [1], greedy(seed=13)), Request("b", [4, 5], greedy()))
+    assert found["a"][-1].finish_reason == "error" and "boom" in found["a"][-1].error
+    assert tokens(found["b"]) == whole

@@ -183,3 +183,27 @@ def test_no_model_and_no_network_says_what_to_do(monkeypatch):
         find("nobody/nothing-here")
     with pytest.raises(BadArtefact, match="smollm2"):
         find("nothing-here")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.extra.weight"])
+def test_a_tensor_without_a_place_is_refused(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(4)}, folder / "model.safetensors")
+    with pytest.raises(BadArtefact, match="no place"):
+        load(folder)
+
+
+def test_unused_oddities_are_left_alone(folder):
+    tensors = load_file(folder / "model.safetensors")
+    odd = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "counter": torch.zeros(3, dtype=torch.int64)}
+    save_file(tensors | odd, folder / "model.safetensors")
+    load(folder)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int4"])
+def test_values_beyond_float16_are_refused(folder, scheme):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e7
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadArtefact, match="float16"):
+        load(folder, scheme=scheme)

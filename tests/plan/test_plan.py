@@ -95,6 +95,23 @@ def edited(plan, tmp_path, **changes):
         ({"version": 99}, "version"),
         ({"model_hash": "0"}, "another"),
         ({"surprise": 1}, "surprise"),
+        ({"kv__blocks": 10**9}, "prediction"),
+        ({"kv__bytes_per_token": 1}, "bytes_per_token"),
+        ({"limits__batch": 10**6}, "prediction"),
+        ({"limits__chunk": 10**6}, "prediction"),
+        ({"predicted__devices": {}}, "no device"),
+        ({"rows__0__store": "meta", "rows__0__compute": "meta"}, "no device"),
+        ({"rows__0__store": "unloaded", "rows__0__compute": "unloaded", "rows__0__nbytes": 0}, "no device"),
+        ({"rows__0__scheme": "fp8_block"}, "never stored"),
+        ({"rows__1__scheme": "int4"}, "never stored"),
+        ({"rows__5__compute": "cuda:7"}, "compute"),
+        ({"rows__5__role": "norm"}, "Row"),
+        ({"rows__5__tensors": 9}, "tensors"),
+        ({"predicted__devices__cuda:0__bytes__total": 1}, "prediction"),
+        ({"predicted__devices__cuda:0__bytes__kv": -5}, "prediction"),
+        ({"architecture": "gpt2"}, "architecture"),
+        ({"parameters": -1}, "parameters"),
+        ({"tensors": 3}, "tensors"),
     ],
 )
 def test_edited_plans_are_refused_by_name(r1, tmp_path, changes, names):
@@ -121,3 +138,17 @@ def test_a_plan_for_another_machine_is_refused(r1):
         check_devices(make(r1), {"cpu": 10**12})
     with pytest.raises(DoesNotFit, match="GB"):
         check_devices(make(r1, "8x-h200"), dict.fromkeys([f"cuda:{i}" for i in range(8)] + ["cpu"], 10**9))
+
+
+def test_a_plan_over_several_devices_is_not_run(r1):
+    plan = make(r1, "8x-h200")
+    with pytest.raises(DoesNotFit, match="one device"):
+        check_devices(plan, {name: 10**12 for name in plan.predicted.devices})
+
+
+def test_mtp_is_counted_and_loaded_only_when_asked_for(r1):
+    without, with_mtp = make(r1), make(r1, mtp=True)
+    assert sum(d.bytes.weights for d in with_mtp.predicted.devices.values()) > sum(
+        d.bytes.weights for d in without.predicted.devices.values()
+    )
+    assert with_mtp.predicted.decode_bytes_per_token == without.predicted.decode_bytes_per_token

@@ -153,7 +153,11 @@ class GGUFFile:
             raise BadArtefact(f"{self.path}: cannot be read ({error}).", "Give the path of a .gguf file.") from error
 
     def _header(self, reader: _Reader) -> tuple[int, int]:
-        if reader.size < 24 or self._map[:4] != b"GGUF":
+        if self._map[:4] == b"GGUF" and reader.size < 24:
+            raise BadArtefact(
+                f"{self.path}: is truncated: its {reader.size} bytes are less than a GGUF header.", "Download it again."
+            )
+        if self._map[:4] != b"GGUF":
             raise BadArtefact(f"{self.path}: is not a GGUF file (no GGUF header).", "Give the path of a .gguf file.")
         reader.at = 4
         version = reader.u32()

@@ -31,10 +31,14 @@ class Entry:
     """Where a tensor lies: bytes [start, stop) of `file`."""
 
     file: Path
-    dtype: torch.dtype
+    kind: str  # the header's name of the dtype; one outside DTYPES is refused when it is read, and only then
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.kind]
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,16 +81,14 @@ def _entry(file: Path, name: str, fields: Any, base: int, size: int) -> Entry:
     if not integers:
         raise BadArtefact(f"{file}: tensor {name!r} has a malformed entry.", "Download it again.")
     if dtype not in DTYPES:
-        raise BadArtefact(f"{file}: tensor {name!r} has dtype {dtype!r}.", f"Known: {', '.join(DTYPES)}.")
-    if len(shape) > 3 or 0 in shape:
-        raise BadArtefact(f"{file}: tensor {name!r} has shape {list(shape)}.", "Expected 1 to 3 positive sizes.")
+        return Entry(file, str(dtype), shape, base + start, base + stop)
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != need or base + stop > size:
         raise BadArtefact(
             f"{file}: tensor {name!r} needs {need} bytes at {start}..{stop}, the file has {size - base} bytes of data.",
             "It is truncated or its header is wrong; download it again.",
         )
-    return Entry(file, DTYPES[dtype], shape, base + start, base + stop)
+    return Entry(file, dtype, shape, base + start, base + stop)
 
 
 def _check_overlap(file: Path, entries: dict[str, Entry]) -> None:
@@ -119,14 +121,27 @@ class SafetensorsSource:
             raise BadArtefact(
                 f"{self.folder}: tensor {name!r} is missing.", "A shard is missing, or config.json is another model's."
             )
-        return self.entries[name]
+        entry = self.entries[name]
+        if entry.kind not in DTYPES:
+            raise BadArtefact(
+                f"{entry.file}: tensor {name!r} has dtype {entry.kind!r}.", f"Known: {', '.join(DTYPES)}."
+            )
+        if not 1 <= len(entry.shape) <= 3 or 0 in entry.shape:
+            raise BadArtefact(
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}.", "Expected 1 to 3 positive sizes."
+            )
+        return entry
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
     def scheme(self, name: str) -> str:
-        dtype = self._entry(name).dtype
-        return "fp8_block" if dtype is torch.float8_e4m3fn else SCHEME[dtype]
+        entry = self._entry(name)
+        if entry.dtype is not torch.float8_e4m3fn:
+            return SCHEME[entry.dtype]
+        if len(entry.shape) != 2:
+            raise BadArtefact(f"{entry.file}: tensor {name!r} is FP8 and no matrix; blocks have two dimensions.")
+        return "fp8_block"
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) as stored."""

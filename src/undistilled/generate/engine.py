@@ -10,7 +10,8 @@ import torch
 
 from ..checkpoint.resolve import Model, find
 from ..checkpoint.tokenizer import Detokenizer, Tokenizer
-from ..errors import RequestError
+from ..errors import RequestError, UsageError
+from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
 from ..plan.check import check, check_devices
@@ -86,10 +87,25 @@ class Engine:
         if logits is None or running is None:
             self.scheduler.done(work, None)
             return None
-        token, logprob = running.sampler.choose(logits)
-        self.scheduler.done(work, token)
-        running.produced += 1
-        return self._news(running, token, logprob)
+        try:
+            token, logprob = running.sampler.choose(logits)
+            self.scheduler.done(work, token)
+            running.produced += 1
+            return self._news(running, token, logprob)
+        except Exception as error:  # one request's trouble is not its neighbours'
+            return self._failed(running, error)
+
+    def _failed(self, running: Running, error: Exception) -> Output:
+        request = running.sequence.request
+        self.abort(request.id)
+        emit("engine.request_failed", id=request.id, error=repr(error))
+        return Output(
+            request.id,
+            finish_reason="error",
+            error=f"{type(error).__name__}: {error}",
+            prompt_tokens=running.sequence.prompt_length,
+            completion_tokens=running.produced,
+        )
 
     def _news(self, running: Running, token: int, logprob: TokenLogprob | None) -> Output:
         request = running.sequence.request
@@ -144,6 +160,9 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
     """The plan that a run is held to: from a file, or made now for this machine. Checked either way."""
     machine = load_machine("this")
     if options.get("plan"):
+        given = [name for name in ("scheme", "context", "batch", "device", "mtp") if options.get(name)]
+        if given:
+            raise UsageError(f"A plan file decides {', '.join(given)}.", "Give --plan alone, or the options alone.")
         plan = read_plan(Path(options["plan"]))
     else:
         ask = Ask(
@@ -164,5 +183,5 @@ def open_engine(options: dict[str, Any], progress: Progress | None = None) -> En
     model = find(options["model"])
     plan = plan_for(model, options)
     tokenizer = model.tokenizer()
-    decoder = build(plan, model.spec, model.source(), mtp=bool(options.get("mtp")), progress=progress)
+    decoder = build(plan, model.spec, model.source(), progress=progress)
     return Engine(decoder, plan, tokenizer, options.get("name") or model.name)

@@ -6,6 +6,8 @@ import torch
 
 from ..schedule.request import Sampling, TokenLogprob
 
+COLDEST = 1e-5  # below this temperature, the most likely token and nothing else
+
 
 class Sampler:
     """One request's sampling state: its generator, and counts of what it has produced."""
@@ -27,7 +29,7 @@ class Sampler:
         s = self.sampling
         raw = logits_V.cpu()
         logits = self._penalised(raw)
-        token = int(logits.argmax()) if s.temperature == 0 else self._draw(logits / s.temperature)
+        token = int(logits.argmax()) if s.temperature < COLDEST else self._draw(logits)
         self.counts[token] = self.counts.get(token, 0) + 1
         return token, self._report(raw, token) if s.logprobs is not None else None
 
@@ -50,12 +52,12 @@ class Sampler:
 
     def _draw(self, logits_V: torch.Tensor) -> int:
         s = self.sampling
-        probs, order = logits_V.softmax(-1).sort(descending=True)
-        keep = torch.ones_like(probs, dtype=torch.bool)
+        logits, order = logits_V.double().sort(descending=True)
+        probs = ((logits - logits[0]) / s.temperature).softmax(-1)
         if s.top_k:
-            keep[s.top_k :] = False
-        if s.min_p:
-            keep &= probs >= s.min_p * probs[0]
+            probs[s.top_k :] = 0
+            probs /= probs.sum()
+        keep = probs >= s.min_p * probs[0]
         if s.top_p < 1:
             keep &= probs.cumsum(-1) - probs < s.top_p
         probs = probs * keep

@@ -52,15 +52,14 @@ class Memory:
         return self.held[name]
 
 
-def build(
-    plan: Plan, spec: ModelSpec, source: Source, *, mtp: bool = False, progress: Progress | None = None
-) -> Decoder:
+def build(plan: Plan, spec: ModelSpec, source: Source, *, progress: Progress | None = None) -> Decoder:
     """The decoder that `plan` describes, with its weights. BadArtefact names what is wrong with a tensor."""
     known = {w.name: w for w in weights(spec)}
     memory = Memory(plan)
+    mtp = any(known[row.name].mtp and row.store != "unloaded" for row in plan.rows)
     with torch.no_grad():
         decoder = Decoder(memory, spec, DTYPE[plan.compute_dtype], mtp=mtp).eval()
-        _check_names(source, [known[name] for name in memory.held])
+        _check_names(spec, source, [known[name] for name in memory.held])
         total = sum(stored.nbytes for stored in memory.held.values())
         done, began = 0, perf_counter()
         for name, stored in memory.held.items():
@@ -74,8 +73,9 @@ def build(
     return decoder
 
 
-def _check_names(source: Source, wanted: list[Weight]) -> None:
+def _check_names(spec: ModelSpec, source: Source, wanted: list[Weight]) -> None:
     present = source.names()
+    _check_strangers(spec, source, present)
     missing = [n for w in wanted for n in w.tensor_names if n not in present]
     if missing:
         raise BadArtefact(
@@ -89,6 +89,19 @@ def _check_names(source: Source, wanted: list[Weight]) -> None:
                     f"{source.files[0].parent}: tensor {n!r} is {list(source.shape(n))}, "
                     f"config.json implies {list(w.shape)}."
                 )
+
+
+def _check_strangers(spec: ModelSpec, source: Source, present: set[str]) -> None:
+    """A tensor that config.json does not imply means that the model is another than it says."""
+    known = {n for w in weights(spec) for n in w.tensor_names} | {"lm_head.weight"}
+    for name in sorted(present - known):
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        beyond = layer.isdigit() and int(layer) >= spec.layers  # layers that predict further tokens
+        if name.startswith(("model.", "lm_head.")) and not beyond and not name.endswith("inv_freq"):
+            raise BadArtefact(
+                f"{source.files[0].parent}: tensor {name!r} has no place in a {spec.model_type} of this config.json.",
+                "Leaving it out would change the model's answers. Is config.json the right one?",
+            )
 
 
 def fill(target: Stored, source: Source, name: str) -> None:
@@ -117,15 +130,24 @@ def _parts(target: Stored, source: Source, name: str, native: str | None, start:
     if native is None:
         values = source.dense(name, start, stop)
         _check_finite({"values": values}, source, name)
-        return target.scheme.compress(values)
+        return _compressed(target, values, source, name)
     parts = source.parts(name, start, stop)
     _check_finite(parts, source, name)
     if native == target.scheme.name:
         return parts
     read = Stored(schemes.get(native), (stop - start, *target.shape[1:]), parts)
-    compressed = target.scheme.compress(dense(read, torch.float32))
-    _check_finite(compressed, source, name)  # float16 scales overflow where BF16 values do not
-    return compressed
+    return _compressed(target, dense(read, torch.float32), source, name)
+
+
+def _compressed(target: Stored, values: torch.Tensor, source: Source, name: str) -> Parts:
+    """float16 overflows where the values that were read do not."""
+    parts = target.scheme.compress(values)
+    if any(t.dtype is torch.float16 and not t.isfinite().all() for t in parts.values()):
+        raise BadArtefact(
+            f"{source.files[0].parent}: tensor {name!r} overflows the float16 numbers of {target.scheme.name}.",
+            "Use bf16, int8 or fp8_block.",
+        )
+    return parts
 
 
 def _check_finite(parts: dict[str, torch.Tensor], source: Source, name: str) -> None:

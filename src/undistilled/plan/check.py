@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 from .. import scheme as schemes
 from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..model.spec import ModelSpec
-from ..model.weights import weights
+from ..model.weights import Weight, counts, weights
+from . import cost
+from .cost import Placed
 from .plan import Plan, Row, config_hash
 
 
 def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
-    """BadArtefact (exit 3) for a plan of another model or a row that makes no sense; DoesNotFit (exit 4)."""
+    """BadArtefact (exit 3) for a plan of another model or a row that makes no sense; DoesNotFit (exit 4).
+
+    Whatever follows from the model and the plan's own choices is computed again, not believed.
+    """
     if plan.model_hash != config_hash(config):
         raise BadArtefact(
-            f"The plan was made for {plan.model!r} with another config.json.", "Make a new one with `undistilled plan`."
+            f"The plan was made for {plan.model!r}, or for another config.json of that name.",
+            "Make one for this model with `undistilled plan`.",
         )
     known = {w.name: w for w in weights(spec)}
     rows = {row.name: row for row in plan.rows}
@@ -24,23 +32,50 @@ def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
     for row in plan.rows:
         if row.name not in known:
             raise BadArtefact(f"Row {row.name}: the model has no such weight.")
-        _check_row(row, known[row.name])
+        _check_row(row, known[row.name], plan, spec)
+    _check_same("architecture", plan.architecture, spec.model_type)
+    _check_same("parameters", (plan.parameters, plan.active_parameters), counts(spec))
+    _check_same("tensors", plan.tensors, sum(row.tensors for row in plan.rows))
     _check_totals(plan, spec)
+    _check_bytes(plan, spec, known)
     if not plan.fits:
         raise DoesNotFit(f"{plan.model} does not fit {plan.machine} by this plan.", plan.advice)
 
 
-def _check_row(row: Row, weight) -> None:
+def _check_same(what: str, said: object, real: object) -> None:
+    if said != real:
+        raise BadArtefact(f"The plan's {what} is {said}; it works out as {real}.", "Was the plan edited?")
+
+
+# What a role's weights can be stored as; roles that are not here take any scheme.
+PLAIN = ("bf16", "fp16", "fp32")
+ALLOWED = {"norm": ("fp32",), "bias": ("fp32",), "router_bias": ("fp32",), "router": PLAIN, "mtp.eh_proj": PLAIN}
+
+
+def _check_row(row: Row, weight: Weight, plan: Plan, spec: ModelSpec) -> None:
     try:
         scheme = schemes.get(row.scheme)
     except UsageError as error:
         raise BadArtefact(f"Row {row.name}: {error.message}", error.hint) from None
-    if tuple(row.shape) != weight.shape:
-        raise BadArtefact(f"Row {row.name}: shape {list(row.shape)}, the model has {list(weight.shape)}.")
-    if row.experts != ((0, weight.experts) if weight.experts else None):
-        raise BadArtefact(f"Row {row.name}: experts {row.experts}, the model has {weight.experts}.")
+    by_rows = schemes.row_quantum(scheme) == 1
+    if row.scheme not in ALLOWED.get(weight.role, schemes.SCHEMES) or (weight.role == "embed" and not by_rows):
+        raise BadArtefact(f"Row {row.name}: a weight of role {weight.role} is never stored as {row.scheme}.")
+    scaled = spec.native == "fp8_block" and weight.is_linear
+    for what, said, real in (
+        ("shape", tuple(row.shape), weight.shape),
+        ("experts", row.experts, (0, weight.experts) if weight.experts else None),
+        ("role and layer", (row.role, row.layer), (weight.role, weight.layer)),
+        ("tensors", row.tensors, weight.count * (2 if scaled else 1)),
+        ("compute", row.compute, row.store),
+    ):
+        if said != real:
+            raise BadArtefact(f"Row {row.name}: its {what} is {said}, expected {real}.", "Was the plan edited?")
+    if row.store == "unloaded" and weight.mtp:
+        return
+    if row.store not in plan.predicted.devices:
+        raise BadArtefact(f"Row {row.name}: stored on {row.store!r}, which is no device of the plan.")
     need = schemes.bytes_of(scheme, weight.full_shape)
-    if row.store != "unloaded" and row.nbytes != need:
+    if row.nbytes != need:
         raise BadArtefact(f"Row {row.name}: {row.nbytes} bytes, but {row.scheme} takes {need}.", "Was the plan edited?")
 
 
@@ -52,10 +87,28 @@ def _check_totals(plan: Plan, spec: ModelSpec) -> None:
             f"The plan's {plan.kv.blocks} blocks of {plan.kv.block_size} do not hold "
             f"one context of {plan.limits.context}."
         )
-    for device, prediction in plan.predicted.devices.items():
-        stored = sum(row.nbytes for row in plan.rows if row.store == device)
-        if stored != prediction.bytes.weights:
-            raise BadArtefact(f"The plan's rows put {stored} bytes on {device}, its prediction says otherwise.")
+    _check_same("kv.bytes_per_token", plan.kv.bytes_per_token, spec.kv_bytes_per_token(cost.WIDTH[plan.kv.dtype]))
+    if plan.compute_dtype != "float32" and list(plan.predicted.devices) == ["cpu"]:
+        raise BadArtefact(f"The plan computes in {plan.compute_dtype} on a CPU.", "There, compute_dtype is float32.")
+
+
+def _check_bytes(plan: Plan, spec: ModelSpec, known: dict[str, Weight]) -> None:
+    placed = [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
+    kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
+    working = cost.activation_bytes(
+        spec,
+        chunk=plan.limits.chunk,
+        batch=plan.limits.batch,
+        context=plan.limits.context,
+        width=cost.WIDTH[plan.compute_dtype],
+        kind=kind,
+        scheme=plan.scheme,
+    )
+    cache = plan.kv.blocks * plan.kv.block_size * plan.kv.bytes_per_token
+    for name, prediction in plan.predicted.devices.items():
+        if not re.fullmatch(r"cpu|cuda:\d+", name):
+            raise BadArtefact(f"The plan has a device {name!r}.", "Devices are cpu and cuda:0, cuda:1, ...")
+        _check_same(f"prediction for {name}", prediction.bytes, cost.device_bytes(name, placed, cache, working))
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:
@@ -71,3 +124,8 @@ def check_devices(plan: Plan, available: dict[str, int]) -> None:
                 f"{available[device] / 1e9:.2f} GB are free.",
                 "Plan again with a smaller --context or another --scheme.",
             )
+    if len(plan.predicted.devices) > 1:
+        raise DoesNotFit(
+            f"The plan spreads {plan.model} over {', '.join(plan.predicted.devices)}; this version runs one device.",
+            "Try --device cpu, or a scheme that fits one GPU.",
+        )

@@ -6,18 +6,20 @@ T tokens in a prompt chunk, B requests at once, C tokens of context.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight
-from .plan import Row
+from .plan import Bytes, Row
 
 if TYPE_CHECKING:
     from .hardware import Device
 
-# Bytes: interpreter, torch, tokenizer and API libraries, resident; CUDA's context. See docs/memory.md for the runs.
+# Bytes: interpreter, torch, tokenizer and API libraries, resident; CUDA's context. docs/status.md has the runs.
 RUNTIME = {"cpu": 290_000_000, "cuda": 600_000_000}
+Dtype = Literal["float32", "bfloat16", "float16"]
+WIDTH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value
 LOAD_BUFFER = 48_000_000  # bytes: one range of rows on its way to its scheme (see load/build.py)
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
 
@@ -45,16 +47,10 @@ def decode_bytes(placed: list[Placed], spec: ModelSpec, batch: int, context: int
     read: dict[str, float] = {}
     for p in placed:
         read[p.row.compute] = read.get(p.row.compute, 0.0) + p.row.nbytes * touched(p.weight, spec, batch)
-    share = _layer_share(placed)
+    share = layer_share(placed)
     for device, part in share.items():
         read[device] = read.get(device, 0.0) + part * kv_bytes * context * batch
     return read
-
-
-def _layer_share(placed: list[Placed]) -> dict[str, float]:
-    """The share of the layers whose attention runs on each device."""
-    homes = [p.row.compute for p in placed if p.weight.role in ("attention.o",) and not p.weight.mtp]
-    return {home: homes.count(home) / len(homes) for home in set(homes)}
 
 
 def launches(spec: ModelSpec, batch: int) -> float:
@@ -147,6 +143,20 @@ def _largest_linear(spec: ModelSpec, kind: str) -> int:
     return max(
         w.shape[0] * w.shape[1] for w in weights(spec) if w.is_linear or (kind != "cpu" and w.role in ("head", "embed"))
     )
+
+
+def layer_share(placed: list[Placed]) -> dict[str, float]:
+    """The share of the layers whose attention, and so whose cache, is on each device."""
+    homes = [p.row.compute for p in placed if p.weight.role == "attention.o" and not p.weight.mtp]
+    return {home: homes.count(home) / len(homes) for home in set(homes)}
+
+
+def device_bytes(device: str, placed: list[Placed], cache: int, working: int) -> Bytes:
+    """What a device holds: its rows, its layers' share of `cache` bytes, the larger of running and loading."""
+    held = sum(p.row.nbytes for p in placed if p.row.store == device)
+    kv, runtime = int(cache * layer_share(placed).get(device, 0.0)), RUNTIME[device.split(":")[0]]
+    activations = max(working, LOAD_BUFFER - kv)
+    return Bytes(weights=held, kv=kv, activations=activations, runtime=runtime, total=held + kv + activations + runtime)
 
 
 def row_bytes(weight: Weight, scheme: str) -> int:

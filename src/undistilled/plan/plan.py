@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import BadArtefact
+from ..errors import BadArtefact, UsageError
 
 
 class Frozen(BaseModel):
@@ -112,8 +112,11 @@ class Plan(Frozen):
     def write(self, file: Path) -> None:
         """Write as JSON; the name is only ever that of a whole file."""
         part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-        os.replace(part, file)
+        try:
+            part.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+            os.replace(part, file)
+        except OSError as error:
+            raise UsageError(f"Cannot write {file}: {error.strerror}.", "Does the folder exist?") from None
 
 
 def config_hash(config: dict[str, Any]) -> str:

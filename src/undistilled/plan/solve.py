@@ -7,23 +7,22 @@ fit beside them live and run on the CPU, where a token reads only the few that i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any
 
 from .. import scheme as schemes
 from ..errors import UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
-from .cost import Placed
+from .cost import WIDTH, Dtype, Placed
 from .hardware import Device, Machine
-from .plan import Bytes, ContextPrediction, DevicePrediction, Kv, Limits, Plan, Predicted, Row, config_hash
+from .plan import ContextPrediction, DevicePrediction, Kv, Limits, Plan, Predicted, Row, config_hash
 from .recipes import scheme_of
 
 BLOCK = 16  # tokens in a cache block
 DEFAULT_CONTEXT = 4096
 CHUNK = {"cpu": 512, "cuda": 4096}
-Dtype = Literal["float32", "bfloat16", "float16"]
-WIDTH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 CANDIDATES = ("fp8_block", "int8", "int4", "int4-sym")  # tried, in this order, when something does not fit
 
 
@@ -41,11 +40,13 @@ class Ask:
 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
     """The plan for this model on this machine; where it does not fit, `fits` is false and `advice` says what would."""
+    if ask.batch < 1 or (ask.context is not None and ask.context < 1):
+        raise UsageError("--batch and --context start at 1.")
+    if ask.device not in (None, "cpu"):
+        raise UsageError(f"--device {ask.device!r} is not known.", "Known: cpu, which leaves GPUs out.")
     context = ask.context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")
-    if ask.batch < 1 or context < 1:
-        raise UsageError("--batch and --context start at 1.")
     plan = _plan(name, config, spec, machine, ask, context)
     if plan.fits:
         return plan
@@ -58,9 +59,7 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
     kind = devices[0].kind
     compute: Dtype = "float32" if kind == "cpu" or asked == "fp32" else "bfloat16"
     cache: Dtype = ask.kv_dtype or ("float32" if asked == "fp32" else "bfloat16")
-    if cache not in WIDTH:
-        raise UsageError(f"--kv-dtype {cache!r} is not known.", f"Known: {', '.join(WIDTH)}.")
-    known = [w for w in weights(spec)]
+    known = list(weights(spec))
     chunk = min(CHUNK[kind], -(-context // BLOCK) * BLOCK)
     kv = Kv(
         dtype=cache,
@@ -75,10 +74,11 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
     homes = _place(known, spec, asked, devices, fixed, working, ask.mtp)
     placed = [Placed(_row(w, spec, asked, homes[w.name]), w) for w in known]
     loaded = [p for p in placed if p.row.store != "unloaded"]
+    met = [p for p in loaded if not p.weight.mtp]  # by a token: nothing runs the MTP layers yet
     used = {d.name: d for d in devices if any(p.row.store == d.name for p in loaded)}
     total, active = counts(spec)
     prefill, decode = cost.seconds(
-        loaded,
+        met,
         spec,
         used,
         active=active,
@@ -95,9 +95,9 @@ def _plan(name: str, config: dict, spec: ModelSpec, machine: Machine, ask: Ask, 
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=decode,
         decode_bytes_per_token=int(
-            sum(cost.decode_bytes(loaded, spec, ask.batch, context, kv.bytes_per_token).values()) / ask.batch
+            sum(cost.decode_bytes(met, spec, ask.batch, context, kv.bytes_per_token).values()) / ask.batch
         ),
-        basis=", ".join(f"{d.name}: {d.ceilings.source} ceilings" for d in used.values()),
+        basis=_basis(used),
     )
     return Plan(
         model=name,
@@ -168,18 +168,22 @@ def _spread(
     """Layers in order over the GPUs by bytes; experts that find no room beside the rest go to the CPU."""
     gpus, cpu = [d for d in devices if d.kind != "cpu"], devices[-1]
     room = {d.name: _usable(d) - cost.RUNTIME[d.kind] - working - fixed // len(gpus) for d in gpus}
-    rest = [w for w in wanted if not w.experts]
-    each = sum(size[w.name] for w in rest) / len(gpus)
-    homes, at, filled = {}, 0, 0
-    for w in rest:
-        homes[w.name] = gpus[at].name
-        room[gpus[at].name] -= size[w.name]
-        filled += size[w.name]
-        if filled > each * (at + 1) and at + 1 < len(gpus):
+    whole = sum(size.get(w.name, 0) for w in wanted) <= sum(room.values())  # then experts count in the balance too
+    staged = [w for w in wanted if whole or not w.experts]
+    homes: dict[str, str] = {}
+    filled, total, at = 0, sum(size[w.name] for w in staged), 0
+    for _, layer in groupby(staged, key=lambda w: w.layer):
+        members = list(layer)
+        each = sum(size[w.name] for w in members)
+        while at + 1 < len(gpus) and filled + each / 2 > total * (at + 1) / len(gpus):
             at += 1
-    stage = {w.layer: homes[w.name] for w in rest if w.role == "attention.o"}
+        homes |= {w.name: gpus[at].name for w in members}
+        filled += each
+    stage = {w.layer: homes[w.name] for w in staged if w.role == "attention.o"}
+    for name, home in homes.items():
+        room[home] -= size[name]
     for w in wanted:
-        if w.experts:
+        if w.experts and not whole:
             home = stage[w.layer]
             fits = size[w.name] <= room[home]
             homes[w.name] = home if fits else cpu.name
@@ -188,16 +192,8 @@ def _spread(
 
 
 def _device_bytes(device: Device, placed: list[Placed], fixed: int, working: int) -> DevicePrediction:
-    held = sum(p.row.nbytes for p in placed if p.row.store == device.name)
-    share = cost._layer_share(placed).get(device.name, 0.0)
-    kv, runtime = int(fixed * share), cost.RUNTIME[device.kind]
-    activations = max(working, cost.LOAD_BUFFER - kv)
-    total = held + kv + activations + runtime
-    return DevicePrediction(
-        bytes=Bytes(weights=held, kv=kv, activations=activations, runtime=runtime, total=total),
-        available=_usable(device),
-        fits=total <= _usable(device),
-    )
+    found = cost.device_bytes(device.name, placed, fixed, working)
+    return DevicePrediction(bytes=found, available=_usable(device), fits=found.total <= _usable(device))
 
 
 def _contexts(
@@ -217,6 +213,11 @@ def _contexts(
             )
         )
     return found
+
+
+def _basis(used: dict[str, Device]) -> str:
+    sources = {kind: {d.ceilings.source for d in used.values() if d.kind == kind} for kind in ("cuda", "cpu")}
+    return ", ".join(f"{kind}: {' and '.join(sorted(found))} ceilings" for kind, found in sources.items() if found)
 
 
 def _notes(used: dict[str, Device]) -> list[str]:

@@ -61,7 +61,8 @@ class Scheduler:
     def __init__(
         self, pool: BlockPool, *, max_batch: int, max_context: int, chunk: int, max_waiting: int = 1024
     ) -> None:
-        self.pool, self.max_batch, self.max_context, self.chunk = pool, max_batch, max_context, chunk
+        self.pool, self.max_batch, self.chunk = pool, max_batch, chunk
+        self.max_context = min(max_context, pool.count * pool.size)  # more could never run, however long it waited
         self.max_waiting = max_waiting
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -76,7 +76,7 @@ class Guard:
             send.log(499)
 
     def _admit(self, scope: Scope, generating: bool) -> None:
-        if self.gate.draining:
+        if self.gate.draining and scope["path"] not in OPEN_ROUTES:
             raise _unavailable("The server is shutting down.", "shutting_down")
         if scope["path"] not in OPEN_ROUTES and not self._has_key(scope):
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from .chat import chat_routes, conversation
 from .completions import completion_routes
 from .generation import Client, check_model, encode, off_loop
-from .limits import Gate, Guard, Limits
+from .limits import KNOWN_ROUTES, Gate, Guard, Limits
 from .metrics import Metrics
 from .replies import Json, error_body, error_response, status_response
 from .schemas import DetokenizeBody, TokenizeBody
@@ -120,8 +120,7 @@ async def _on_invalid(request: Request, error: Any) -> Response:
         return Json(error_body("The body is not valid JSON.", code="invalid_json"), 400)
     if not where and "json" not in request.headers.get("content-type", ""):
         return Json(error_body("Send JSON, with Content-Type: application/json.", code="invalid_json"), 400)
-    path = ".".join(where[:4])
-    message = f"{path}: {first['msg']}." if path else f"{first['msg']}."
+    message = f"{'.'.join(where[:4])}: {first['msg']}." if where else "The body must be a JSON object."
     return Json(error_body(message[:500], param=where[0] if where else None, code=first["type"]), 400)
 
 
@@ -130,7 +129,10 @@ async def _on_surrogate(request: Request, error: Any) -> Response:
 
 
 async def _on_http(request: Request, error: Any) -> Response:
-    return status_response(error.status_code, str(error.detail), error.headers)
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"There is no such route. Those that exist: {', '.join(sorted(KNOWN_ROUTES))}."
+    return status_response(error.status_code, detail, error.headers)
 
 
 async def _on_bug(request: Request, error: Any) -> Response:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SOURCE = 256 * 1024  # characters of a template
 MAX_SPENT = 64 * 1024 * 1024  # characters and items that one rendering may make
+COMPARED = 16  # characters that a search compares while one is made; 10^9 of them take a second
 MAX_OUTPUT = 8 * 1024 * 1024  # characters of a rendered prompt
 MAX_ITEMS = 100_000  # nodes of a value that is printed, or steps of ranges in one rendering
 MAX_INTEGER = 1 << 128
@@ -56,6 +57,12 @@ class Budget:
         self.left -= size
         if self.left < 0:
             raise TemplateError("it makes too much text")
+
+    def search(self, text: str, *needles: Any) -> None:
+        """Pay for one C call, which no clock interrupts: some compare every needle at every place of the text."""
+        sizes = [len(n) for needle in needles for n in (needle if isinstance(needle, tuple) else (needle,))
+                 if isinstance(n, str)]
+        self.spend(len(text) * sum(sizes) // COMPARED)
 
     def range(self, *args: int) -> range:
         made = range(*args)
@@ -119,8 +126,15 @@ def concat(parts: Iterable[Any]) -> str:
 
 def _replace(text: str, old: str, new: str, count: int | None = None) -> str:
     text, old, new = str(text), str(old), str(new)
+    _budget.get().search(text, old)
     _budget.get().spend(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    text = str(check_size(value))
+    _budget.get().search(text, chars)
+    return text.strip(chars)
 
 
 def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
@@ -205,7 +219,7 @@ class Environment(ImmutableSandboxedEnvironment):
             extensions=["jinja2.ext.loopcontrols", Generation],
         )
         own: dict[str, Callable[..., Any]] = {
-            "replace": _replace, "join": _join, "indent": _indent, "tojson": tojson,
+            "replace": _replace, "join": _join, "indent": _indent, "tojson": tojson, "trim": _trim,
             "string": lambda value: concat([value]), "reverse": lambda value: value[::-1],
         }
         self.filters = {name: f for name, f in self.filters.items() if name in FILTERS} | own
@@ -233,8 +247,9 @@ class Environment(ImmutableSandboxedEnvironment):
             return _replace(owner, *args)
         if isinstance(owner, str) and name == "join":
             return _join(args[0], owner)
-        if isinstance(owner, str) and "split" in name:
-            _budget.get().spend(len(owner))
+        if isinstance(owner, str):
+            _budget.get().spend(len(owner) if "split" in name else 0)
+            _budget.get().search(owner, *args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
 
 

@@ -87,14 +87,14 @@ class Generating(Body):
 class CompletionBody(Generating):
     """`prompt`: a string, a list of strings, ids, or a list of lists of ids; see `prompts`.
 
-    parse_special: whether control tokens in a string become control tokens (the default) or stay text.
+    parse_special: whether control tokens in a string become control tokens, or stay text (the default).
     """
 
     prompt: Any = Field(json_schema_extra={"examples": ["The capital of France is"]})
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Int64 | None = None
-    parse_special: bool = True
+    parse_special: bool = False
 
     @field_validator("best_of")
     @classmethod
@@ -173,7 +173,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool = True
-    parse_special: bool = True
+    parse_special: bool = False
     add_generation_prompt: bool = True
 
 

@@ -48,13 +48,17 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. CannotBind says why not, and what to do."""
+    """A socket that listens already: until it does, SO_REUSEADDR lets a second server bind the same port.
+
+    CannotBind says why not, and what to do.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind(address)
+            bound.listen()
         except BaseException:
             bound.close()
             raise

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import RequestError, UsageError
 from ..generate.engine import Engine
 from ..generate.once import complete
 from ..schedule.request import Sampling
 from .reasoning import ReasoningSplitter
-from .template import END_THINK, chat_prompt, template_of
+from .template import END_THINK, chat_prompt, check_template, template_of
 
 Show = Callable[[str], None]
 
@@ -22,12 +22,23 @@ class Conversation:
         template = template_of(engine.tokenizer)
         if template is None:
             raise UsageError(f"{engine.name} has no chat template.", "Use `undistilled generate`.")
+        check_template(template)
         self.engine, self.template = engine, template
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:
-        """One turn: the answer streams to `on_content`, what the model thinks to `on_reasoning`."""
+        """One turn: the answer streams to `on_content`, what the model thinks to `on_reasoning`.
+
+        RequestError where it is refused, as when the context is outgrown; the conversation is then as before.
+        """
         self.messages.append({"role": "user", "content": text})
+        try:
+            return self._answer(sampling, on_content, on_reasoning)
+        except RequestError:
+            self.messages.pop()
+            raise
+
+    def _answer(self, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:
         tokenizer = self.engine.tokenizer
         prompt = chat_prompt(tokenizer, self.template, self.messages)
         reasons = prompt.thinking or END_THINK in tokenizer.control
@@ -63,5 +74,8 @@ def converse(
             return
         if not text.strip():
             return
-        conversation.say(text, sampling, on_text, on_thought)
+        try:
+            conversation.say(text, sampling, on_text, on_thought)
+        except RequestError as error:
+            on_text(str(error))
         on_text("\n")

@@ -20,6 +20,7 @@ import zmq
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UndistilledError
+from ..events import Event, subscribed
 from ..schedule.request import Output, Request
 from .messages import MAX_MESSAGE, Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop, Wire
 
@@ -161,13 +162,20 @@ def _open(factory: str, options: dict[str, Any], send: Callable[[Report], None])
     return engine
 
 
+def tell_fallback(event: Event) -> None:
+    """A consumer of events: slow is no error, but a person should know."""
+    if event.name == "op.fallback":
+        said = "{op} for {subject} on {device} has no fast kernel here: the PyTorch reference runs"
+        print(said.format(**event.fields), file=sys.stderr, flush=True)
+
+
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a signal to the group is the server's to answer
     boot = json.loads(sys.stdin.readline())
     _die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
-    with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+    with subscribed(tell_fallback), zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
         outbox.set(zmq.SNDHWM, 0)
         outbox.set(zmq.LINGER, 2000)
         outbox.connect(f"ipc://{boot['directory']}/reports")
