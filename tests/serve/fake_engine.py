@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from undistilled.checkpoint.tokenizer import Detokenizer, Tokenizer
 from undistilled.errors import BadArtefact, RequestError
+from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, TokenLogprob
 
 CONTROL = [
@@ -121,6 +122,8 @@ class FakeEngine:
 def open_engine(options: dict, progress=None) -> FakeEngine:
     if options.get("bad"):
         raise BadArtefact("The model is bad.", "Get another.")
+    if options.get("fallback"):
+        say_fallback("op", "model", "cpu")
     if options.get("load"):
         for at in range(10):
             progress(at, 10, "weight")

@@ -63,7 +63,6 @@ class Running:
         self.server = uvicorn.Server(
             uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         )
-        bound.listen()
         self.started.set()
         await self.server.serve([bound])
         await self.client.close()

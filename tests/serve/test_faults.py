@@ -69,6 +69,13 @@ def test_bad_json(server, body):
         check_error(http.post(server.base + path, content=body, headers=headers), 400)
 
 
+@pytest.mark.parametrize("body", [b"[]", b"null", b'"x"', b"7", b""])
+def test_a_body_that_is_no_object(server, body):
+    headers = {"Content-Type": "application/json"}
+    answer = http.post(server.base + COMPLETE, content=body, headers=headers)
+    assert check_error(answer, 400)["message"] == "The body must be a JSON object."
+
+
 def test_brackets_in_a_string_do_not_nest(server):
     text = '[{"\\' * 500
     assert server.post("/tokenize", {"prompt": text}).status_code == 200
@@ -153,7 +160,7 @@ def test_unknown_models_routes_and_methods(server):
         check_error(server.post(path, body | {"model": "../../etc/passwd"}), 400, "model")
         check_error(server.post(path, body | {"model": "a\r\nb"}), 400, "model")
         check_error(http.get(server.base + path), 405)
-    check_error(http.get(server.base + "/nowhere"), 404)
+    assert "/v1/completions" in check_error(http.get(server.base + "/nowhere"), 404)["message"]
     check_error(http.get(server.base + "/v1/models/"), 404)
     check_error(http.get(server.base + "/v1/models/..%2F..%2Fetc"), 400)
 

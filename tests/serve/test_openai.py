@@ -110,13 +110,19 @@ def test_stream_is_server_sent_events(server):
 
 
 def test_tokenize_and_detokenize(server):
-    found = server.post("/tokenize", {"prompt": "né</think>"}).json()
+    found = server.post("/tokenize", {"prompt": "né</think>", "parse_special": True}).json()
     assert found["count"] == 5 and found["tokens"][0] == 256 and found["tokens"][-1] == 259
     assert server.post("/detokenize", {"tokens": found["tokens"][1:]}).json() == {"prompt": "né</think>"}
-    plain = server.post("/tokenize", {"prompt": "</think>", "parse_special": False}).json()["tokens"]
-    assert len(plain) == 9 and max(plain[1:]) < 256
+    plain = server.post("/tokenize", {"prompt": "</think>"}).json()["tokens"]
+    assert plain[0] == 256 and len(plain) == 9 and max(plain[1:]) < 256
     chat = server.post("/tokenize", {"messages": HELLO}).json()["tokens"]
     assert chat[:2] == [256, 260] and chat.count(256) == 1 and chat[-2] == 258
+
+
+def test_control_tokens_in_a_prompt_are_asked_for(server):
+    for settings, count in (({}, 9), ({"parse_special": False}, 9), ({"parse_special": True}, 2)):
+        answer = server.post("/v1/completions", {"prompt": "</think>", "max_tokens": 1, **settings}).json()
+        assert answer["usage"]["prompt_tokens"] == count, settings
 
 
 def test_version_health_metrics(server):

@@ -17,11 +17,15 @@ import pytest
 import zmq
 from live_server import FACTORY, Running, free_port, http, run_serve
 
-from undistilled.errors import BadArtefact, RequestError
+from undistilled.errors import BadArtefact, CannotBind, RequestError
+from undistilled.events import subscribed
+from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, Sampling
 from undistilled.serve.client import EngineClient
 from undistilled.serve.messages import Add, Command, Wire
+from undistilled.serve.server import bind
 from undistilled.serve.stream import merge
+from undistilled.serve.worker import tell_fallback
 
 
 def test_garbage_on_the_sockets_is_dropped(server):
@@ -128,6 +132,8 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones():
     time.sleep(0.2)
     refused = http.post(base + "/v1/completions", json=body)
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    health = http.get(base + "/health")
+    assert health.status_code == 200 and not answers
     out, err = process.communicate(timeout=10)
     busy.join()
     assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 75
@@ -165,14 +171,31 @@ def test_the_engine_ends_with_a_server_that_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_server_whose_engine_died_ends():
-    process = started(free_port())
+    process = started(free_port(), fallback=True)
     _children(process.pid)[0].kill()
     _, err = process.communicate(timeout=10)
     assert process.returncode == 1 and "engine has ended" in err
+    assert err.count("op for model on cpu has no fast kernel here: the PyTorch reference runs") == 1
 
 
 def _children(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children()
+
+
+def test_a_port_is_taken_before_a_model_is_loaded():
+    with bind("127.0.0.1", 0) as first:
+        with pytest.raises(CannotBind, match="--port") as error:
+            bind("127.0.0.1", first.getsockname()[1])
+    assert error.value.exit_code == 5
+
+
+def test_a_fallback_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr("undistilled.ops.registry._said", set())
+    with subscribed(tell_fallback):
+        for _ in range(2):
+            say_fallback("matmul", "int8", "cpu")
+    said = "matmul for int8 on cpu has no fast kernel here: the PyTorch reference runs\n"
+    assert capsys.readouterr().err == said
 
 
 def test_exit_codes():

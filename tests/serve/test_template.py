@@ -49,6 +49,13 @@ HOSTILE = {
     "import": "{% import 'os' as os %}{{ os }}",
     "lipsum": "{{ lipsum(10**6) }}",
     "attr": "{{ '' | attr('__class__') }}",
+    "rfind": "{{ ('a' * 300000).rfind('ab' ~ 'a' * 100000) }}",
+    "rindex": "{{ ('a' * 300000).rindex('ab' ~ 'a' * 100000) }}",
+    "rsplit": "{{ ('a' * 300000).rsplit(sep='ab' ~ 'a' * 100000) }}",
+    "rpartition": "{{ ('a' * 300000).rpartition('ab' ~ 'a' * 100000) }}",
+    "startswith": "{{ ('a' * 300000).startswith(('a' * 200000 ~ 'b',) * 100000) }}",
+    "strip": "{{ ('a' * 3000000).strip('b' * 3000000 ~ 'a') }}",
+    "trim": "{{ ('a' * 3000000) | trim('b' * 3000000 ~ 'a') }}",
     "raise": "{{ raise_exception('no') }}",
 }
 
@@ -71,6 +78,12 @@ def test_what_templates_need_works():
     check_template(template)
     ids = render_ids(byte_tokenizer(), template, [{"role": "user", "content": " hi "}])
     assert byte_tokenizer().decode(ids) == 'hi4{"a": "é", "b": [1]}1bx'
+
+
+def test_a_search_in_a_long_conversation_is_no_crime():
+    template = "{{ messages[0].content.split('</think>')[-1].rsplit('<tool>', 1)[-1].strip('\\n') | trim | length }}"
+    prompt = chat_prompt(byte_tokenizer(), template, [{"role": "user", "content": "a " * 1_000_000}])
+    assert byte_tokenizer().decode(prompt.ids) == "1999999"
 
 
 def test_r1_prompt_is_r1s():

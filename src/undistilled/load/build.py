@@ -6,6 +6,8 @@ place. The peak is the loaded model plus one range of rows on its way.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable
 from time import perf_counter
@@ -27,6 +29,15 @@ from ..scheme.base import Parts
 RANGE = 2 << 20  # elements of a tensor that are on their way at once
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
+
+
+def _keep_buffers() -> None:
+    """Ask glibc to keep freed buffers of a range's size: giving each back and faulting it in again costs a third
+    of the time. Nothing where there is no glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
 class Memory:
@@ -55,6 +66,7 @@ class Memory:
 def build(plan: Plan, spec: ModelSpec, source: Source, *, progress: Progress | None = None) -> Decoder:
     """The decoder that `plan` describes, with its weights. BadArtefact names what is wrong with a tensor."""
     known = {w.name: w for w in weights(spec)}
+    _keep_buffers()
     memory = Memory(plan)
     mtp = any(known[row.name].mtp and row.store != "unloaded" for row in plan.rows)
     with torch.no_grad():

@@ -26,6 +26,7 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float | None = None
+    truncate: bool = True  # yarn: whole dimensions bound what is stretched
 
 
 @dataclass(frozen=True)
@@ -114,77 +115,108 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _need(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise BadArtefact(
-            f"config.json: {key!r} is {value!r}, expected a positive whole number.",
-            "Is this the model's own config.json?",
-        )
+def _bad(config: dict[str, Any], key: str, expected: str) -> BadArtefact:
+    found = f"is {config[key]!r:.80}, expected {expected}" if key in config else "is missing"
+    return BadArtefact(f"config.json: {key!r} {found}.", "Is this the model's own config.json?")
+
+
+def _need(config: dict[str, Any], key: str, default: int | None = None, null: int | None = None, least: int = 1) -> int:
+    """A whole number; `default` stands for a missing key, `null` for null and for a key missing without default."""
+    value = config.get(key, default)
+    value = null if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+        raise _bad(config, key, "a positive whole number" if least else "a whole number")
     return value
+
+
+def _number(config: dict[str, Any], key: str, default: float, over: float = 0.0) -> float:
+    """A finite number; `default` stands for null and for a missing key."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not over < value < 1e30:
+        raise _bad(config, key, f"a number over {over:g}")
+    return float(value)
+
+
+def _table(config: dict[str, Any], key: str) -> dict[str, Any] | None:
+    if not isinstance(config.get(key), dict | None):
+        raise _bad(config, key, "an object")
+    return config.get(key)
 
 
 NATIVE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _native(config: dict[str, Any]) -> str:
-    quant = config.get("quantization_config")
-    if quant is None:
+    if (quant := _table(config, "quantization_config")) is None:
         return NATIVE.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), "bf16")
-    block = list(quant.get("weight_block_size") or ())
+    block = quant.get("weight_block_size")
     if quant.get("quant_method") == "fp8" and quant.get("fmt", "e4m3") == "e4m3" and block == [128, 128]:
         return "fp8_block"
     raise BadArtefact(
-        f"config.json: quantization_config {quant.get('quant_method')!r} with blocks {block} is not read yet.",
+        f"config.json: quantization_config {quant.get('quant_method')!r:.80}, blocks {block!r:.80}, is not read yet.",
         "Known: fp8 (e4m3) with 128 x 128 blocks, as DeepSeek-R1 is released.",
     )
 
 
+POSITIVE = ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+
+
 def _rope(config: dict[str, Any], dim: int, interleaved: bool) -> Rope:
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaling = _table(config, "rope_parameters") or _table(config, "rope_scaling") or {}
+    theta = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0, over=1), over=1)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise BadArtefact(f"config.json: rope scaling {kind!r} is not known.", "Known: default, linear, llama3, yarn.")
-    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
+        raise BadArtefact(f"config.json: rope scaling {kind!r:.80} is not known.", "Known: linear, llama3, yarn.")
+    if dim % 2:
+        raise BadArtefact(f"config.json: {dim} rotary dimensions per head (head_dim) do not form pairs.")
     if kind == "default":
         return Rope(dim, theta, interleaved)
-    return Rope(
-        dim,
-        theta,
-        interleaved,
-        kind,
-        factor=float(scaling.get("factor") or config["max_position_embeddings"] / original),
-        original_max=int(original),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=float(scaling.get("mscale") or 0),
-        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0),
-        low_freq_factor=float(scaling.get("low_freq_factor") or 1),
-        high_freq_factor=float(scaling.get("high_freq_factor") or 4),
-        attention_factor=scaling.get("attention_factor"),
-    )
+    longest = _need(config, "max_position_embeddings")
+    original = _need(scaling, "original_max_position_embeddings", null=longest)
+    numbers = {key: _number(scaling, key, getattr(Rope, key)) for key in POSITIVE}
+    numbers |= {key: _number(scaling, key, 0, over=-1) for key in ("mscale", "mscale_all_dim")}
+    if scaling.get("attention_factor") is not None:
+        numbers["attention_factor"] = _number(scaling, "attention_factor", 1)
+    factor, truncate = _number(scaling, "factor", longest / original), bool(scaling.get("truncate", True))
+    rope = Rope(dim, theta, interleaved, kind, factor, original, truncate=truncate, **numbers)
+    if rope.high_freq_factor <= rope.low_freq_factor:
+        raise _bad(scaling, "high_freq_factor", "more than low_freq_factor")
+    return rope
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else () if value is None else (int(value),)
+def _ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int and 0 <= id < 1 << 31 for id in ids):
+        raise _bad(config, key, "a token id")
+    return tuple(ids)
+
+
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # here and below: what transformers takes for a missing key
 
 
 def _common(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("hidden_act", "silu") != "silu":
-        raise BadArtefact(f"config.json: activation {config['hidden_act']!r} is not known.", "Known: silu.")
+        raise BadArtefact(f"config.json: activation {config['hidden_act']!r:.80} is not known.", "Known: silu.")
+    kind, heads = config["model_type"], _need(config, "num_attention_heads")
+    kv_heads = _need(config, "num_key_value_heads", KV_HEADS.get(kind), null=heads)
+    if heads % kv_heads:
+        raise BadArtefact(f"config.json: num_key_value_heads {kv_heads} does not divide {heads} attention heads.")
     return {
-        "model_type": config["model_type"],
+        "model_type": kind,
         "hidden": _need(config, "hidden_size"),
         "vocab": _need(config, "vocab_size"),
         "layers": _need(config, "num_hidden_layers"),
-        "heads": _need(config, "num_attention_heads"),
+        "heads": heads,
+        "kv_heads": kv_heads,
         "intermediate": _need(config, "intermediate_size"),
-        "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
+        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
+        "max_context": _need(config, "max_position_embeddings"),
         "native": _native(config),
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "bos": config.get("bos_token_id"),
-        "eos": _ids(config.get("eos_token_id")),
+        "bos": next(iter(_ids(config, "bos_token_id")), None),
+        "eos": _ids(config, "eos_token_id"),
     }
 
 
@@ -193,91 +225,75 @@ BIASED = {"qwen2": ("q", "k", "v")}
 
 def _llama(config: dict[str, Any]) -> ModelSpec:
     common = _common(config)
-    kind, heads = common["model_type"], common["heads"]
-    head_dim = config.get("head_dim") or common["hidden"] // heads
-    max_context = _need(config, "max_position_embeddings")
-    window = config.get("sliding_window")
+    kind, hidden, heads = common["model_type"], common["hidden"], common["heads"]
+    share = None if hidden % heads else hidden // heads
+    head_dim = _need(config, "head_dim", 128 if kind == "qwen3" else None, null=share)
+    window = _need(config, "sliding_window", 0 if kind == "llama" else 4096, null=0, least=0)
     if window and config.get("use_sliding_window", kind == "mistral"):
-        max_context = min(max_context, window)  # within the window full attention is the same function
-    bias = ("q", "k", "v", "o") if config.get("attention_bias") else BIASED.get(kind, ())
+        common["max_context"] = min(common["max_context"], window)  # within it full attention is the same function
     if config.get("mlp_bias"):
         raise BadArtefact("config.json: mlp_bias is not known.", "Known: models without it.")
-    return ModelSpec(
-        **common,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        max_context=max_context,
-        rope=_rope(config, head_dim, interleaved=False),
-        attention_bias=bias,
-        qk_norm=kind == "qwen3",
-    )
+    rope, bias = _rope(config, head_dim, False), ("q", "k", "v", "o") if config.get("attention_bias") else ()
+    return ModelSpec(**common, head_dim=head_dim, rope=rope, attention_bias=BIASED.get(kind, bias), qk_norm=kind == "qwen3")
 
 
 def _deepseek(config: dict[str, Any]) -> ModelSpec:
     common = _common(config)
-    v3 = common["model_type"] == "deepseek_v3"
     mla = Mla(
-        q_lora_rank=config.get("q_lora_rank") or 0,
-        kv_lora_rank=_need(config, "kv_lora_rank"),
-        qk_nope_head_dim=_need(config, "qk_nope_head_dim"),
-        qk_rope_head_dim=_need(config, "qk_rope_head_dim"),
-        v_head_dim=_need(config, "v_head_dim"),
+        _need(config, "q_lora_rank", null=0, least=0),
+        *(_need(config, key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
     )
     if config.get("attention_bias"):
         raise BadArtefact("config.json: attention_bias is not known for DeepSeek.", "Known: false.")
     return ModelSpec(
-        **common,
-        kv_heads=common["heads"],
+        **common | {"kv_heads": common["heads"]},
         head_dim=mla.qk_head_dim,
-        max_context=_need(config, "max_position_embeddings"),
-        rope=_rope(config, mla.qk_rope_head_dim, interleaved=config.get("rope_interleave", True)),
+        rope=_rope(config, mla.qk_rope_head_dim, interleaved=bool(config.get("rope_interleave", True))),
         mla=mla,
-        moe=_moe(config, v3) if config.get("n_routed_experts") else None,
-        mtp_layers=config.get("num_nextn_predict_layers") or 0,
+        moe=_moe(config, common["model_type"] == "deepseek_v3") if config.get("n_routed_experts") else None,
+        mtp_layers=_need(config, "num_nextn_predict_layers", null=0, least=0),
     )
 
 
 def _moe(config: dict[str, Any], v3: bool) -> Moe:
-    grouped = v3 or config.get("topk_method") == "group_limited_greedy"
+    groups, top_groups = _need(config, "n_group", 8 if v3 else 1, 1), _need(config, "topk_group", 4 if v3 else 1, 1)
+    if not v3 and config.get("topk_method") != "group_limited_greedy":
+        groups = top_groups = 1
+    scale = 1.0 if "routed_scaling_factor" in config or not v3 else 2.5  # for null, or without the key
     moe = Moe(
         experts=_need(config, "n_routed_experts"),
         per_token=_need(config, "num_experts_per_tok"),
         width=_need(config, "moe_intermediate_size"),
-        shared=config.get("n_shared_experts") or 0,
-        groups=(config.get("n_group") or 1) if grouped else 1,
-        top_groups=(config.get("topk_group") or 1) if grouped else 1,
+        shared=_need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
+        groups=groups,
+        top_groups=top_groups,
         scoring="sigmoid" if v3 else "softmax",
         # transformers and the release's own code never normalise V2's weights, whatever its config says
         normalise=bool(config.get("norm_topk_prob", True)) if v3 else False,
-        scale=float(config.get("routed_scaling_factor") or 1.0),
-        first_dense=config.get("first_k_dense_replace") or 0,
+        scale=_number(config, "routed_scaling_factor", scale),
+        first_dense=_need(config, "first_k_dense_replace", 3 if v3 else None, null=0, least=0),
     )
     if moe.experts % moe.groups or moe.top_groups > moe.groups:
-        raise BadArtefact(
-            f"config.json: {moe.experts} experts do not form {moe.groups} groups of which {moe.top_groups}."
-        )
+        raise BadArtefact(f"config.json: {moe.experts} experts: n_group {moe.groups}, topk_group {moe.top_groups}.")
     if moe.per_token > moe.experts // moe.groups * moe.top_groups:
         raise BadArtefact(f"config.json: a token cannot choose {moe.per_token} experts from {moe.top_groups} groups.")
     return moe
 
 
-ARCHITECTURES = {
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-}
+ARCHITECTURES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama)
+ARCHITECTURES |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), _deepseek)
 
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a Hugging Face style config; BadArtefact names the field that makes no sense."""
     if not isinstance(config, dict):
         raise BadArtefact("config.json is not a JSON object.")
-    if "auto_map" in config and config.get("model_type") not in ARCHITECTURES:
-        raise BadArtefact("config.json asks for code of its own (auto_map).", "Code from checkpoints is never run.")
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise BadArtefact(f"config.json: model_type {kind!r} is not known.", f"Known: {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[kind](config)
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        if "auto_map" in config:
+            raise BadArtefact("config.json asks for code of its own (auto_map).", "Code from checkpoints is never run.")
+        raise _bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
+    try:
+        return ARCHITECTURES[kind](config)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise BadArtefact(f"config.json makes no sense ({type(error).__name__}: {str(error)[:200]}).") from error
