@@ -233,8 +233,9 @@ def _llama(config: dict[str, Any]) -> ModelSpec:
         common["max_context"] = min(common["max_context"], window)  # within it full attention is the same function
     if config.get("mlp_bias"):
         raise BadArtefact("config.json: mlp_bias is not known.", "Known: models without it.")
-    rope, bias = _rope(config, head_dim, False), ("q", "k", "v", "o") if config.get("attention_bias") else ()
-    return ModelSpec(**common, head_dim=head_dim, rope=rope, attention_bias=BIASED.get(kind, bias), qk_norm=kind == "qwen3")
+    bias = BIASED.get(kind, ("q", "k", "v", "o") if config.get("attention_bias") else ())
+    common |= {"head_dim": head_dim, "rope": _rope(config, head_dim, interleaved=False)}
+    return ModelSpec(**common, attention_bias=bias, qk_norm=kind == "qwen3")
 
 
 def _deepseek(config: dict[str, Any]) -> ModelSpec:
@@ -265,8 +266,7 @@ def _moe(config: dict[str, Any], v3: bool) -> Moe:
         per_token=_need(config, "num_experts_per_tok"),
         width=_need(config, "moe_intermediate_size"),
         shared=_need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
-        groups=groups,
-        top_groups=top_groups,
+        groups=groups, top_groups=top_groups,
         scoring="sigmoid" if v3 else "softmax",
         # transformers and the release's own code never normalise V2's weights, whatever its config says
         normalise=bool(config.get("norm_topk_prob", True)) if v3 else False,
