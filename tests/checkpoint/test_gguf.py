@@ -146,7 +146,7 @@ BIG = 1 << 63
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "cannot be read"),
     "no magic": (b"GGML" + bytes(60), "not a GGUF"),
-    "header cut": (b"GGUF\3\0\0\0", "not a GGUF"),
+    "header cut": (b"GGUF\3\0\0\0", "truncated"),
     "version 1": (build([], [], bytes(32), version=1), "version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(32), "big-endian"),
     "too many tensors": (build([], [], bytes(64), counts=(BIG, 0)), "tensors"),

@@ -268,7 +268,7 @@ def _moe(config: dict[str, Any], v3: bool) -> Moe:
         shared=_need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
         groups=groups, top_groups=top_groups,
         scoring="sigmoid" if v3 else "softmax",
-        # transformers and the release's own code never normalise V2's weights, whatever its config says
+        # transformers never normalises V2's weights, whatever its config says; released V2 configs say not to
         normalise=bool(config.get("norm_topk_prob", True)) if v3 else False,
         scale=_number(config, "routed_scaling_factor", scale),
         first_dense=_need(config, "first_k_dense_replace", 3 if v3 else None, null=0, least=0),

@@ -15,12 +15,23 @@ from ..generate.engine import Engine
 from ..schedule.request import Request, Sampling
 
 WARM_UP_TOKENS = 4
+STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest resident size of this process so far, in bytes.
+
+    From /proc where there is one: getrusage's figure begins with what the parent held when it started us.
+    """
+    if STATUS.exists():
+        return _status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(field: str) -> int:
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_device_bytes(engine: Engine) -> int:
@@ -83,8 +94,4 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def current_bytes() -> int:
     """This process's resident size now, in bytes (Linux; the peak elsewhere)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_bytes()
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+    return _status("VmRSS") if STATUS.exists() else peak_bytes()
