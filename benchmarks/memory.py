@@ -33,6 +33,7 @@ def synthetic() -> str:
         "moe_intermediate_size": 512,
         "n_routed_experts": 128,
         "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "q_lora_rank": 384,
         "vocab_size": 8192,
     }

@@ -5,7 +5,7 @@ import torch
 
 from tiny import CONFIGS, load, write_checkpoint
 from undistilled.checkpoint.resolve import find
-from undistilled.errors import BadArtefact
+from undistilled.errors import UsageError
 from undistilled.generate.cache import allocate
 from undistilled.generate.runner import Runner
 from undistilled.schedule.request import Request, Sampling
@@ -64,5 +64,5 @@ def test_mtp_weights_stay_on_disk_unless_asked_for(tmp_path):
     folder = write_checkpoint(tmp_path / "m", CONFIG)
     decoder, plan = load(folder)
     assert not decoder.mtp and any(row.store == "unloaded" for row in plan.rows)
-    with pytest.raises(BadArtefact, match="multi-token"):
+    with pytest.raises(UsageError, match="multi-token"):
         load(write_checkpoint(tmp_path / "n", CONFIGS["deepseek_v3"]), mtp=True)

@@ -40,6 +40,12 @@ def _keep_buffers() -> None:
         libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
+def _release_buffers() -> None:
+    """Give back what `_keep_buffers` kept, now that no more ranges come."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Memory:
     """Gives each weight its memory, as the plan's row says, and remembers it by name."""
 
@@ -81,6 +87,7 @@ def build(plan: Plan, spec: ModelSpec, source: Source, *, progress: Progress | N
                 done += one.nbytes
                 if progress:
                     progress(done, total, tensor)
+        _release_buffers()
         emit("load.done", bytes=done, seconds=perf_counter() - began)
     return decoder
 

@@ -42,6 +42,8 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
     """The plan for this model on this machine; where it does not fit, `fits` is false and `advice` says what would."""
     if ask.batch < 1 or (ask.context is not None and ask.context < 1):
         raise UsageError("--batch and --context start at 1.")
+    if ask.mtp and not spec.mtp_layers:
+        raise UsageError(f"{name} has no multi-token-prediction layer.", "Leave --mtp out.")
     if ask.device not in (None, "cpu"):
         raise UsageError(f"--device {ask.device!r} is not known.", "Known: cpu, which leaves GPUs out.")
     context = ask.context or min(DEFAULT_CONTEXT, spec.max_context)

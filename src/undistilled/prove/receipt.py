@@ -89,8 +89,11 @@ def _plan(model: Model, plan_file: Path | None, scheme: str | None, context: int
         raise UsageError("A plan file decides scheme and context.", "Give --plan alone, or --scheme and --context.")
     if not model.has_weights:
         raise BadArtefact(f"{model.path} has no weights to prove anything about.")
-    context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
-    plan = plan_for(model, {"plan": plan_file, "scheme": scheme, "context": context, "batch": 1})
+    if plan_file:
+        plan = plan_for(model, {"plan": plan_file})
+    else:
+        context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
+        plan = plan_for(model, {"scheme": scheme, "context": context})
     _device(plan)
     return plan
 
