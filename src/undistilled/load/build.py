@@ -26,7 +26,7 @@ from ..plan.plan import Plan, Row
 from ..scheme import Stored
 from ..scheme.base import Parts
 
-RANGE = 2 << 20  # elements of a tensor that are on their way at once
+RANGE = 1 << 20  # elements of a tensor that are on their way at once
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 
@@ -37,7 +37,7 @@ def _keep_buffers() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-1, 32 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
 def _release_buffers() -> None:
