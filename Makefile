@@ -26,7 +26,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: pyproject.toml setup.py $(wildcard src/undistilled/ops/cpu/*.cpp src/undistilled/ops/cpu/*.h) | $(VENV)/bin/python
 	$(BIN)/pip install -q 'torch>=2.11,<2.14'
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -e '.[tasks]'
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.core

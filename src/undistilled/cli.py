@@ -210,16 +210,29 @@ def prove(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
     context: CONTEXT = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task file; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task; default: all of a file, 100 of each of the suite.")
+    ] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Ask held-out reasoning questions too; both models answer them.")
+    ] = False,
+    suite_task: Annotated[
+        list[str] | None, typer.Option(help="A task of the suite, such as gcd; may repeat. Default: all.")
+    ] = None,
+    thinking: Annotated[
+        bool, typer.Option("--thinking/--no-thinking", help="Whether the suite's answers may begin with reasoning.")
+    ] = True,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")
     ] = None,
     as_json: JSON = False,
 ) -> None:
     """Compare a plan with the original weights: divergence, accuracy, memory and speed."""
+    from .prove.graded import wanted
     from .prove.receipt import check_output, write_receipt
     from .prove.receipt import prove as run
 
+    asked = wanted(suite, suite_task or (), thinking)
     if output:
         check_output(output)
 
@@ -233,11 +246,35 @@ def prove(
             tokens=tokens,
             limit=limit,
             context=context,
+            suite=asked,
             progress=progress,
         )
     if output:
         write_receipt(receipt, output)
     _print_json(receipt) if as_json else show.receipt(receipt, output)
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="Where the run lives: a second run there goes on.")],
+    prose: Annotated[Path, typer.Option(help="English text to learn beside the questions (.txt, .txt.gz).")],
+    budget: Annotated[float, typer.Option(help="Minutes of the whole training; the rate ends at 0.")] = 17.0,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a batch.")] = 65536,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    stop_after: Annotated[float, typer.Option(help="Minutes until this run saves and stops; the next resumes.")] = 1e6,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make questions.")] = 0,
+    activations: Annotated[str, typer.Option(help="keep, recompute, or offload to the CPU's memory.")] = "keep",
+    zero: Annotated[bool, typer.Option("--zero", help="Optimizer states in shards over torchrun's ranks.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train r1-nano, a small reasoning model of R1's architecture, from scratch."""
+    from .tune.loop import Recipe
+    from .tune.train import Options
+    from .tune.train import train as run
+
+    recipe = Recipe(60 * budget, tokens, rate, seed=seed)
+    run(folder, Options(recipe, prose, stop_after, workers, activations, zero, compiled), show.note)
 
 
 @app.command(hidden=True)

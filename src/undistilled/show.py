@@ -233,6 +233,8 @@ def receipt(r: dict[str, Any], output: Path | None = None) -> None:
     for name, task in r["tasks"].items():
         table.add_row(f"{name} ({task['n']} questions)", f"{task['original']:.1%}", f"{task['plan']:.1%}")
     out.print(table)
+    if r["suite"]:
+        _suite(r["suite"])
     speeds = _table("measure", "predicted", "measured")
     speeds.add_row("memory", size(r["memory"]["predicted"]), size(r["memory"]["measured"]))
     for name in ("prefill", "decode"):
@@ -241,3 +243,24 @@ def receipt(r: dict[str, Any], output: Path | None = None) -> None:
     out.print(speeds)
     if output:
         out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
+
+
+def _suite(s: dict[str, Any]) -> None:
+    """Accuracy by task of both models' answers, and how long these were."""
+    table = _table("reasoning task", "original", "plan", "difference, points", "tokens an answer")
+    for name, t in [*s["tasks"].items(), ("all", s["mean"])]:
+        low, high = (100 * x for x in t["difference_interval"])
+        length = t["tokens_per_answer"]
+        table.add_row(
+            f"{name} ({t['n']} questions)",
+            f"{t['original']:.1%}",
+            f"{t['plan']:.1%}",
+            f"{100 * t['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{length['original']:.0f} to {length['plan']:.0f}",
+        )
+    out.print(table)
+    cut = s["unfinished"]
+    out.print(
+        f"answered {'after' if s['thinking'] else 'without'} reasoning; "
+        f"cut at {s['max_tokens']} tokens: {cut['original']:.1%} to {cut['plan']:.1%} of the answers"
+    )

@@ -6,7 +6,8 @@ import toy
 
 from undistilled.errors import BadArtefact, UndistilledError, UsageError
 from undistilled.prove import measure
-from undistilled.prove.receipt import check_output, prove, read_text, seal, verify_receipt, write_receipt
+from undistilled.prove.inputs import read_text
+from undistilled.prove.receipt import check_output, prove, seal, verify_receipt, write_receipt
 
 
 def test_figures_and_bindings(receipt, folder):

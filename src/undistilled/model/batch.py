@@ -27,3 +27,18 @@ class Batch:
     prefill: bool
     cos_TF: torch.Tensor | None = None
     sin_TF: torch.Tensor | None = None
+
+
+@dataclass
+class Packed:
+    """T tokens of whole documents, one behind the other, that see themselves alone: no cache. For training.
+
+    bounds_S int32: where documents begin, and T; equal neighbours are empty documents. longest: of a document.
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    bounds_S: torch.Tensor
+    longest: int
+    cos_TF: torch.Tensor | None = None
+    sin_TF: torch.Tensor | None = None

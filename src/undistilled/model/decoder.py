@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..errors import BadArtefact
 from ..ops.rope import angles, frequencies
 from . import deepseek, llama
-from .batch import Batch, Cache
+from .batch import Batch, Cache, Packed
 from .layers import Embedding, Linear, Make, MoeLayer, Norm, SwiGlu
 from .spec import ModelSpec
 
@@ -41,7 +43,7 @@ class Block(nn.Module):
         dense = not mtp and spec.moe is not None and layer < spec.moe.first_dense
         self.mlp = mlp(make, f"{at}.mlp", spec, dense)
 
-    def forward(self, h_TD: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+    def forward(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
         h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), batch, cache)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
@@ -60,7 +62,7 @@ class Mtp(nn.Module):
         self.norm = Norm(make, f"{at}.shared_head.norm", spec.norm_eps)
         self.head = Linear(make, f"{at}.shared_head.head")
 
-    def forward(self, h_TD: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+    def forward(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
         """Logits [T, vocab] of the token after next; batch.tokens_T are the next tokens."""
         embedded = self.enorm(self.embed_tokens(batch.tokens_T, h_TD.dtype))
         h_TD = self.eh_proj(torch.cat((embedded, self.hnorm(h_TD)), -1))
@@ -82,13 +84,13 @@ class Decoder(nn.Module):
         self.mtp = nn.ModuleList(Mtp(make, spec, spec.layers + i) for i in range(spec.mtp_layers if mtp else 0))
         self.frequencies, self.rope_factor = frequencies(spec.rope)
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: Batch | Packed) -> None:
         """Work out the batch's rotary angles, once for all layers."""
         device = batch.positions_T.device
         self.frequencies = self.frequencies.to(device)
         batch.cos_TF, batch.sin_TF = angles(batch.positions_T, self.frequencies, self.rope_factor)
 
-    def forward(self, batch: Batch, caches: list[Cache]) -> torch.Tensor:
+    def forward(self, batch: Batch | Packed, caches: Sequence[Cache]) -> torch.Tensor:
         """Hidden states [T, D] after the last block, before the final norm."""
         self.prepare(batch)
         h_TD = self.embed_tokens(batch.tokens_T, self.dtype)

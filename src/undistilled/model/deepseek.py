@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..ops import mla
-from ..ops.attention import context_slots
+from ..ops.attention import context_slots, packed
 from ..ops.linear import dense
 from ..ops.rope import rotate
-from .batch import Batch, Cache
+from .batch import Batch, Cache, Packed
 from .layers import Linear, Make, Norm
 from .spec import ModelSpec
 
@@ -33,14 +33,20 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(make, f"{name}.kv_b_proj")
         self.o_proj = Linear(make, f"{name}.o_proj")
 
-    def forward(self, x_TD: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
+        q_THX, fresh_TW = self._queries(x_TD, batch), self._latents(x_TD, batch)
+        if isinstance(batch, Packed):
+            return self.o_proj(self._packed(q_THX, batch, fresh_TW).flatten(-2))
         (latents,) = cache
-        q_THX = self._queries(x_TD, batch)
-        latents.index_copy_(0, batch.slots_T, self._latents(x_TD, batch).to(latents.dtype))
+        latents.index_copy_(0, batch.slots_T, fresh_TW.to(latents.dtype))
         attend = self._prefill if batch.prefill else self._decode
         return self.o_proj(attend(q_THX, batch, latents).flatten(-2))
 
-    def _queries(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _packed(self, q_THX: torch.Tensor, batch: Packed, fresh_TW: torch.Tensor) -> torch.Tensor:
+        keys, values = mla.lifted(fresh_TW, self._lift(q_THX.dtype), self.mla.qk_nope_head_dim)
+        return packed(q_THX, keys, values, batch.bounds_S, batch.longest, self.spec.softmax_scale)
+
+    def _queries(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
         compressed = self.mla.q_lora_rank > 0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
         nope, rope = q.unflatten(-1, (self.spec.heads, -1)).split(
@@ -48,7 +54,7 @@ class Attention(nn.Module):
         )
         return torch.cat((nope, rotate(rope, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)), -1)
 
-    def _latents(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _latents(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
         latent, key = self.kv_a_proj_with_mqa(x_TD).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], -1)
         key = rotate(key[:, None], batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)[:, 0]
         return torch.cat((self.kv_a_layernorm(latent), key), -1)

@@ -6,6 +6,8 @@ Slots are rows of the cache: token t of a row lies in slot table[t // size] * si
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +38,28 @@ def causal(q_LHD: torch.Tensor, k_CHD: torch.Tensor, v_CHV: torch.Tensor, scale:
         mask = torch.arange(seen, device=q.device)[None] <= last[:, None]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=fresh == seen and fresh > 1, scale=scale)
     return out[0].transpose(0, 1)[..., :width]
+
+
+@op
+def packed(
+    q_THD: torch.Tensor, k_THD: torch.Tensor, v_THV: torch.Tensor, bounds_S: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """Causal attention within each of several documents, which lie in [bounds_S[i], bounds_S[i + 1]): [T, H, V]."""
+    edges = bounds_S.tolist()
+    spans = [slice(a, b) for a, b in itertools.pairwise(edges) if b > a]
+    return torch.cat([causal(q_THD[s], k_THD[s], v_THV[s], scale) for s in spans])
+
+
+@packed.register("varlen", lambda q: q.device.type == "cuda" and q.dtype == torch.bfloat16, "PyTorch's FlashAttention")
+def _varlen(q_THD, k_THD, v_THV, bounds_S, longest, scale):
+    from torch.nn.attention.varlen import varlen_attn
+
+    width = v_THV.shape[-1]
+    v_THD = F.pad(v_THV, (0, q_THD.shape[-1] - width))  # the kernel wants values as wide as keys
+    out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
+        q_THD, k_THD, v_THD, bounds_S, bounds_S, longest, longest, scale=scale, window_size=(-1, 0)
+    )
+    return out[..., :width]
 
 
 @op

@@ -19,11 +19,15 @@ def naive(
     q_LHX: torch.Tensor, cached_CW: torch.Tensor, lift_HYZ: torch.Tensor, nope: int, scale: float
 ) -> torch.Tensor:
     """Attention of L tokens over C lifted latents: q [L, H, N + P], cached [C, Z + P], lift [H, N + V, Z]."""
+    return causal(q_LHX, *lifted(cached_CW, lift_HYZ, nope), scale)
+
+
+def lifted(cached_CW: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [C, H, N + P] and values [C, H, V] of every head, from the latents."""
     heads, _, latent = lift_HYZ.shape
-    lifted = torch.einsum("cz,hyz->chy", cached_CW[:, :latent], lift_HYZ)
+    both = torch.einsum("cz,hyz->chy", cached_CW[:, :latent], lift_HYZ)
     rope_key = cached_CW[:, None, latent:].expand(-1, heads, -1)
-    k_CHX = torch.cat((lifted[..., :nope], rope_key), -1)
-    return causal(q_LHX, k_CHX, lifted[..., nope:], scale)
+    return torch.cat((both[..., :nope], rope_key), -1), both[..., nope:]
 
 
 def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:

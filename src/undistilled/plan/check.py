@@ -10,7 +10,7 @@ from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
 from .cost import Placed
-from .plan import Plan, Row, config_hash
+from .plan import Bytes, Plan, Row, config_hash
 
 
 def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
@@ -37,7 +37,7 @@ def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
     _check_same("parameters", (plan.parameters, plan.active_parameters), counts(spec))
     _check_same("tensors", plan.tensors, sum(row.tensors for row in plan.rows))
     _check_totals(plan, spec)
-    _check_bytes(plan, spec, known)
+    _check_bytes(plan, spec)
     if not plan.fits:
         raise DoesNotFit(f"{plan.model} does not fit {plan.machine} by this plan.", plan.advice)
 
@@ -92,7 +92,9 @@ def _check_totals(plan: Plan, spec: ModelSpec) -> None:
         raise BadArtefact(f"The plan computes in {plan.compute_dtype} on a CPU.", "There, compute_dtype is float32.")
 
 
-def _check_bytes(plan: Plan, spec: ModelSpec, known: dict[str, Weight]) -> None:
+def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
+    """What the plan's rows, cache and limits take on each of its devices."""
+    known = {w.name: w for w in weights(spec)}
     placed = [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
     kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
     working = cost.activation_bytes(
@@ -105,10 +107,15 @@ def _check_bytes(plan: Plan, spec: ModelSpec, known: dict[str, Weight]) -> None:
         scheme=plan.scheme,
     )
     cache = plan.kv.blocks * plan.kv.block_size * plan.kv.bytes_per_token
-    for name, prediction in plan.predicted.devices.items():
+    return {name: cost.device_bytes(name, placed, cache, working) for name in plan.predicted.devices}
+
+
+def _check_bytes(plan: Plan, spec: ModelSpec) -> None:
+    for name in plan.predicted.devices:
         if not re.fullmatch(r"cpu|cuda:\d+", name):
             raise BadArtefact(f"The plan has a device {name!r}.", "Devices are cpu and cuda:0, cuda:1, ...")
-        _check_same(f"prediction for {name}", prediction.bytes, cost.device_bytes(name, placed, cache, working))
+    for name, needed in bytes_needed(plan, spec).items():
+        _check_same(f"prediction for {name}", plan.predicted.devices[name].bytes, needed)
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 Z = 1.959963984540054  # of the normal distribution, two-sided 95%
 
@@ -63,6 +64,24 @@ def mcnemar(gained: int, lost: int) -> float:
     """The exact two-sided p of McNemar's test: how surprising the discordant counts are if both are as good."""
     n, k = gained + lost, min(gained, lost)
     return min(1.0, 2 * math.fsum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n < 1000 else _normal(gained, lost)
+
+
+def compared(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    """Shares of right answers, 0 to 1, of the original and of the plan on the same questions, one or more.
+
+    `difference` is plan - original; gained, lost: questions that only the plan, only the original got right;
+    `kept` is plan / original, None where the original got nothing right.
+    """
+    n, first, second = len(before), sum(before), sum(after)
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost = gained - second + first
+    return {
+        "original": first / n, "plan": second / n, "n": n,
+        "original_interval": wilson(first, n), "plan_interval": wilson(second, n),
+        "difference": (second - first) / n, "difference_interval": paired(gained, lost, n),
+        "gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost),
+        "kept": second / first if first else None,
+    }
 
 
 def _normal(gained: int, lost: int) -> float:

@@ -20,8 +20,8 @@ import torch
 from ..checkpoint.resolve import Model
 from ..errors import UndistilledError
 from ..load.build import build
+from ..model.decoder import Decoder
 from ..plan.plan import Plan
-from .score import Scorer
 
 T = TypeVar("T")
 Command = Callable[[list[str]], str]  # argv -> what it printed; raises UndistilledError where it failed
@@ -30,10 +30,10 @@ LONGEST_PROMPT = 4096  # tokens; a longer context is predicted, not measured
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 
-def with_model(model: Model, plan: Plan, work: Callable[[Scorer], T]) -> T:
+def with_model(model: Model, plan: Plan, work: Callable[[Decoder], T]) -> T:
     """Load the model as planned, do the work, and give all memory back before returning."""
     try:
-        return work(Scorer(build(plan, model.spec, model.source()), plan))
+        return work(build(plan, model.spec, model.source()))
     finally:
         free()
 

@@ -12,6 +12,7 @@ import jinja2
 from .receipt import verify_receipt
 
 Row = dict[str, Any]
+SIDES = ("original", "plan")
 
 
 def render(receipt: dict[str, Any]) -> str:
@@ -29,7 +30,8 @@ def view(r: dict[str, Any]) -> dict[str, Any]:
     return {
         "verified": verify_receipt(r), "sentence": sentence(r), "perplexity": perplexity(r["perplexity"]),
         "kl_note": kl_note(r["kl_nats"]), "tasks": [task(name, t) for name, t in r["tasks"].items()],
-        "bars": bars(r), "histogram": histogram(r["kl_nats"]["histogram"]), "bindings": bindings(r),
+        "suite": suite(r.get("suite")), "bars": bars(r), "histogram": histogram(r["kl_nats"]["histogram"]),
+        "bindings": bindings(r),
         "same_context": r["conditions"]["same_context"], "busy": busy(r["conditions"]),
     }
 
@@ -76,21 +78,50 @@ def perplexity(p: dict[str, Any]) -> Row:
     return {"change": change, "low": low, "high": high, "verdict": verdict}
 
 
-def task(name: str, t: dict[str, Any]) -> Row:
+def difference(t: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the accuracies differ beyond doubt, and a sentence about it."""
     low, high = t["difference_interval"]
     p = t["mcnemar_p"]
-    established = not low <= 0 <= high and p < 0.05  # with few discordant questions the exact test is the stricter
-    if established:
-        verdict = f"The plan answers {'worse' if high < 0 else 'better'} (exact paired test: p = {p:.2g})."
-    else:
-        why = "the interval includes zero" if low <= 0 <= high else "the exact paired test does not exclude chance"
-        verdict = f"Not established that accuracy differs: {why} (p = {p:.2g})."
+    if not low <= 0 <= high and p < 0.05:  # with few discordant questions the exact test is the stricter
+        return True, f"The plan answers {'worse' if high < 0 else 'better'} (exact paired test: p = {p:.2g})."
+    why = "the interval includes zero" if low <= 0 <= high else "the exact paired test does not exclude chance"
+    return False, f"Not established that accuracy differs: {why} (p = {p:.2g})."
+
+
+def task(name: str, t: dict[str, Any]) -> Row:
+    established, verdict = difference(t)
     guess = t["original_interval"][0] <= t["chance"]
     if guess:
         guessing = percent(t["chance"])
         verdict += f" Nor that the original does better than guessing ({guessing}), so this task tells little."
     kept = None if t["kept"] is None or guess else t["kept"]
     return {"name": name, **t, "verdict": verdict, "established": established, "kept_shown": kept}
+
+
+def suite(s: dict[str, Any] | None) -> Row | None:
+    """The reasoning suite: a row for each task, and all of them together. None where it was not asked."""
+    if not s:
+        return None
+    established, verdict = difference(s["mean"])
+    rows = []
+    for name, t in s["tasks"].items():
+        levels = [v for v in t["levels"] if v["n"]]
+        shares = ", ".join(f"{v['original']:.0%} / {v['plan']:.0%}" for v in levels) if len(levels) > 1 else ""
+        rows.append({**t, "name": name, "by_level": shares, "established": difference(t)[0],
+                     "accuracy": [accuracy(who, t[who], t[f"{who}_interval"]) for who in SIDES]})
+    ways = "after reasoning" if s["thinking"] else "at once, without reasoning"
+    return {**s, "rows": rows, "verdict": verdict, "established": established, "ways": ways,
+            "mean_accuracy": [accuracy(who, s["mean"][who]) for who in SIDES]}
+
+
+def accuracy(who: str, share: float, interval: list[float] | None = None) -> Row:
+    """A bar in percent of a whole, with its interval's whisker where there is one."""
+    low, high = interval or (None, None)
+    return {
+        "who": who, "share": share, "width": f"{100 * share:.2f}", "interval": interval,
+        "low": None if low is None else f"{100 * low:.2f}",
+        "range": None if low is None or high is None else f"{100 * (high - low):.2f}",
+    }
 
 
 def bars(r: dict[str, Any]) -> list[Row]:
@@ -149,6 +180,7 @@ def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
         ("Original", weights(o)),
         ("Text", f"{t['name']}: {t['tokens']:,} tokens in windows of {t['window']}; SHA-256 {t['sha256']}"),
         *((f"Task {name}", f"{task['n']:,} questions; SHA-256 {task['sha256']}") for name, task in r["tasks"].items()),
+        *suite_bindings(r.get("suite")),
         ("Speed run", f"{at['prompt_tokens']:,} prompt tokens, {at['new_tokens']} new ones, batch {at['batch']}; "
                       f"predicted for a context of {at['context']:,} tokens from {at['basis']}"),
         ("Machine", f"{machine['name']}: {machine['system']}, {machine['threads']} threads"),
@@ -156,6 +188,15 @@ def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
         ("Command", r["command"]),
         ("When", r["when"]),
     ]
+
+
+def suite_bindings(s: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not s:
+        return []
+    asked = f"{s['mean']['n']:,} held-out questions of reasoning-gym {s['reasoning_gym']}"
+    how = f"greedy, at most {s['max_tokens']} tokens an answer, context {s['context']:,} tokens"
+    at_once = f"{s['batch']['original']} at once for the original, {s['batch']['plan']} for the plan"
+    return [("Reasoning suite", f"{asked}; {how}; {at_once}; SHA-256 {s['questions_sha256']}")]
 
 
 def weights(p: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,18 @@ import torch
 
 from .. import __version__
 from ..checkpoint.resolve import Model, find
-from ..errors import BadArtefact, DoesNotFit, UsageError
-from ..generate.engine import plan_for
-from ..plan.check import check, check_devices
-from ..plan.hardware import load_machine
+from ..errors import UsageError
+from ..model.decoder import Decoder
 from ..plan.plan import Plan
-from ..plan.solve import Ask, solve
-from . import divergence, measure
+from . import divergence, graded, measure
 from . import tasks as questions
+from .answers import Answer
+from .inputs import Asked, Inputs, read_inputs
+from .plans import device_of, original_plan, proven_plan
 from .score import Scorer
 
 VERSION = 1
-DEFAULT_CONTEXT = 1024  # tokens that a plan made here has room for: the speed run fills it
-ORIGINAL_CONTEXT = 4096  # tokens; the original only ever scores windows and questions
-CHARACTERS = 64  # of a text for each token wanted: more than a token holds, less than a whole library
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What both models are given: windows of token ids, and questions with their ids."""
-
-    text: dict[str, Any]
-    windows: list[list[int]]
-    tasks: list[questions.Task]
-    encoded: list[list[questions.Encoded]]
 
 
 def prove(
@@ -63,20 +49,22 @@ def prove(
     limit: int | None = None,
     context: int | None = None,
     window: int = 512,
+    suite: graded.Wanted | None = None,
     progress: Progress | None = None,
     command: measure.Command = measure.run_command,
 ) -> dict[str, Any]:
     """The receipt of a plan, from a file or made here for `scheme` and `context` on this machine.
 
-    tokens: of the text, in windows of `window`; limit: questions of each task file (None: all).
+    tokens: of the text, in windows of `window`; limit: questions of each task (None: all of a file, 100 of each task
+    of the reasoning suite, which is asked where `suite` says what).
     Three runs, one after another: speed and memory in a fresh process, the original here, the plan here.
     Raises what planning, loading and reading the inputs raise, before anything long begins.
     """
     say = progress or (lambda _text: None)
     model = find(model_name)
-    plan = _plan(model, plan_file, scheme, context)
+    plan = proven_plan(model, plan_file, scheme, context)
     original = original_plan(model, plan)
-    inputs = _inputs(model, plan, original, text, list(tasks), tokens, limit, window)
+    inputs = read_inputs(model, plan, original, Asked(text, tasks, tokens, limit, window, suite))
     say("measuring memory and speed in a fresh process")
     bench = measure.bench(model_name, plan, command)
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
@@ -84,110 +72,62 @@ def prove(
     return seal(_bindings(model, plan, original, inputs) | quality | _figures(plan, bench))
 
 
-def _plan(model: Model, plan_file: Path | None, scheme: str | None, context: int | None) -> Plan:
-    if plan_file and (scheme or context):
-        raise UsageError("A plan file decides scheme and context.", "Give --plan alone, or --scheme and --context.")
-    if not model.has_weights:
-        raise BadArtefact(f"{model.path} has no weights to prove anything about.")
-    if plan_file:
-        plan = plan_for(model, {"plan": plan_file})
-    else:
-        context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
-        plan = plan_for(model, {"scheme": scheme, "context": context})
-    _device(plan)
-    return plan
+@dataclass(frozen=True)
+class Side:
+    """What one model gave: something about the text, chosen indices by task file, answers by reasoning task."""
 
-
-def _device(plan: Plan) -> str:
-    """The one device that the plan uses."""
-    used = {row.store for row in plan.rows} - {"unloaded"}
-    if len(used) != 1:
-        raise UsageError(f"The plan spreads over {', '.join(sorted(used))}; only a plan on one device can be proven.")
-    return used.pop()
-
-
-def original_plan(model: Model, plan: Plan) -> Plan:
-    """The weights as released on this machine: where the plan runs, else on the CPU. DoesNotFit where on neither."""
-    machine = load_machine("this")
-    free = {d.name: d.free_bytes for d in machine.devices}
-    context = min(plan.limits.context, ORIGINAL_CONTEXT)
-    for device in ("cpu",) if _device(plan) == "cpu" else (None, "cpu"):
-        made = solve(model.name, model.config, model.spec, machine, Ask(None, context, 1, False, device))
-        if made.fits and len({row.store for row in made.rows} - {"unloaded"}) == 1:
-            check(made, model.spec, model.config)
-            check_devices(made, free)
-            return made
-    raise DoesNotFit(
-        f"The original of {model.name} ({made.scheme}) does not fit this machine, and a receipt measures against it.",
-        "Prove on a machine that holds it.",
-    )
-
-
-def _inputs(
-    model: Model, plan: Plan, original: Plan, text: Path | None, files: list[Path], tokens: int, limit: int | None,
-    window: int,
-) -> Inputs:
-    if tokens < 2 or window < 2:
-        raise UsageError("--tokens and the window start at 2.")
-    tokenizer = model.tokenizer()
-    room = min(plan.limits.context, original.limits.context)
-    name, content = read_text(text)
-    bos = tokenizer.bos if tokenizer.add_bos else None
-    ids = tokenizer.encode(content[: tokens * CHARACTERS], control=False)
-    _check_vocab(model, ids)
-    cut = divergence.windows(ids, min(window, room), tokens, bos)
-    read = questions.read_tasks(files, limit)
-    described = {
-        "name": name, "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "tokens": sum(len(w) - (bos is not None) for w in cut), "window": min(window, room),
-    }
-    return Inputs(described, cut, read, [questions.encode_task(t, tokenizer, room) for t in read])
-
-
-def _check_vocab(model: Model, ids: list[int]) -> None:
-    if ids and max(ids) >= model.spec.vocab:
-        raise BadArtefact(
-            f"The tokenizer gives id {max(ids)}; the model has {model.spec.vocab} rows.", "Is it another model's?"
-        )
-
-
-def read_text(file: Path | None) -> tuple[str, str]:
-    """(name, content) of a UTF-8 text; without a file, of the excerpt that comes with the program."""
-    if file is None:
-        data = resources.files(__package__).joinpath("data/austen.txt")
-        return "Jane Austen, Persuasion (excerpt, built in)", data.read_text(encoding="utf-8")
-    try:
-        return Path(file).name, Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadArtefact(f"{file}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise BadArtefact(f"{file}: not UTF-8 text ({error}).") from None
+    text: Any
+    chosen: list[list[int]]
+    answers: dict[str, list[Answer]]
 
 
 def _quality(model: Model, plan: Plan, original: Plan, inputs: Inputs, file: Path, say: Progress) -> dict[str, Any]:
     """One model after the other; the first one's log-probabilities wait in `file`."""
+    suite = inputs.suite
+    first = _side(
+        model, original, suite.original if suite else None, inputs, f"original ({original.scheme})", say,
+        lambda scorer: divergence.record(scorer, inputs.windows, file),
+    )
+    second = _side(
+        model, plan, suite.plan if suite else None, inputs, f"plan ({plan.scheme})", say,
+        lambda scorer: divergence.compare(scorer, inputs.windows, first.text),
+    )
+    compared = zip(inputs.tasks, first.chosen, second.chosen, strict=True)
+    return second.text | {
+        "tasks": {t.name: questions.compare(t, a, b) for t, a, b in compared},
+        "suite": graded.figures(suite, first.answers, second.answers) if suite else None,
+    }
 
-    def choose(scorer: Scorer, who: str) -> list[list[int]]:
-        chosen = []
-        for task, encoded in zip(inputs.tasks, inputs.encoded, strict=True):
-            say(f"{who}: {task.name}, {len(encoded)} questions")
-            chosen.append(list(questions.answers(scorer, encoded)))
-        return chosen
 
-    def first(scorer: Scorer):
-        say(f"original ({original.scheme}): {inputs.text['tokens']} tokens of text")
-        return divergence.record(scorer, inputs.windows, file), choose(scorer, f"original ({original.scheme})")
+def _side(
+    model: Model, plan: Plan, roomy: Plan | None, inputs: Inputs, who: str, say: Progress, read: Callable[[Scorer], Any]
+) -> Side:
+    """Load one model and ask it everything, the suite with the `roomy` plan's cache in place of the scorer's."""
 
-    def second(scorer: Scorer):
-        say(f"plan ({plan.scheme}): {inputs.text['tokens']} tokens of text")
-        return divergence.compare(scorer, inputs.windows, recording), choose(scorer, f"plan ({plan.scheme})")
+    def work(decoder: Decoder) -> Side:
+        text, chosen = _scored(Scorer(decoder, plan), inputs, who, say, read)
+        if not (inputs.suite and roomy):
+            return Side(text, chosen, {})
+        measure.free()
+        say(f"{who}: reasoning questions, {roomy.limits.batch} at once")
+        tokenizer = model.tokenizer()
+        answered = graded.ask(inputs.suite, decoder, roomy, tokenizer, lambda news: say(f"{who}: {news}"))
+        return Side(text, chosen, answered)
 
-    say(f"loading the original ({original.scheme})")
-    recording, before = measure.with_model(model, original, first)
-    say(f"loading the plan ({plan.scheme})")
-    figures, after = measure.with_model(model, plan, second)
-    compared = zip(inputs.tasks, before, after, strict=True)
-    return figures | {"tasks": {t.name: questions.compare(t, a, b) for t, a, b in compared}}
+    say(f"loading the {who}")
+    return measure.with_model(model, plan, work)
+
+
+def _scored(
+    scorer: Scorer, inputs: Inputs, who: str, say: Progress, read: Callable[[Scorer], Any]
+) -> tuple[Any, list[list[int]]]:
+    """What `read` finds about the text, and the chosen indices by task file."""
+    say(f"{who}: {inputs.text['tokens']} tokens of text")
+    text, chosen = read(scorer), []
+    for task, encoded in zip(inputs.tasks, inputs.encoded, strict=True):
+        say(f"{who}: {task.name}, {len(encoded)} questions")
+        chosen.append(list(questions.answers(scorer, encoded)))
+    return text, chosen
 
 
 def _figures(plan: Plan, bench: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +136,7 @@ def _figures(plan: Plan, bench: dict[str, Any]) -> dict[str, Any]:
     predicted = {"prefill_tokens_per_s": p.prefill_tokens_per_s, "decode_tokens_per_s": p.decode_tokens_per_s}
     at = bench["conditions"]
     return {
-        "memory": {"predicted": p.devices[_device(plan)].bytes.total, "measured": bench["peak_bytes"]},
+        "memory": {"predicted": p.devices[device_of(plan)].bytes.total, "measured": bench["peak_bytes"]},
         "speed": {"predicted": predicted, "measured": bench["speed"]},
         "conditions": at | {"same_context": at["prompt_tokens"] + at["new_tokens"] >= at["context"], "basis": p.basis},
     }
@@ -226,7 +166,7 @@ def _weights(plan: Plan) -> dict[str, Any]:
     held = sum(row.nbytes for row in loaded)
     count = sum(math.prod(row.shape) * (row.experts[1] - row.experts[0] if row.experts else 1) for row in loaded)
     return {
-        "scheme": plan.scheme, "device": _device(plan), "bytes": held, "bits_per_weight": 8 * held / count,
+        "scheme": plan.scheme, "device": device_of(plan), "bytes": held, "bits_per_weight": 8 * held / count,
         "compute_dtype": plan.compute_dtype, "kv_dtype": plan.kv.dtype,
     }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import BadArtefact, UsageError
-from .interval import mcnemar, paired, wilson
+from .interval import compared
 from .score import Scorer
 
 LONGEST = 1 << 20  # characters of a line; more is not a question
@@ -147,18 +147,7 @@ def answers(scorer: Scorer, encoded: list[Encoded]) -> Iterator[int]:
 
 
 def compare(task: Task, original: list[int], plan: list[int]) -> dict[str, Any]:
-    """Accuracies, 0 to 1, of two lists of chosen indices, with 95% intervals; `difference` is plan - original.
-
-    `chance` is what guessing gets; `kept` is plan / original, None where the original got nothing right.
-    """
-    right = [(o == q.answer, p == q.answer) for q, o, p in zip(task.questions, original, plan, strict=True)]
-    n, before, after = len(right), sum(o for o, _ in right), sum(p for _, p in right)
-    gained, lost = sum(p and not o for o, p in right), sum(o and not p for o, p in right)
-    return {
-        "original": before / n, "plan": after / n, "n": n,
-        "original_interval": wilson(before, n), "plan_interval": wilson(after, n),
-        "difference": (after - before) / n, "difference_interval": paired(gained, lost, n),
-        "gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost),
-        "kept": after / before if before else None,
-        "chance": sum(1 / len(q.choices) for q in task.questions) / n, "sha256": task.sha256,
-    }
+    """`interval.compared` of two lists of chosen indices; `chance` is what guessing gets, 0 to 1."""
+    before, after = ([c == q.answer for q, c in zip(task.questions, side, strict=True)] for side in (original, plan))
+    chance = sum(1 / len(q.choices) for q in task.questions) / len(task.questions)
+    return compared(before, after) | {"chance": chance, "sha256": task.sha256}

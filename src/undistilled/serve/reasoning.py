@@ -26,6 +26,11 @@ class ReasoningSplitter:
         self._held = ""
         self._trim = True
 
+    @property
+    def inside(self) -> bool:
+        """Whether the answer so far ends in its reasoning."""
+        return self._state == "reasoning"
+
     def push(self, text: str, last: bool = False) -> Piece:
         """What `text` adds. `last`: nothing follows, so what could have begun a tag is let go."""
         self._held += text

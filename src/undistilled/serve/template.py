@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import BadArtefact, RequestError
+from ..errors import BadArtefact, RequestError, UsageError
 from .sandbox import TemplateError, compile_template, render
 
 R1_TEMPLATE = """
@@ -35,6 +35,7 @@ R1_TEMPLATE = """
 """R1's conversation, as its release writes it, for a tokenizer that carries no template."""
 
 R1_ASSISTANT, THINK, END_THINK = "<｜Assistant｜>", "<think>", "</think>"
+NO_THOUGHT = f"{THINK}\n\n{END_THINK}\n\n"  # reasoning that ended before it began
 SAMPLE = [{"role": "user", "content": "Hello"}]
 
 
@@ -51,6 +52,15 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
     return R1_TEMPLATE if {R1_ASSISTANT, "<｜User｜>", THINK} <= tokenizer.control.keys() else None
+
+
+def needed_template(tokenizer: Tokenizer, name: str, hint: str) -> str:
+    """The template of the model `name`, tried out. UsageError with the hint where it has none."""
+    template = template_of(tokenizer)
+    if template is None:
+        raise UsageError(f"{name} has no chat template.", hint)
+    check_template(template)
+    return template
 
 
 def check_template(template: str) -> None:
@@ -78,10 +88,12 @@ def chat_prompt(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    thinking: bool = True,
 ) -> Prompt:
     """The prompt of a conversation. RequestError where the template refuses it or runs past a limit.
 
     Control tokens in messages and tools are masked before the template sees them, and encoded as text.
+    Without `thinking` a model that reasons begins after an empty reasoning, and so answers at once.
     """
     mask = Mask(tokenizer)
     masked = [mask.message(_prepared(message, template)) for message in messages]
@@ -91,9 +103,22 @@ def chat_prompt(
         text = render(_compiled(template), variables)
     except TemplateError as error:
         raise RequestError(f"The chat template refuses this conversation: {error}.", param="messages") from error
-    if add_generation_prompt and text.endswith(R1_ASSISTANT) and THINK in tokenizer.control:
-        text += THINK + "\n"  # without it R1 sometimes skips its reasoning
+    if add_generation_prompt:
+        text = _begun(text, THINK in tokenizer.control, thinking)
     return Prompt(mask.encode(text), add_generation_prompt and text.rstrip().endswith(THINK))
+
+
+def _begun(text: str, reasons: bool, thinking: bool) -> str:
+    """The rendered prompt with the answer's beginning; `reasons`: whether the model has reasoning tags.
+
+    It stays one text until it is encoded: appended ids would miss merges across the line ends.
+    """
+    opened = text.rstrip().endswith(THINK)
+    if thinking:  # without the tag R1 sometimes skips its reasoning
+        return f"{text}{THINK}\n" if reasons and text.endswith(R1_ASSISTANT) else text
+    if opened:
+        text = text.rstrip().removesuffix(THINK)
+    return text + NO_THOUGHT if opened or reasons else text
 
 
 class Mask:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import RequestError, UsageError
+from ..errors import RequestError
 from ..generate.engine import Engine
 from ..generate.once import complete
 from ..schedule.request import Sampling
 from .reasoning import ReasoningSplitter
-from .template import END_THINK, chat_prompt, check_template, template_of
+from .template import END_THINK, chat_prompt, needed_template
 
 Show = Callable[[str], None]
 
@@ -19,11 +19,8 @@ class Conversation:
     """Messages so far with one engine."""
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
-        template = template_of(engine.tokenizer)
-        if template is None:
-            raise UsageError(f"{engine.name} has no chat template.", "Use `undistilled generate`.")
-        check_template(template)
-        self.engine, self.template = engine, template
+        self.engine = engine
+        self.template = needed_template(engine.tokenizer, engine.name, "Use `undistilled generate`.")
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:

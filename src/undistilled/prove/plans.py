@@ -1,0 +1,88 @@
+"""The plans that a receipt needs: the one that is proven, its original's, and both with room for many questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.resolve import Model
+from ..errors import BadArtefact, DoesNotFit, UsageError
+from ..generate.engine import plan_for
+from ..generate.runner import ROWS
+from ..model.spec import ModelSpec
+from ..plan.check import bytes_needed, check, check_devices
+from ..plan.hardware import load_machine
+from ..plan.plan import DevicePrediction, Plan
+from ..plan.solve import Ask, solve
+
+DEFAULT_CONTEXT = 1024  # tokens that a plan made here has room for: the speed run fills it
+ORIGINAL_CONTEXT = 4096  # tokens; the original only ever scores windows and questions
+AT_ONCE = {"cpu": ROWS["cpu"], "cuda": 256}  # questions in one pass: more rows are no faster
+
+
+def proven_plan(model: Model, plan_file: Path | None, scheme: str | None, context: int | None) -> Plan:
+    """The plan of a file, or one made now for `scheme` and `context`; on one device, for a model with weights."""
+    if plan_file and (scheme or context):
+        raise UsageError("A plan file decides scheme and context.", "Give --plan alone, or --scheme and --context.")
+    if not model.has_weights:
+        raise BadArtefact(f"{model.path} has no weights to prove anything about.")
+    if plan_file:
+        plan = plan_for(model, {"plan": plan_file})
+    else:
+        context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
+        plan = plan_for(model, {"scheme": scheme, "context": context})
+    device_of(plan)
+    return plan
+
+
+def device_of(plan: Plan) -> str:
+    """The one device that the plan uses."""
+    used = {row.store for row in plan.rows} - {"unloaded"}
+    if len(used) != 1:
+        raise UsageError(f"The plan spreads over {', '.join(sorted(used))}; only a plan on one device can be proven.")
+    return used.pop()
+
+
+def original_plan(model: Model, plan: Plan) -> Plan:
+    """The weights as released on this machine: where the plan runs, else on the CPU. DoesNotFit where on neither."""
+    machine = load_machine("this")
+    free = {d.name: d.free_bytes for d in machine.devices}
+    context = min(plan.limits.context, ORIGINAL_CONTEXT)
+    for device in ("cpu",) if device_of(plan) == "cpu" else (None, "cpu"):
+        made = solve(model.name, model.config, model.spec, machine, Ask(None, context, 1, False, device))
+        if made.fits and len({row.store for row in made.rows} - {"unloaded"}) == 1:
+            check(made, model.spec, model.config)
+            check_devices(made, free)
+            return made
+    raise DoesNotFit(
+        f"The original of {model.name} ({made.scheme}) does not fit this machine, and a receipt measures against it.",
+        "Prove on a machine that holds it.",
+    )
+
+
+def suite_plan(plan: Plan, spec: ModelSpec, context: int, questions: int) -> Plan:
+    """The same weights at the same home, with a cache for as many questions at once as are fast and fit.
+
+    DoesNotFit where not even one of `context` tokens does.
+    """
+    free = {d.name: d.free_bytes for d in load_machine("this").devices}
+    device = device_of(plan)
+    batch = min(questions, AT_ONCE[device.split(":")[0]])
+    made = with_limits(plan, spec, context, batch)
+    while batch > 1 and made.predicted.devices[device].bytes.total > free.get(device, 0):
+        batch //= 2
+        made = with_limits(plan, spec, context, batch)
+    check_devices(made, free)
+    return made
+
+
+def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
+    """`plan` with another context and batch, its bytes computed again; the speeds stay those of the old limits."""
+    made = plan.model_copy(update={
+        "kv": plan.kv.model_copy(update={"blocks": batch * -(-context // plan.kv.block_size)}),
+        "limits": plan.limits.model_copy(update={"context": context, "batch": batch}),
+    })
+    devices = {}
+    for name, needed in bytes_needed(made, spec).items():
+        available = plan.predicted.devices[name].available
+        devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
+    return made.model_copy(update={"predicted": plan.predicted.model_copy(update={"devices": devices})})
