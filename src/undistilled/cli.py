@@ -22,7 +22,7 @@ app = typer.Typer(
 MODEL = Annotated[
     str,
     typer.Argument(
-        help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (smollm2; deepseek-r1, to plan)."
+        help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (r1-nano, smollm2, deepseek-r1 to plan)"
     ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -278,7 +278,7 @@ def train(
 
 
 @app.command(hidden=True)
-def demo(model: Annotated[str, typer.Argument()] = "smollm2") -> None:
+def demo(model: Annotated[str, typer.Argument()] = "r1-nano") -> None:
     """What `make run` does."""
     from .demo import run
 

@@ -1,4 +1,4 @@
-"""What `make run` shows: plan a real model for this machine, measure what compression costs, ask it something."""
+"""What `make run` shows: plan a model for this machine, measure what compression costs, ask it something."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any
 
 from . import show
 from .checkpoint.resolve import find
+from .errors import UsageError
 from .generate.engine import open_engine
 from .plan.hardware import load_machine
 from .plan.solve import Ask, solve
 from .prove import measure
+from .prove.graded import Wanted, held_out_items
 from .prove.receipt import prove, write_receipt
 from .schedule.request import Sampling
 from .serve.terminal import Conversation
 
 SCHEMES = ("int8", "int4")
 CONTEXT, TOKENS = 512, 1024
+SUITE_LIMIT = 3  # held-out questions of each reasoning task
+QUESTIONS = {"r1-nano": "Solve for x: 7*x + 12 = 89"}  # held out: r1-nano never saw it
 QUESTION = "What is gravity? Answer in two sentences."
 
 
@@ -28,39 +32,64 @@ def run(name: str, folder: Path = Path("out")) -> None:
     original = solve(model.name, model.config, model.spec, load_machine("this"), Ask(context=CONTEXT))
     show.plan(original)
     show.heading("2. Prove: what INT8 and INT4 cost, measured on this machine")
-    show.comparison([_original(name, original), *(_compressed(name, scheme, folder) for scheme in SCHEMES)])
+    suite = _suite(name)
+    receipts = {scheme: _receipt(name, scheme, suite, folder) for scheme in SCHEMES}
+    show.comparison([_original(name, original, receipts), *map(_compressed, receipts.values())])
+    if suite:
+        show.note(f"reasoning: {len(held_out_items((), SUITE_LIMIT))} tasks, {SUITE_LIMIT} held-out questions of each")
     show.note(f"receipts, with a page each: {', '.join(str(folder / f'{name}-{s}.html') for s in SCHEMES)}")
     show.heading("3. Run, in INT8")
     _ask(name)
     _next(name)
 
 
-def _original(name: str, plan: Any) -> dict[str, Any]:
+def _suite(name: str) -> Wanted | None:
+    """The reasoning suite for a model that was trained to reason, where reasoning-gym could be installed."""
+    if name not in QUESTIONS:
+        return None
+    try:
+        held_out_items((), 1)
+    except UsageError as error:
+        show.note(f"reasoning is left out: {error}")
+        return None
+    return Wanted()
+
+
+def _original(name: str, plan: Any, receipts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     with show.steps() as say:
         say(f"measuring the original ({plan.scheme})")
         found = measure.bench(name, plan)
     weights = sum(row.nbytes for row in plan.rows)
-    return _row(plan.scheme, weights, found["peak_bytes"], found["speed"], None, 1.0)
+    right = _right(next(iter(receipts.values())), "original")
+    return _row(plan.scheme, weights, found["peak_bytes"], found["speed"], right) | {"kl_nats": None}
 
 
-def _compressed(name: str, scheme: str, folder: Path) -> dict[str, Any]:
+def _receipt(name: str, scheme: str, suite: Wanted | None, folder: Path) -> dict[str, Any]:
     with show.steps() as say:
         receipt = prove(
-            name, scheme=scheme, context=CONTEXT, tokens=TOKENS, progress=lambda text: say(f"{scheme}: {text}")
+            name, scheme=scheme, context=CONTEXT, tokens=TOKENS, suite=suite, limit=SUITE_LIMIT,
+            progress=lambda text: say(f"{scheme}: {text}"),
         )
     write_receipt(receipt, folder / f"{name}-{scheme}.json")
-    measured = receipt["speed"]["measured"]
-    weights = receipt["plan"]["bytes"]
-    return _row(scheme, weights, receipt["memory"]["measured"], measured, receipt["kl_nats"], receipt["top1_agreement"])
+    return receipt
 
 
-def _row(scheme: str, weights: int, peak: int, speed: dict, kl: dict | None, top1: float) -> dict[str, Any]:
+def _compressed(receipt: dict[str, Any]) -> dict[str, Any]:
+    plan, speed = receipt["plan"], receipt["speed"]["measured"]
+    row = _row(plan["scheme"], plan["bytes"], receipt["memory"]["measured"], speed, _right(receipt, "plan"))
+    return row | {"kl_nats": receipt["kl_nats"], "top1_agreement": receipt["top1_agreement"]}
+
+
+def _right(receipt: dict[str, Any], side: str) -> float | None:
+    return receipt["suite"]["mean"][side] if receipt["suite"] else None
+
+
+def _row(scheme: str, weights: int, peak: int, speed: dict, right: float | None) -> dict[str, Any]:
     return {
         "scheme": scheme,
         "weights": weights,
         "peak_bytes": peak,
-        "kl_nats": kl,
-        "top1_agreement": top1,
+        "right": right,
         "prefill": speed["prefill_tokens_per_s"]["median"],
         "decode": speed["decode_tokens_per_s"]["median"],
     }
@@ -69,10 +98,11 @@ def _row(scheme: str, weights: int, peak: int, speed: dict, kl: dict | None, top
 def _ask(name: str) -> None:
     with show.loading() as progress:
         engine = open_engine({"model": name, "scheme": "int8", "context": CONTEXT}, progress)
-    show.note(f"> {QUESTION}")
+    question = QUESTIONS.get(name, QUESTION)
+    show.note(f"> {question}")
     conversation = Conversation(engine)
-    sampling = Sampling(max_tokens=80, temperature=0)
-    show.usage(conversation.say(QUESTION, sampling, show.stream, show.thought))
+    sampling = Sampling(max_tokens=120, temperature=0)
+    show.usage(conversation.say(question, sampling, show.stream, show.thought))
 
 
 def _next(name: str) -> None:

@@ -46,8 +46,12 @@ def count(n: float) -> str:
     raise AssertionError
 
 
+def number(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
 def rate(value: float) -> str:
-    return f"{value:,.1f} tokens/s" if value < 100 else f"{value:,.0f} tokens/s"
+    return f"{number(value)} tokens/s"
 
 
 def error(e: UndistilledError) -> None:
@@ -105,8 +109,9 @@ def event(happened: Event) -> None:
         note(f"{f['op']} for {f['subject']} on {f['device']} has no fast kernel here: the PyTorch reference runs")
 
 
-def _table(*columns: str, title: str = "") -> Table:
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+def _table(*columns: str) -> Table:
+    """A caller keeps it within 80 columns: bytes take 8 of them ("203.1 GB"), a space between columns 2."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     return table
@@ -119,13 +124,13 @@ def plan(made: Any, output: Path | None = None) -> None:
         f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, "
         f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/]"
     )
-    table = _table("device", "weights", "KV cache", "activations", "runtime", "total", "available", "")
+    table = _table("device", "weights", "KV", "working", "runtime", "total", "free", "")
     for name, d in p.devices.items():
         b = d.bytes
         table.add_row(
             name,
             *(size(x) for x in (b.weights, b.kv, b.activations, b.runtime, b.total, d.available)),
-            "[green]fits[/]" if d.fits else "[red]does not fit[/]",
+            _fits(d.fits),
         )
     out.print(table)
     _contexts(made)
@@ -139,11 +144,20 @@ def plan(made: Any, output: Path | None = None) -> None:
     out.print(f"{len(made.rows)} rows, {made.tensors:,} tensors" + (f"; written to {output}" if output else ""))
 
 
+def _fits(yes: bool) -> str:
+    return "[green]fits[/]" if yes else "[red]too large[/]"
+
+
 def _contexts(made: Any) -> None:
-    table = _table("context", *made.predicted.devices, "")
+    """A column for the GPUs, of the fullest, and one for the CPU."""
+    names = list(dict.fromkeys(n for c in made.predicted.contexts for n in c.total_bytes))
+    gpus = [n for n in names if n != "cpu"]
+    folded = {f"fullest of {len(gpus)} GPUs" if len(gpus) > 1 else n: gpus for n in gpus}
+    folded |= {n: [n] for n in names if n == "cpu"}
+    table = _table("context", *folded, "")
     for c in made.predicted.contexts:
-        fits = "[green]fits[/]" if c.fits else "[red]does not fit[/]"
-        table.add_row(f"{c.context:,}", *(size(b) for b in c.total_bytes.values()), fits)
+        most = [size(max(c.total_bytes.get(n, 0) for n in group)) for group in folded.values()]
+        table.add_row(f"{c.context:,}", *most, _fits(c.fits))
     out.print(table)
 
 
@@ -155,7 +169,7 @@ def inspection(report: dict[str, Any]) -> None:
             f"{count(report['parameters']['total'])}, {count(report['parameters']['active'])} active for a token",
         ),
         ("layers", f"{report['layers']}" + (f" + {report['mtp_layers']} MTP" if report["mtp_layers"] else "")),
-        ("released as", f"{report['released_scheme']}, {size(report['bytes'])}, {report['tensors']:,} tensors"),
+        ("released as", _released(report)),
         ("other schemes", ", ".join(f"{s} {size(b)}" for s, b in report["bytes_by_scheme"].items())),
         ("KV cache", f"{size(report['kv_bytes_per_token'])} a token at 16 bits"),
         ("context", f"at most {report['max_context']:,} tokens"),
@@ -169,6 +183,12 @@ def inspection(report: dict[str, Any]) -> None:
     out.print(table)
 
 
+def _released(report: dict[str, Any]) -> str:
+    as_read = f"{report['released_scheme']}, {size(report['bytes'])}, {report['tensors']:,} tensors"
+    file = report["file"]
+    return f"{file['type']}, {size(file['bytes'])} (GGUF); read as {as_read}" if file else as_read
+
+
 def doctor(report: dict[str, Any]) -> None:
     table = _table("this machine", "")
     table.columns[1].justify = "left"
@@ -177,37 +197,50 @@ def doctor(report: dict[str, Any]) -> None:
     out.print(table)
     if not report["native_kernels"]:
         out.print(f"[yellow]native kernels missing:[/] {escape(report['native_why_missing'])}")
-    kernels = _table("device", "scheme", "kernel", "why")
-    for row in report["kernels"]:
-        kernels.add_row(row["device"], row["scheme"], row["kernel"], row["why"])
-    kernels.columns[3].justify = "left"
-    out.print(kernels)
+    _kernels(report["kernels"])
     out.print(f"Machines to plan for with --machine: {', '.join(report['presets'])}")
 
 
+def _kernels(rows: list[dict[str, str]]) -> None:
+    """A line for the schemes that one kernel serves for one reason."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        grouped.setdefault((row["device"], row["kernel"], row["why"]), []).append(row["scheme"])
+    table = _table("device", "kernel", "why", "schemes")
+    for (device, kernel, why), served in grouped.items():
+        table.add_row(device, kernel, escape(why), ", ".join(served))
+    for column in table.columns:
+        column.justify = "left"
+    out.print(table)
+
+
 def bench(result: dict[str, Any]) -> None:
-    table = _table(f"{result['model']} {result['scheme']}", "median", "min", "max", "predicted")
+    out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/]")
+    table = _table("tokens/s", "median", "min", "max", "predicted")
     for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         m = result[key]
-        table.add_row(name, rate(m["median"]), rate(m["min"]), rate(m["max"]), rate(result["predicted"][key]))
+        table.add_row(name, *(number(x) for x in (m["median"], m["min"], m["max"], result["predicted"][key])))
     out.print(table)
     planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
     out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
 
 
 def comparison(rows: list[dict[str, Any]]) -> None:
-    """Schemes of one model beside its original: bytes, divergence, speed."""
-    table = _table("scheme", "weights", "peak memory", "KL to original", "same first choice", "prefill", "decode")
+    """Schemes of one model beside its original: bytes, divergence, questions answered right, speed."""
+    right = ("answers\nright",) if any(row["right"] is not None for row in rows) else ()
+    measures = ("KL to original,\nnats", "same\nchoice", *right, "tokens/s\nprefill", "\ndecode")
+    table = _table("scheme", "weights", "peak\nmemory", *measures)
     for row in rows:
         kl = row["kl_nats"]
         table.add_row(
             row["scheme"],
             size(row["weights"]),
             size(row["peak_bytes"]),
-            f"{kl['mean']:.4f} ± {kl['se']:.4f} nats" if kl else "(the original)",
+            f"{kl['mean']:.4f} ± {kl['se']:.4f}" if kl else "(the original)",
             f"{row['top1_agreement']:.1%}" if kl else "",
-            rate(row["prefill"]),
-            rate(row["decode"]),
+            *(["" if row["right"] is None else f"{row['right']:.0%}"] if right else []),
+            number(row["prefill"]),
+            number(row["decode"]),
         )
     out.print(table)
 
@@ -247,12 +280,12 @@ def receipt(r: dict[str, Any], output: Path | None = None) -> None:
 
 def _suite(s: dict[str, Any]) -> None:
     """Accuracy by task of both models' answers, and how long these were."""
-    table = _table("reasoning task", "original", "plan", "difference, points", "tokens an answer")
+    table = _table("reasoning task (questions)", "original", "plan", "difference, points", "tokens an\nanswer")
     for name, t in [*s["tasks"].items(), ("all", s["mean"])]:
         low, high = (100 * x for x in t["difference_interval"])
         length = t["tokens_per_answer"]
         table.add_row(
-            f"{name} ({t['n']} questions)",
+            f"{name} ({t['n']})",
             f"{t['original']:.1%}",
             f"{t['plan']:.1%}",
             f"{100 * t['difference']:+.1f} ({low:+.1f} to {high:+.1f})",

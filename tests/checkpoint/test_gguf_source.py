@@ -254,7 +254,8 @@ def test_assumed_fields_are_named() -> None:
     config = hf_config(metadata, tensors)
     assert (config["n_group"], config["topk_group"]) == (8, 4)
     assert config["gguf_assumed"] == ["n_group", "topk_group"]
-    for key, value in (("attention.head_count", 0), ("expert_gating_func", 9), ("attention.key_length", "x")):
+    wrong = [("attention.head_count", 0), ("expert_gating_func", 9), ("attention.key_length", "x")]
+    for key, value in (*wrong, ("block_count", 1025), ("block_count", 2**31 - 1), ("expert_count", 4104)):
         with pytest.raises(BadArtefact, match=key):
             hf_config(metadata | {f"{arch}.{key}": value}, tensors)
     with pytest.raises(BadArtefact, match="'mamba'"):

@@ -119,6 +119,26 @@ def test_a_decoder_that_looks_at_neighbours():
     assert text == tokenizer._tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("after, text", [("nothing", "Hello x"), ("control", "Hello x"), ("text", " Hello x")])
+def test_a_stream_keeps_the_space_between_it_and_what_it_continues(after, text):
+    tokenizer = pieces()
+    ids = tokenizer.encode("Hello x", control=False)
+    before = {"control": [1], "text": [1, *ids]}.get(after, [])
+    detokenizer = Detokenizer(tokenizer, after=before)
+    assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == text
+    if after == "text":
+        assert tokenizer.decode(before) + text == tokenizer.decode(before + ids)
+
+
+def test_a_stream_of_word_pieces_continues_a_word():
+    tokenizer = word_pieces()
+    ids = tokenizer.encode("hello you!", control=False)
+    for cut in range(1, len(ids)):
+        detokenizer = Detokenizer(tokenizer, after=ids[:cut])
+        rest = "".join(detokenizer.push([i]) for i in ids[cut:]) + detokenizer.flush()
+        assert tokenizer.decode(ids[:cut]) + rest == "hello you!"
+
+
 def test_prompts_begin_with_one_bos():
     tokenizer = byte_level()
     assert tokenizer.encode_prompt("a")[0] == tokenizer.bos
@@ -147,6 +167,10 @@ def test_from_folder(tmp_path):
     assert tokenizer.add_bos and tokenizer.eos_ids[1:] == (5, 6) and tokenizer.chat_template == "old"
     (tmp_path / "chat_template.jinja").write_text("new")
     assert Tokenizer.from_folder(tmp_path).chat_template == "new"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadArtefact, match=r"chat_template\.jinja"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     for bad in ("[]", "{", "[" * 100_000):
         (tmp_path / "tokenizer_config.json").write_text(bad)
         with pytest.raises(BadArtefact):

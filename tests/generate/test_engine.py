@@ -66,6 +66,16 @@ def test_stop_strings_cut_the_text(engine):
     assert found[-1].finish_reason == "stop" and found[-1].stop_reason == stop
 
 
+def test_a_completion_keeps_its_first_space(engine):
+    raw = Raw(models.BPE({f"▁w{i}": i for i in range(256)}, []))
+    raw.decoder = decoders.Metaspace()
+    raw.add_special_tokens(["▁w9"])
+    pieces = Engine(engine.decoder, engine.plan, Tokenizer(raw), "pieces")
+    for prompt, text in (([1, 2], " w7 w7"), ([1, 9], "w7 w7")):
+        found = run(pieces, Request("a", prompt, greedy(2, logit_bias=((7, 100.0),))))["a"]
+        assert "".join(o.text for o in found) == text
+
+
 def test_a_seed_fixes_the_tokens_in_any_company(engine):
     def drawn(name, seed):
         return Request(name, [5, 6], Sampling(max_tokens=20, temperature=1.0, seed=seed, ignore_eos=True))

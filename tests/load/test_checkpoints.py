@@ -95,6 +95,8 @@ def overlap(header):
         (lambda h: h["model.norm.weight"].update(shape=[0]), "model.norm.weight"),
         (lambda h: h["model.norm.weight"].update(shape="x"), "model.norm.weight"),
         (lambda h: h["model.norm.weight"].update(dtype="I64"), "I64"),
+        (lambda h: h["model.norm.weight"].update(dtype=["F32"]), "model.norm.weight"),
+        (lambda h: h["model.norm.weight"].update(dtype=None), "model.norm.weight"),
         (lambda h: h.pop("model.norm.weight"), "model.norm.weight"),
     ],
 )
@@ -183,6 +185,17 @@ def test_no_model_and_no_network_says_what_to_do(monkeypatch):
         find("nobody/nothing-here")
     with pytest.raises(BadArtefact, match="smollm2"):
         find("nothing-here")
+    for name in ("~nouser/x", "~nouser", "x" * 5000, "a/" + "x" * 5000, "x\0"):
+        with pytest.raises(BadArtefact) as error:
+            find(name)
+        assert name[:20] in str(error.value) or "\0" in name
+        assert len(str(error.value)) < 500
+
+
+def test_an_index_that_is_a_folder(folder):
+    (folder / "model.safetensors.index.json").mkdir()
+    with pytest.raises(BadArtefact, match=r"index\.json: Is a directory"):
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.extra.weight"])

@@ -24,6 +24,7 @@ MALFORMED = [
     ("model_type", ["llama"]), ("model_type", None), ("num_key_value_heads", -1), ("num_key_value_heads", 3),
     ("num_key_value_heads", 0), ("rms_norm_eps", "x"), ("rms_norm_eps", float("inf")), ("hidden_act", [1]),
     ("max_position_embeddings", "x"), ("hidden_size", 10**30), ("num_hidden_layers", True),
+    ("num_hidden_layers", 1025), ("num_hidden_layers", 2**31 - 1),
 ]
 DENSE = [
     ("head_dim", "x"), ("head_dim", 33), ("head_dim", 0), ("sliding_window", "x"), ("hidden_size", 100),
@@ -33,6 +34,7 @@ LATENT = [
     ("qk_rope_head_dim", 15), ("q_lora_rank", "x"), ("n_group", "x"), ("n_group", 3), ("topk_group", -1),
     ("routed_scaling_factor", "x"), ("first_k_dense_replace", -1), ("n_shared_experts", [1]),
     ("n_routed_experts", "x"), ("num_nextn_predict_layers", "x"), ("num_experts_per_tok", 100),
+    ("num_nextn_predict_layers", 1024), ("n_routed_experts", 4100),
 ]
 
 

@@ -1,11 +1,16 @@
-"""Memory figures: a process's own, not its parent's."""
+"""Memory figures are a process's own, not its parent's; speeds are of runs that the plan has room for."""
 
 import subprocess
 import sys
 
+import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from undistilled.observe.bench import current_bytes, peak_bytes
+from tiny import LLAMA, write_checkpoint
+from undistilled.errors import UsageError
+from undistilled.generate.engine import Engine, open_engine
+from undistilled.observe.bench import bench, current_bytes, peak_bytes
 
 
 def test_the_peak_outlives_what_caused_it():
@@ -21,3 +26,25 @@ def test_a_child_does_not_count_what_its_parent_held():
     code = "from undistilled.observe.bench import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert held.sum() > 0 and int(done.stdout) < 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Engine:
+    """For one request of 64 tokens."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("bench") / "m", LLAMA)
+    Tokenizer(models.WordLevel({f"t{i}": i for i in range(320)}, "t0")).save(str(folder / "tokenizer.json"))
+    return open_engine({"model": str(folder), "context": 64, "batch": 1, "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    "prompt, new, batch, named", [(16, 8, 4, "1 at once"), (60, 5, 1, "context of 64"), (64, 2, 1, "64")]
+)
+def test_a_run_that_the_plan_has_no_room_for_is_refused(engine, prompt, new, batch, named):
+    with pytest.raises(UsageError, match=named) as error:
+        bench(engine, prompt, new, batch, repeat=1)
+    assert f"--batch {batch} --context {prompt + new}" in error.value.hint
+
+
+def test_a_run_that_fills_the_context_makes_every_token(engine):
+    found = bench(engine, 60, 4, 1, repeat=1)
+    assert (found["prompt_tokens"], found["new_tokens"], found["batch"]) == (60, 4, 1)

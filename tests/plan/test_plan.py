@@ -2,6 +2,7 @@
 
 import json
 import time
+from math import prod
 
 import pytest
 
@@ -112,6 +113,23 @@ def edited(plan, tmp_path, **changes):
         ({"architecture": "gpt2"}, "architecture"),
         ({"parameters": -1}, "parameters"),
         ({"tensors": 3}, "tensors"),
+        ({"scheme": "int8"}, "scheme is int8; it works out as fp8_block"),
+        ({"scheme": "mixed"}, "scheme is mixed; it works out as fp8_block"),
+        ({"scheme": "nonsense"}, "scheme"),
+        ({"predicted__prefill_tokens_per_s": -1.0}, "predicted.prefill_tokens_per_s"),
+        ({"predicted__decode_tokens_per_s": float("nan")}, "predicted.decode_tokens_per_s"),
+        ({"predicted__decode_tokens_per_s": float("inf")}, "predicted.decode_tokens_per_s"),
+        ({"predicted__decode_bytes_per_token": 1}, "predicted.decode_bytes_per_token"),
+        ({"predicted__contexts": []}, "predicted.contexts"),
+        ({"predicted__contexts__0__context": -1}, "predicted.contexts.0.context"),
+        ({"predicted__contexts__0__context": 10**9}, "predicted.contexts"),
+        ({"predicted__contexts__0__kv_bytes": {}}, "predicted.contexts at 1024"),
+        ({"predicted__contexts__0__total_bytes__cuda:0": 5}, "predicted.contexts at 1024"),
+        ({"predicted__contexts__0__fits": False}, "predicted.contexts at 1024"),
+        ({"predicted__devices__cuda:0__fits": False}, r"devices.cuda:0.fits"),
+        ({"predicted__devices__cuda:0__available": 5}, r"devices.cuda:0.fits"),
+        ({"predicted__devices__cuda:0__available": -5}, "available"),
+        ({"fits": False}, "fits is False"),
     ],
 )
 def test_edited_plans_are_refused_by_name(r1, tmp_path, changes, names):
@@ -119,10 +137,31 @@ def test_edited_plans_are_refused_by_name(r1, tmp_path, changes, names):
         check(read_plan(edited(make(r1), tmp_path, **changes)), r1.spec, r1.config)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}', "[" * 100_000])
+def test_rows_changed_by_hand_are_called_mixed(r1, tmp_path):
+    """With its own label such a plan would make a receipt that says what was not measured."""
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    plan = make(r1, scheme="int8")
+    at = next(i for i, row in enumerate(plan.rows) if row.name == name)
+    before, need = plan.rows[at].nbytes, 2 * prod(plan.rows[at].shape)
+    changes = {f"rows__{at}__scheme": "bf16", f"rows__{at}__nbytes": need}
+    with pytest.raises(BadArtefact, match="scheme is int8; it works out as mixed"):
+        check(read_plan(edited(plan, tmp_path, **changes)), r1.spec, r1.config)
+    device, more = plan.rows[at].store, need - before
+    raw = plan.model_dump(mode="json")["predicted"]
+    for key in ("weights", "total"):
+        changes[f"predicted__devices__{device}__bytes__{key}"] = raw["devices"][device]["bytes"][key] + more
+    for i, context in enumerate(raw["contexts"]):
+        changes[f"predicted__contexts__{i}__total_bytes__{device}"] = context["total_bytes"][device] + more
+    changes["predicted__decode_bytes_per_token"] = raw["decode_bytes_per_token"] + more
+    check(read_plan(edited(plan, tmp_path, scheme="mixed", **changes)), r1.spec, r1.config)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b'{"version": 1}', b"[" * 100_000, b"\xff\xfe{", b'{"model": "\xff"}']
+)
 def test_nonsense_is_refused(tmp_path, text):
     file = tmp_path / "plan.json"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(BadArtefact, match=r"plan\.json"):
         read_plan(file)
 

@@ -276,7 +276,7 @@ def test_options():
 
 
 def test_a_plan_with_room_keeps_its_rows(chatty, monkeypatch):
-    monkeypatch.setattr(cost, "LOAD_BUFFER", 0)  # it is larger than this model's caches
+    monkeypatch.setattr(cost, "LOADING", 0)  # it is larger than this model's caches
     model = find(str(chatty))
     plan = plans.proven_plan(model, None, "int8", 256)
     made = plans.suite_plan(plan, model.spec, 200, 1000)

@@ -52,6 +52,13 @@ def test_files_that_are_none(tmp_path):
             tasks.read_task(file)
 
 
+def test_a_file_that_cannot_be_opened_has_no_line(tmp_path):
+    for file in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(BadArtefact) as caught:
+            tasks.read_task(file)
+        assert "line" not in caught.value.message.removeprefix(str(file))
+
+
 def test_encoding_is_bos_context_and_what_the_choice_adds(folder):
     tokenizer = Tokenizer.from_folder(folder)
     question = tasks.Question(1, "One plus <bos>", ("two", "three"), 0)

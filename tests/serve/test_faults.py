@@ -138,11 +138,43 @@ def test_the_schema_can_be_read(server):
 
 def test_what_is_not_supported_says_so(server):
     check_error(server.post(CHAT, {"messages": HELLO, "chat_template": "{{ 1 }}"}), 400, "chat_template")
-    check_error(server.post(CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}), 400,
-                "response_format")
     check_error(server.post(CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}), 400, "tools")
     check_error(server.post(CHAT, {"messages": HELLO, "top_logprobs": 2}), 400, "top_logprobs")
     check_error(server.post(COMPLETE, {"prompt": "x", "echo": True, "logprobs": 1}), 400, "echo")
+
+
+IGNORED_ELSEWHERE = [
+    {"guided_choice": ["a"]}, {"guided_json": {"type": "object"}}, {"structured_outputs": {"regex": "a"}},
+    {"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"functions": [{"name": "f"}]}, {"function_call": {"name": "f"}}, {"modalities": ["text", "audio"]},
+    {"prompt_logprobs": 0}, {"prompt_logprobs": 3}, {"continue_final_message": True},
+    {"chat_template_kwargs": {"enable_thinking": False}}, {"min_tokens": 5}, {"include_stop_str_in_output": True},
+    {"skip_special_tokens": False}, {"response_format": {"type": "json_object"}},
+]
+
+
+@pytest.mark.parametrize("more", IGNORED_ELSEWHERE, ids=lambda b: f"{b}"[:40])
+def test_what_would_change_the_answer_is_not_ignored(server, more):
+    for path in (COMPLETE, CHAT):
+        answer = server.post(path, {"prompt": "Hi", "messages": HELLO, **more})
+        check_error(answer, 400, next(iter(more)), "unsupported")
+
+
+def test_what_changes_nothing_is_let_through(server):
+    harmless = {
+        "guided_choice": None, "functions": [], "tool_choice": "auto", "function_call": "none", "modalities": ["text"],
+        "prompt_logprobs": None, "chat_template_kwargs": {}, "min_tokens": 0, "skip_special_tokens": True,
+        "include_stop_str_in_output": False, "response_format": {"type": "text"}, "user": "me", "stop": ["x"] * 16,
+    }
+    for path in (COMPLETE, CHAT):
+        assert server.post(path, {"prompt": "Hi", "messages": HELLO, "max_tokens": 2, **harmless}).status_code == 200
+    body = {"tokens": [104], "skip_special_tokens": False}
+    assert server.post("/detokenize", body).status_code == 200
+
+
+def test_seventeen_stop_strings(server):
+    error = check_error(server.post(COMPLETE, {"prompt": "Hi", "stop": ["x"] * 17}), 400, "stop")
+    assert "at most 16" in error["message"]
 
 
 def test_control_tokens_in_a_text_stay_text(server):

@@ -162,4 +162,5 @@ def test_depth_of_hostile_bodies_is_quick():
     assert not too_deep(b'"' + b'\\"[' * 1_300_000, 100)
     assert not too_deep(b"[]" * 2_000_000, 100)
     too_deep(b'"\\' * 2_000_000 + b"[" * 101, 100)
+    assert too_deep(b"[" * 101 + b'"' + b'\\"' * 2_000_000 + b"\\", 100)  # a string that never ends
     assert time.monotonic() - began < 3

@@ -55,6 +55,16 @@ def test_echo_stop_and_logprobs(server):
     assert min(logprobs.top_logprobs[0].values()) == -9999.0
 
 
+def test_text_offsets_count_characters_not_bytes(server):
+    """Each byte is a token; those of one character all begin where it does."""
+    ask = {"model": "fake", "prompt": "😀😀😀😀", "logprobs": 1, "max_tokens": 100}
+    client = server.openai()
+    expected = [at for at, character in enumerate(REPLY) for _ in character.encode()]
+    assert client.completions.create(**ask).choices[0].logprobs.text_offset == expected
+    chunks = client.completions.create(**ask, stream=True)
+    assert [at for c in chunks if c.choices[0].logprobs for at in c.choices[0].logprobs.text_offset] == expected
+
+
 def test_completion_stream(server):
     stream = server.openai().completions.create(
         model="fake", prompt="Hi", max_tokens=100, stream=True, stream_options={"include_usage": True}

@@ -17,13 +17,13 @@ import pytest
 import zmq
 from live_server import FACTORY, Running, free_port, http, run_serve
 
-from undistilled.errors import BadArtefact, CannotBind, RequestError
+from undistilled.errors import BadArtefact, CannotBind, RequestError, UsageError
 from undistilled.events import subscribed
 from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, Sampling
 from undistilled.serve.client import EngineClient
 from undistilled.serve.messages import Add, Command, Wire
-from undistilled.serve.server import bind
+from undistilled.serve.server import bind, serve
 from undistilled.serve.stream import merge
 from undistilled.serve.worker import tell_fallback
 
@@ -163,11 +163,11 @@ def test_the_engine_ends_with_a_server_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed server leaves its sockets' directory
     process = started(port := free_port(), delay=0.02)
     children = _children(process.pid)
-    assert len(children) == 1 and port
+    assert len(children) == 2 and port  # the engine, and what renders templates
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=2)
-    assert all(p.status() == psutil.STATUS_ZOMBIE for p in alive), "the engine outlived the server"
+    assert all(p.status() == psutil.STATUS_ZOMBIE for p in alive), "a child outlived the server"
 
 
 def test_a_server_whose_engine_died_ends():
@@ -205,7 +205,18 @@ def test_exit_codes():
         port = taken.getsockname()[1]
         done = subprocess.run(run_serve(options={"bad": True}, port=port), capture_output=True, text=True, timeout=20)
     assert done.returncode == 5 and str(port) in done.stderr and "--port" in done.stderr
-    for options in ({"bad": True}, {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}):
+    for options, said in (
+        ({"bad": True}, "bad"),
+        ({"chat_template": "{% for i in range(10**9) %}{% endfor %}"}, "chat template"),
+        ({"generation": {"temperature": 5.0}}, "generation_config.json: temperature is 5.0"),
+        ({"generation": {"top_k": 2.5}}, "generation_config.json: top_k is 2.5"),
+    ):
         command = run_serve(options=options, port=0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 3 and "Traceback" not in done.stderr and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_no_key(key):
+    with pytest.raises(UsageError, match="key is empty"):
+        serve({}, port=0, api_key=key)

@@ -159,12 +159,13 @@ def test_the_first_letters_of_a_cipher_text_tell_the_shift():
 
 
 def english(formula, names, one, zero):
-    """A formula as the question says it."""
+    """(how the question says a formula, the formula of its letters alone); each letter is that of its name."""
     sign = next((s for s in "&|>=" if s in formula), "&")
-    parts = [f"{names[p.upper()]} is {one if p.isupper() else zero}" for p in formula.split(sign)]
-    if sign == ">":
-        return f"if {parts[0]} then {parts[1]}"
-    return {"&": " and ", "|": " or ", "=": " if and only if "}[sign].join(parts)
+    atoms = [re.fullmatch(r" (\w+) ([A-Ca-c])", part).groups() for part in formula.split(sign)]
+    assert all(names[letter.upper()] == name for name, letter in atoms)
+    parts = [f"{name} is {one if letter.isupper() else zero}" for name, letter in atoms]
+    words = {"&": " and ", "|": " or ", "=": " if and only if ", ">": " then "}
+    return "if " * (sign == ">") + words[sign].join(parts), sign.join(letter for _, letter in atoms)
 
 
 def truth(formula):
@@ -175,13 +176,16 @@ def truth(formula):
 def test_knights_knaves():
     for question, thought, answer in cases("knights_knaves"):
         lines = thought.split("\n")
-        names = dict(pair.split("=") for pair in lines[0].split(" "))
+        people = [part.split(" ") for part in lines[0].removeprefix("who: ").split(", ")]
+        names = {letter: name for name, letter in people}
         assert ", ".join(names.values()) == re.search(r"inhabitants: ([^.]*)\.", question)[1].replace(", and", ",")
         one, zero = lines[1].removeprefix("1="), lines[2].removeprefix("0=")
         assert f"So who is {one} and who is {zero}?" in question
-        formulas = dict(line.split(":") for line in lines[3:3 + len(names)])
-        for formula in formulas.values():
-            assert english(formula, names, one, zero) in question
+        formulas, at = {}, 0
+        for letter, line in zip("ABC", lines[3:3 + len(names)], strict=False):
+            assert line[:2] == f"{letter}:"
+            said, formulas[letter] = english(line[2:], names, one, zero)
+            at = question.index(said, at) + len(said)  # the question's order is that of the people
         said = len(re.findall(f" is ({one}|{zero})", question.split("So who")[0]))
         assert said == sum(map(str.isalpha, "".join(formulas.values())))
         found = check_cases(lines[3 + len(names):], formulas)
@@ -230,17 +234,19 @@ def follows(premises, conclusion):
 
 def test_syllogism():
     for question, thought, answer in cases("syllogism"):
-        names, first, second, asked, derived = thought.split("\n")
-        plain = question
-        for letter, term in (pair.split("=") for pair in names.split(" ")):
-            plain = re.sub(rf"\b{term}\b", letter, plain)
-        said = re.findall(r"(?:All|No|Some) [ABC] are (?:not )?[ABC]", plain)
-        assert [text.replace("are ", "") for text in said] == [line[2:] for line in (first, second, asked)]
+        *stated, derived = thought.split("\n")
+        said = re.findall(r"(?:All|No|Some) \w+ are (?:not )?\w+", question)
+        assert [re.sub(" [ABC](?= |$)", "", line[2:]) for line in stated] == [text.replace("are ", "") for text in said]
+        assert [line[:2] for line in stated] == ["1 ", "2 ", "? "]
+        named = re.findall(r"([a-z]+) ([ABC])\b", "\n".join(stated))
+        assert [letter for _, letter in named[:4]] == list("ABBC") and len(named) == 6 and len(set(named)) == 3
+        first, second, asked = (re.sub(r"\b[a-z]+ (?=[ABC]\b)", "", line[2:]) for line in stated)
         label, found = derived.split(": ")
-        sources = [line[2:] for line in (first, second) if line[0] in label]
+        assert set(re.findall(r"\b[ABC]\b", asked)) == set({"1": "AB", "2": "BC", "1+2": "AC"}[label])
+        sources = [text for mark, text in (("1", first), ("2", second)) if mark in label]
         results = [] if found == "nothing" else found.split(", ")
         assert all(follows(sources, result) for result in results)
-        assert (answer == "Yes") == (asked[2:] in results) == follows([first[2:], second[2:]], asked[2:])
+        assert (answer == "Yes") == (asked in results) == follows([first, second], asked)
 
 
 def test_countdown():

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from undistilled.errors import BadArtefact
+from undistilled.model.fields import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 
-MAX_EXPERTS = 4096
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "deepseek2": ""}
 
 _TOP = {
@@ -127,14 +127,14 @@ class _Keys:
             raise BadArtefact(f"{self.where}: metadata {name!r} should be {kind.__name__}, not {str(value)[:60]!r}.")
         return value
 
-    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A count of at least `least`; per-layer lists pass if all layers agree."""
+    def size(self, key: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
+        """A count from `least` to `most`; per-layer lists pass if all layers agree."""
         name = f"{self.arch}.{key}"
         value = self.metadata.get(name, default)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise BadArtefact(f"{self.where}: metadata {name!r} is {str(value)[:60]!r}, not a count from {least}.")
+        if type(value) is not int or not least <= value <= most:
+            raise BadArtefact(f"{self.where}: metadata {name!r} is {value!r:.60}, not a count from {least} to {most}.")
         return value
 
     def token(self, key: str, vocabulary: int) -> int | None:
@@ -167,7 +167,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], where: st
 
 
 def _common(keys: _Keys, tensors: Container[str], vocabulary: int) -> dict[str, Any]:
-    heads, blocks = keys.size("attention.head_count"), keys.size("block_count")
+    heads, blocks = keys.size("attention.head_count"), keys.size("block_count", most=MAX_LAYERS)
     predicting = keys.size("nextn_predict_layers", 0, least=0)
     theta = keys.get("rope.freq_base", float, 10000.0)
     eps = keys.get("attention.layer_norm_rms_epsilon", float)
@@ -238,21 +238,21 @@ def _deepseek(keys: _Keys, tensors: Container[str], config: dict[str, Any]) -> d
 
 def _experts(keys: _Keys, tensors: Container[str], config: dict[str, Any]) -> dict[str, Any]:
     layers, assumed = config["num_hidden_layers"], []
-    biased = any(f"blk.{i}.exp_probs_b{end}" in tensors for i in range(min(layers, 1024)) for end in (".bias", ""))
+    biased = any(f"blk.{i}.exp_probs_b{end}" in tensors for i in range(layers) for end in (".bias", ""))
     gating = keys.get("expert_gating_func", int)
     if gating is None:
         gating = 2 if biased else 1
         assumed.append("scoring_func")
     if gating not in (1, 2):
         raise BadArtefact(f"{keys.where}: '{keys.arch}.expert_gating_func' is {gating}, not 1 or 2.")
-    experts = keys.size("expert_count")
+    experts = keys.size("expert_count", most=MAX_EXPERTS)
     groups = keys.size("expert_group_count", 0, least=0)
     used = keys.size("expert_group_used_count", groups, least=0)
     if not groups:
         groups, used = _RELEASED_GROUPS.get((experts, layers), (1, 1))
         assumed += ["n_group", "topk_group"]
     chosen, sigmoid = keys.size("expert_used_count"), gating == 2
-    if not chosen <= experts <= MAX_EXPERTS or not 0 < used <= groups or experts % groups:
+    if not chosen <= experts or not 0 < used <= groups or experts % groups:
         raise BadArtefact(f"{keys.where}: {chosen} of {experts} experts, {used} of {groups} groups make no sense.")
     return {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",

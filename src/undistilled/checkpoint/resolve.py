@@ -34,7 +34,12 @@ def _r1() -> Path:
     return Path(__file__).parent / "configs" / "deepseek-r1.json"
 
 
-BUILT_IN = {"smollm2": _smollm2, "deepseek-r1": _r1}
+def _nano() -> Path:
+    """The reasoning model that comes with the program; see its README."""
+    return Path(__file__).parent.parent / "models" / "r1-nano"
+
+
+BUILT_IN = {"r1-nano": _nano, "smollm2": _smollm2, "deepseek-r1": _r1}
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def find(model: str) -> Model:
     """The model that `model` names; BadArtefact says what was looked for where there is none."""
-    path = BUILT_IN[model]() if model in BUILT_IN else Path(model).expanduser()
-    if not path.exists():
-        path = _download(model)
+    path = BUILT_IN[model]() if model in BUILT_IN else _here(model) or _download(model)
     if path.suffix in (".bin", ".pt", ".pth", ".pkl"):
         raise BadArtefact(f"{path}: pickle files can run code and are never opened.", "Use safetensors or GGUF.")
     if path.suffix == ".gguf":
@@ -125,11 +128,20 @@ def find(model: str) -> Model:
     return Model(name, path, config, spec_from_config(config))
 
 
+def _here(model: str) -> Path | None:
+    """The path that `model` is, if there is something; no home of such a user and no such long name are nothing."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def _download(model: str) -> Path:
     parts = model.split("/")
     if len(parts) != 2 or not all(p and p.strip(".") for p in parts) or model.startswith(("/", ".", "~")):
         raise BadArtefact(
-            f"No model at {model!r}.",
+            f"No model at {model!r:.200}.",
             f"Give a folder, a .gguf file, a hub id (owner/name) or one of: {', '.join(BUILT_IN)}.",
         )
     from huggingface_hub import snapshot_download
@@ -141,6 +153,6 @@ def _download(model: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if offline else type(error).__name__
         raise BadArtefact(
-            f"{model!r} is neither a path here nor could it be downloaded ({reason}).",
+            f"{model!r:.200} is neither a path here nor could it be downloaded ({reason}).",
             "Check the name and the network, or download it elsewhere and give the folder.",
         ) from None

@@ -75,13 +75,13 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, name: str, fields: Any, base: int, size: int) -> Entry:
     try:
         dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        integers = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
-        integers = False
-    if not integers:
+        sound = False
+    if not sound:
         raise BadArtefact(f"{file}: tensor {name!r} has a malformed entry.", "Download it again.")
     if dtype not in DTYPES:
-        return Entry(file, str(dtype), shape, base + start, base + stop)
+        return Entry(file, dtype, shape, base + start, base + stop)
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != need or base + stop > size:
         raise BadArtefact(
@@ -215,6 +215,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     try:
         mapping = json.loads(index.read_text())["weight_map"]
         names = sorted(set(mapping.values()))
+    except OSError as error:
+        raise BadArtefact(f"{index}: {error.strerror}.", "Is the download complete?") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadArtefact(f"{index}: not an index with a weight_map.", "Download it again.") from None
     for name in names:

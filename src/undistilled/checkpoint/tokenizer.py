@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import tokenizers
 
 from ..errors import BadArtefact
-
-CONTEXT_TOKENS = 6  # decoded again before new tokens, where a decoder looks at neighbours
+from .detokenizer import Detokenizer
 
 
 class Tokenizer:
@@ -139,6 +137,9 @@ class Tokenizer:
     def is_special(self, id: int) -> bool:
         return id in self._special
 
+    def is_control(self, id: int) -> bool:
+        return id in self._control_ids or self.is_special(id)
+
     @cached_property
     def kind(self) -> str:
         """How pieces join: "bytes" (byte-level BPE), "pieces" (SentencePiece, byte fallback), or "other"."""
@@ -183,47 +184,6 @@ class Tokenizer:
 _STATE = ("bos", "eos_ids", "add_bos", "chat_template", "generation")
 
 
-class Detokenizer:
-    """Text from a stream of ids, at a linear cost: what `push` returns never ends within a character."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer.drops_space
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete."""
-        ids = [id for id in ids if not (self._skip and self._tokenizer.is_special(id))]
-        if self._tokenizer.kind == "other":
-            return self._push_prefix(ids)
-        return self._begin(self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids))))
-
-    def flush(self) -> str:
-        """What is left when no more ids come; U+FFFD for bytes that never became a character."""
-        other = self._tokenizer.kind == "other"
-        return self._push_prefix([], final=True) if other else self._begin(self._utf8.decode(b"", final=True))
-
-    def _begin(self, text: str) -> str:
-        if self._strip and text:
-            self._strip = False
-            return text.removeprefix(" ")
-        return text
-
-    def _push_prefix(self, ids: list[int], final: bool = False) -> str:
-        """For decoders that look at neighbours: decode a few known ids again, and keep what is new."""
-        self._ids += ids
-        decode = self._tokenizer._tokenizer.decode
-        known = decode(self._ids[: self._shown], skip_special_tokens=False)
-        text = decode(self._ids, skip_special_tokens=False)
-        if text.endswith("\ufffd") and not final and len(self._ids) < 4 * CONTEXT_TOKENS:
-            return ""
-        self._ids = self._ids[-CONTEXT_TOKENS:]
-        self._shown = len(self._ids)
-        return text[len(known) :]
-
-
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for U+0100 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -264,12 +224,19 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
         model["unk_token"] = names[model["unk_token"]]
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadArtefact(f"{file} cannot be read as text: {error}") from error
+
+
 def _json(file: Path) -> dict[str, Any]:
     """A file's object, {} where there is no file. BadArtefact where it is something else."""
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(_text(file))
     except (ValueError, RecursionError) as error:
         raise BadArtefact(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -292,7 +259,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template as a file of its own, or in tokenizer_config.json (alone, or "default" of a list)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.detokenizer import Detokenizer
 from ..checkpoint.resolve import Model, find
-from ..checkpoint.tokenizer import Detokenizer, Tokenizer
+from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UsageError
 from ..events import emit
 from ..load.build import Progress, build
@@ -63,7 +64,7 @@ class Engine:
         self.running[request.id] = Running(
             sequence,
             Sampler(request.sampling, request.prompt, self.spec.vocab),
-            Detokenizer(self.tokenizer),
+            Detokenizer(self.tokenizer, after=request.prompt),
             StopText(request.sampling.stop),
         )
 

@@ -22,11 +22,11 @@ from ..model.decoder import Decoder
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..ops.linear import dense
+from ..plan.cost import RANGE
 from ..plan.plan import Plan, Row
 from ..scheme import Stored
 from ..scheme.base import Parts
 
-RANGE = 1 << 20  # elements of a tensor that are on their way at once
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 

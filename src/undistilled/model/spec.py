@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import BadArtefact
+from .fields import MAX_EXPERTS, MAX_LAYERS, bad, ids, need, number, table
 
 
 @dataclass(frozen=True)
@@ -115,40 +116,11 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _bad(config: dict[str, Any], key: str, expected: str) -> BadArtefact:
-    found = f"is {config[key]!r:.80}, expected {expected}" if key in config else "is missing"
-    return BadArtefact(f"config.json: {key!r} {found}.", "Is this the model's own config.json?")
-
-
-def _need(config: dict[str, Any], key: str, default: int | None = None, null: int | None = None, least: int = 1) -> int:
-    """A whole number; `default` stands for a missing key, `null` for null and for a key missing without default."""
-    value = config.get(key, default)
-    value = null if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
-        raise _bad(config, key, "a positive whole number" if least else "a whole number")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, default: float, over: float = 0.0) -> float:
-    """A finite number; `default` stands for null and for a missing key."""
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not over < value < 1e30:
-        raise _bad(config, key, f"a number over {over:g}")
-    return float(value)
-
-
-def _table(config: dict[str, Any], key: str) -> dict[str, Any] | None:
-    if not isinstance(config.get(key), dict | None):
-        raise _bad(config, key, "an object")
-    return config.get(key)
-
-
 NATIVE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _native(config: dict[str, Any]) -> str:
-    if (quant := _table(config, "quantization_config")) is None:
+    if (quant := table(config, "quantization_config")) is None:
         return NATIVE.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), "bf16")
     block = quant.get("weight_block_size")
     if quant.get("quant_method") == "fp8" and quant.get("fmt", "e4m3") == "e4m3" and block == [128, 128]:
@@ -163,8 +135,8 @@ POSITIVE = ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 
 
 def _rope(config: dict[str, Any], dim: int, interleaved: bool) -> Rope:
-    scaling = _table(config, "rope_parameters") or _table(config, "rope_scaling") or {}
-    theta = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0, over=1), over=1)
+    scaling = table(config, "rope_parameters") or table(config, "rope_scaling") or {}
+    theta = number(scaling, "rope_theta", number(config, "rope_theta", 10000.0, over=1), over=1)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise BadArtefact(f"config.json: rope scaling {kind!r:.80} is not known.", "Known: linear, llama3, yarn.")
@@ -172,25 +144,17 @@ def _rope(config: dict[str, Any], dim: int, interleaved: bool) -> Rope:
         raise BadArtefact(f"config.json: {dim} rotary dimensions per head (head_dim) do not form pairs.")
     if kind == "default":
         return Rope(dim, theta, interleaved)
-    longest = _need(config, "max_position_embeddings")
-    original = _need(scaling, "original_max_position_embeddings", null=longest)
-    numbers = {key: _number(scaling, key, getattr(Rope, key)) for key in POSITIVE}
-    numbers |= {key: _number(scaling, key, 0, over=-1) for key in ("mscale", "mscale_all_dim")}
+    longest = need(config, "max_position_embeddings")
+    original = need(scaling, "original_max_position_embeddings", null=longest)
+    numbers = {key: number(scaling, key, getattr(Rope, key)) for key in POSITIVE}
+    numbers |= {key: number(scaling, key, 0, over=-1) for key in ("mscale", "mscale_all_dim")}
     if scaling.get("attention_factor") is not None:
-        numbers["attention_factor"] = _number(scaling, "attention_factor", 1)
-    factor, truncate = _number(scaling, "factor", longest / original), bool(scaling.get("truncate", True))
+        numbers["attention_factor"] = number(scaling, "attention_factor", 1)
+    factor, truncate = number(scaling, "factor", longest / original), bool(scaling.get("truncate", True))
     rope = Rope(dim, theta, interleaved, kind, factor, original, truncate=truncate, **numbers)
     if rope.high_freq_factor <= rope.low_freq_factor:
-        raise _bad(scaling, "high_freq_factor", "more than low_freq_factor")
+        raise bad(scaling, "high_freq_factor", "more than low_freq_factor")
     return rope
-
-
-def _ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
-    value = config.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id) is int and 0 <= id < 1 << 31 for id in ids):
-        raise _bad(config, key, "a token id")
-    return tuple(ids)
 
 
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # here and below: what transformers takes for a missing key
@@ -199,24 +163,24 @@ KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # here and below: what tran
 def _common(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("hidden_act", "silu") != "silu":
         raise BadArtefact(f"config.json: activation {config['hidden_act']!r:.80} is not known.", "Known: silu.")
-    kind, heads = config["model_type"], _need(config, "num_attention_heads")
-    kv_heads = _need(config, "num_key_value_heads", KV_HEADS.get(kind), null=heads)
+    kind, heads = config["model_type"], need(config, "num_attention_heads")
+    kv_heads = need(config, "num_key_value_heads", KV_HEADS.get(kind), null=heads)
     if heads % kv_heads:
         raise BadArtefact(f"config.json: num_key_value_heads {kv_heads} does not divide {heads} attention heads.")
     return {
         "model_type": kind,
-        "hidden": _need(config, "hidden_size"),
-        "vocab": _need(config, "vocab_size"),
-        "layers": _need(config, "num_hidden_layers"),
+        "hidden": need(config, "hidden_size"),
+        "vocab": need(config, "vocab_size"),
+        "layers": need(config, "num_hidden_layers", most=MAX_LAYERS),
         "heads": heads,
         "kv_heads": kv_heads,
-        "intermediate": _need(config, "intermediate_size"),
-        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
-        "max_context": _need(config, "max_position_embeddings"),
+        "intermediate": need(config, "intermediate_size"),
+        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "max_context": need(config, "max_position_embeddings"),
         "native": _native(config),
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "bos": next(iter(_ids(config, "bos_token_id")), None),
-        "eos": _ids(config, "eos_token_id"),
+        "bos": next(iter(ids(config, "bos_token_id")), None),
+        "eos": ids(config, "eos_token_id"),
     }
 
 
@@ -227,8 +191,8 @@ def _llama(config: dict[str, Any]) -> ModelSpec:
     common = _common(config)
     kind, hidden, heads = common["model_type"], common["hidden"], common["heads"]
     share = None if hidden % heads else hidden // heads
-    head_dim = _need(config, "head_dim", 128 if kind == "qwen3" else None, null=share)
-    window = _need(config, "sliding_window", 0 if kind == "llama" else 4096, null=0, least=0)
+    head_dim = need(config, "head_dim", 128 if kind == "qwen3" else None, null=share)
+    window = need(config, "sliding_window", 0 if kind == "llama" else 4096, null=0, least=0)
     if window and config.get("use_sliding_window", kind == "mistral"):
         common["max_context"] = min(common["max_context"], window)  # within it full attention is the same function
     if config.get("mlp_bias"):
@@ -241,8 +205,8 @@ def _llama(config: dict[str, Any]) -> ModelSpec:
 def _deepseek(config: dict[str, Any]) -> ModelSpec:
     common = _common(config)
     mla = Mla(
-        _need(config, "q_lora_rank", null=0, least=0),
-        *(_need(config, key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+        need(config, "q_lora_rank", null=0, least=0),
+        *(need(config, key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
     )
     if config.get("attention_bias"):
         raise BadArtefact("config.json: attention_bias is not known for DeepSeek.", "Known: false.")
@@ -252,26 +216,26 @@ def _deepseek(config: dict[str, Any]) -> ModelSpec:
         rope=_rope(config, mla.qk_rope_head_dim, interleaved=bool(config.get("rope_interleave", True))),
         mla=mla,
         moe=_moe(config, common["model_type"] == "deepseek_v3") if config.get("n_routed_experts") else None,
-        mtp_layers=_need(config, "num_nextn_predict_layers", null=0, least=0),
+        mtp_layers=need(config, "num_nextn_predict_layers", null=0, least=0, most=MAX_LAYERS - common["layers"]),
     )
 
 
 def _moe(config: dict[str, Any], v3: bool) -> Moe:
-    groups, top_groups = _need(config, "n_group", 8 if v3 else 1, 1), _need(config, "topk_group", 4 if v3 else 1, 1)
+    groups, top_groups = need(config, "n_group", 8 if v3 else 1, 1), need(config, "topk_group", 4 if v3 else 1, 1)
     if not v3 and config.get("topk_method") != "group_limited_greedy":
         groups = top_groups = 1
     scale = 1.0 if "routed_scaling_factor" in config or not v3 else 2.5  # for null, or without the key
     moe = Moe(
-        experts=_need(config, "n_routed_experts"),
-        per_token=_need(config, "num_experts_per_tok"),
-        width=_need(config, "moe_intermediate_size"),
-        shared=_need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
+        experts=need(config, "n_routed_experts", most=MAX_EXPERTS),
+        per_token=need(config, "num_experts_per_tok"),
+        width=need(config, "moe_intermediate_size"),
+        shared=need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
         groups=groups, top_groups=top_groups,
         scoring="sigmoid" if v3 else "softmax",
         # transformers never normalises V2's weights, whatever its config says; released V2 configs say not to
         normalise=bool(config.get("norm_topk_prob", True)) if v3 else False,
-        scale=_number(config, "routed_scaling_factor", scale),
-        first_dense=_need(config, "first_k_dense_replace", 3 if v3 else None, null=0, least=0),
+        scale=number(config, "routed_scaling_factor", scale),
+        first_dense=need(config, "first_k_dense_replace", 3 if v3 else None, null=0, least=0),
     )
     if moe.experts % moe.groups or moe.top_groups > moe.groups:
         raise BadArtefact(f"config.json: {moe.experts} experts: n_group {moe.groups}, topk_group {moe.top_groups}.")
@@ -292,7 +256,7 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         if "auto_map" in config:
             raise BadArtefact("config.json asks for code of its own (auto_map).", "Code from checkpoints is never run.")
-        raise _bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
+        raise bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
     try:
         return ARCHITECTURES[kind](config)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

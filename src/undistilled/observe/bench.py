@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from ..generate.engine import Engine
 from ..schedule.request import Request, Sampling
 
@@ -65,7 +66,17 @@ def _sequences(engine: Engine):
 
 
 def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repeat: int) -> dict[str, Any]:
-    """Median, minimum and maximum over `repeat` runs after one warm-up."""
+    """Median, minimum and maximum over `repeat` runs after one warm-up.
+
+    UsageError where the plan would make requests wait for each other, or end before `new_tokens`.
+    """
+    limits = engine.plan.limits
+    if batch > limits.batch or prompt_tokens + new_tokens > limits.context:
+        raise UsageError(
+            f"The plan is for {limits.batch} at once and a context of {limits.context} tokens, not "
+            f"{batch} of {prompt_tokens} + {new_tokens}.",
+            f"Plan with --batch {batch} --context {prompt_tokens + new_tokens}, or ask for less.",
+        )
     once(engine, min(prompt_tokens, 64), WARM_UP_TOKENS, batch)
     runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
     predicted = engine.plan.predicted

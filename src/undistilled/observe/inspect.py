@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from .. import scheme as schemes
@@ -12,8 +14,23 @@ from ..plan.recipes import scheme_of
 TABLE = ("bf16", "fp8_block", "int8", "int4")
 
 
+def _gguf(path: Path) -> dict[str, Any]:
+    """The type that most of a GGUF's bytes have, and the bytes of its files."""
+    from ..checkpoint.gguf_source import GGUFSource
+
+    files = GGUFSource(path).files
+    types: Counter[str] = Counter()
+    for file in files:
+        for tensor in file.tensors.values():
+            types[tensor.type] += tensor.nbytes
+    return {"type": types.most_common(1)[0][0], "bytes": sum(file.path.stat().st_size for file in files)}
+
+
 def inspect(name: str) -> dict[str, Any]:
-    """Parameters in all and active, bytes in the released form and in others, layers, cache bytes a token."""
+    """Parameters in all and active, bytes in the released form and in others, layers, cache bytes a token.
+
+    `file` is what a GGUF holds before it is read as the released scheme; None for other models.
+    """
     model = find(name)
     spec = model.spec
     total, active = counts(spec)
@@ -32,6 +49,7 @@ def inspect(name: str) -> dict[str, Any]:
         "model": model.name,
         "architecture": spec.model_type,
         "parameters": {"total": total, "active": active, "mtp": sum(w.params for w in known if w.mtp)},
+        "file": _gguf(model.path) if model.path.suffix == ".gguf" else None,
         "released_scheme": spec.native,
         "bytes": size(spec.native, mtp=False),
         "bytes_by_scheme": {s: size(s, mtp=False) for s in dict.fromkeys((spec.native, *TABLE))},

@@ -13,6 +13,8 @@ from .linear import LARGE, apply, native_arguments, native_ready
 from .registry import op
 from .swiglu import silu_mul
 
+SCRATCH = 32 << 20  # bytes that the C kernel may take beside its result
+
 
 def swiglu(x_TD: torch.Tensor, gate: Stored, up: Stored, down: Stored) -> torch.Tensor:
     """down(silu(gate x) * up x)."""
@@ -59,7 +61,9 @@ def _one(weight: Stored, expert: int) -> Stored:
 def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    if x_TD.shape[0] >= LARGE:
+    pairs = ids_Tk.numel()
+    scratch = 4 * pairs * (2 * gate.shape[1] + gate.shape[2])  # bytes
+    if pairs >= LARGE * gate.shape[0] or scratch > SCRATCH:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
     return native.experts_rows(x_TD.contiguous(), _stack(gate), _stack(up), _stack(down), chosen, shares)

@@ -10,7 +10,8 @@ from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
 from .cost import Placed
-from .plan import Bytes, Plan, Row, config_hash
+from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
+from .recipes import label
 
 
 def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
@@ -36,8 +37,10 @@ def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
     _check_same("architecture", plan.architecture, spec.model_type)
     _check_same("parameters", (plan.parameters, plan.active_parameters), counts(spec))
     _check_same("tensors", plan.tensors, sum(row.tensors for row in plan.rows))
+    _check_same("scheme", plan.scheme, label([(known[r.name], r.scheme) for r in plan.rows], spec, plan.scheme))
     _check_totals(plan, spec)
     _check_bytes(plan, spec)
+    _check_predicted(plan, spec)
     if not plan.fits:
         raise DoesNotFit(f"{plan.model} does not fit {plan.machine} by this plan.", plan.advice)
 
@@ -70,11 +73,10 @@ def _check_row(row: Row, weight: Weight, plan: Plan, spec: ModelSpec) -> None:
     ):
         if said != real:
             raise BadArtefact(f"Row {row.name}: its {what} is {said}, expected {real}.", "Was the plan edited?")
-    if row.store == "unloaded" and weight.mtp:
-        return
-    if row.store not in plan.predicted.devices:
+    unloaded = row.store == "unloaded" and weight.mtp
+    if not unloaded and row.store not in plan.predicted.devices:
         raise BadArtefact(f"Row {row.name}: stored on {row.store!r}, which is no device of the plan.")
-    need = schemes.bytes_of(scheme, weight.full_shape)
+    need = 0 if unloaded else schemes.bytes_of(scheme, weight.full_shape)
     if row.nbytes != need:
         raise BadArtefact(f"Row {row.name}: {row.nbytes} bytes, but {row.scheme} takes {need}.", "Was the plan edited?")
 
@@ -92,10 +94,14 @@ def _check_totals(plan: Plan, spec: ModelSpec) -> None:
         raise BadArtefact(f"The plan computes in {plan.compute_dtype} on a CPU.", "There, compute_dtype is float32.")
 
 
-def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
-    """What the plan's rows, cache and limits take on each of its devices."""
+def _placed(plan: Plan, spec: ModelSpec) -> list[Placed]:
     known = {w.name: w for w in weights(spec)}
-    placed = [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
+    return [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
+
+
+def bytes_needed(plan: Plan, spec: ModelSpec, blocks: int | None = None) -> dict[str, Bytes]:
+    """What the plan's rows, cache (or one of `blocks`) and limits take on each of its devices."""
+    placed = _placed(plan, spec)
     kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
     working = cost.activation_bytes(
         spec,
@@ -106,7 +112,7 @@ def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
         kind=kind,
         scheme=plan.scheme,
     )
-    cache = plan.kv.blocks * plan.kv.block_size * plan.kv.bytes_per_token
+    cache = (blocks or plan.kv.blocks) * plan.kv.block_size * plan.kv.bytes_per_token
     return {name: cost.device_bytes(name, placed, cache, working) for name in plan.predicted.devices}
 
 
@@ -116,6 +122,34 @@ def _check_bytes(plan: Plan, spec: ModelSpec) -> None:
             raise BadArtefact(f"The plan has a device {name!r}.", "Devices are cpu and cuda:0, cuda:1, ...")
     for name, needed in bytes_needed(plan, spec).items():
         _check_same(f"prediction for {name}", plan.predicted.devices[name].bytes, needed)
+
+
+def _check_predicted(plan: Plan, spec: ModelSpec) -> None:
+    devices = plan.predicted.devices
+    for name, device in devices.items():
+        _check_same(f"predicted.devices.{name}.fits", device.fits, device.bytes.total <= device.available)
+    _check_same("fits", plan.fits, all(device.fits for device in devices.values()))
+    for said in plan.predicted.contexts:
+        _check_same(f"predicted.contexts at {said.context} tokens", said, context_of(plan, spec, said.context))
+    _check_same("predicted.decode_bytes_per_token", plan.predicted.decode_bytes_per_token, decode_bytes(plan, spec))
+
+
+def decode_bytes(plan: Plan, spec: ModelSpec) -> int:
+    """Bytes read for one token of one of the batch's requests."""
+    met = [p for p in _placed(plan, spec) if not p.weight.mtp]
+    read = cost.decode_bytes(met, spec, plan.limits.batch, plan.limits.context, plan.kv.bytes_per_token)
+    return int(sum(read.values()) / plan.limits.batch)
+
+
+def context_of(plan: Plan, spec: ModelSpec, context: int) -> ContextPrediction:
+    """The plan's bytes if all of its requests had `context` tokens, or the most that the model takes."""
+    needed = bytes_needed(plan, spec, plan.limits.batch * -(-context // plan.kv.block_size))
+    return ContextPrediction(
+        context=min(context, spec.max_context),
+        kv_bytes={name: each.kv for name, each in needed.items()},
+        total_bytes={name: each.total for name, each in needed.items()},
+        fits=all(each.total <= plan.predicted.devices[name].available for name, each in needed.items()),
+    )
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:

@@ -16,11 +16,13 @@ from .plan import Bytes, Row
 if TYPE_CHECKING:
     from .hardware import Device
 
-# Bytes: interpreter, torch, tokenizer and API libraries, resident; CUDA's context. docs/status.md has the runs.
-RUNTIME = {"cpu": 290_000_000, "cuda": 600_000_000}
+# Bytes: interpreter, torch and API libraries, resident; CUDA's context. docs/status.md has the runs.
+RUNTIME = {"cpu": 277_000_000, "cuda": 600_000_000}
+TOKENIZER = 500  # bytes an entry of the vocabulary: SmolLM2's 49,152 take 24 MB, R1's 129,280 take 100 MB
 Dtype = Literal["float32", "bfloat16", "float16"]
 WIDTH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value
-LOAD_BUFFER = 48_000_000  # bytes: one range of rows on its way to its scheme (see load/build.py)
+RANGE = 1 << 20  # elements of a tensor that are on their way to their scheme at once (see load/build.py)
+LOADING = 48  # bytes of copies for each of them while they are turned into another scheme
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
 
 
@@ -154,9 +156,23 @@ def layer_share(placed: list[Placed]) -> dict[str, float]:
 def device_bytes(device: str, placed: list[Placed], cache: int, working: int) -> Bytes:
     """What a device holds: its rows, its layers' share of `cache` bytes, the larger of running and loading."""
     held = sum(p.row.nbytes for p in placed if p.row.store == device)
-    kv, runtime = int(cache * layer_share(placed).get(device, 0.0)), RUNTIME[device.split(":")[0]]
-    activations = max(working, LOAD_BUFFER - kv)
-    return Bytes(weights=held, kv=kv, activations=activations, runtime=runtime, total=held + kv + activations + runtime)
+    kv, constant = int(cache * layer_share(placed).get(device, 0.0)), runtime(device, placed)
+    activations = max(working, _load_bytes(placed) - kv)
+    total = held + kv + activations + constant
+    return Bytes(weights=held, kv=kv, activations=activations, runtime=constant, total=total)
+
+
+def runtime(device: str, placed: list[Placed]) -> int:
+    """Bytes that do not depend on what runs; the tokenizer lives in main memory."""
+    kind = device.split(":")[0]
+    vocab = next((p.weight.shape[0] for p in placed if p.weight.role == "embed"), 0)
+    return RUNTIME[kind] + (TOKENIZER * vocab if kind == "cpu" else 0)
+
+
+def _load_bytes(placed: list[Placed]) -> int:
+    """One range of the largest matrix on its way; an embedding or a head changes its form little or not."""
+    largest = max((p.weight.shape[0] * p.weight.shape[1] for p in placed if p.weight.is_linear), default=0)
+    return LOADING * min(RANGE, largest)
 
 
 def row_bytes(weight: Weight, scheme: str) -> int:

@@ -14,7 +14,7 @@ from ..errors import BadArtefact, UsageError
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Row(Frozen):
@@ -61,14 +61,14 @@ class Bytes(Frozen):
 
 class DevicePrediction(Frozen):
     bytes: Bytes
-    available: int  # bytes that a run may use there
+    available: int = Field(ge=0)  # bytes that a run may use there
     fits: bool
 
 
 class ContextPrediction(Frozen):
     """Bytes of each device if every one of the batch's requests were this long."""
 
-    context: int
+    context: int = Field(gt=0)
     kv_bytes: dict[str, int]
     total_bytes: dict[str, int]
     fits: bool
@@ -78,9 +78,9 @@ class Predicted(Frozen):
     """Speeds are for the plan's batch: all requests together. `basis` says where the ceilings come from."""
 
     devices: dict[str, DevicePrediction]
-    contexts: list[ContextPrediction]
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    contexts: list[ContextPrediction] = Field(min_length=1)
+    prefill_tokens_per_s: float = Field(gt=0)
+    decode_tokens_per_s: float = Field(gt=0)
     decode_bytes_per_token: int
     basis: str
 
@@ -91,7 +91,7 @@ class Plan(Frozen):
     model_hash: str  # of the config: what the plan was made for
     architecture: str
     machine: str
-    scheme: str  # what was asked for; the rows say what each weight got
+    scheme: str  # the recipe that every row follows, else MIXED
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     parameters: int
     active_parameters: int
@@ -127,7 +127,7 @@ def config_hash(config: dict[str, Any]) -> str:
 def read_plan(file: Path) -> Plan:
     """A plan from a file; BadArtefact names the field or row that makes no sense."""
     try:
-        return Plan.model_validate_json(file.read_text())
+        return Plan.model_validate_json(file.read_bytes())
     except OSError as error:
         raise BadArtefact(f"{file}: {error.strerror}.", "Make one with `undistilled plan MODEL -o FILE`.") from None
     except ValidationError as error:

@@ -6,12 +6,16 @@ its scores keep 16 bits. A tied embedding is also the head, so it takes the head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight
 
 # families of schemes for the large matrices -> scheme of the head; None: the same as the matrices
 HEAD = {"int8": "int8", "int4": "int8", "fp8_block": "bf16"}
+
+MIXED = "mixed"  # what a plan's rows are called where they follow no recipe
 
 
 def family(scheme: str) -> str:
@@ -30,3 +34,9 @@ def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:
     if weight.role == "head" or (weight.role == "embed" and spec.tied):
         return HEAD.get(family(asked), asked)
     return wide
+
+
+def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:
+    """What the schemes of these weights may be called: `said` or another recipe that all of them follow, else MIXED."""
+    known = [s for s in (said, *schemes.SCHEMES) if s in schemes.SCHEMES]
+    return next((s for s in known if all(scheme == scheme_of(w, spec, s) for w, scheme in given)), MIXED)

@@ -9,7 +9,7 @@ from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..generate.engine import plan_for
 from ..generate.runner import ROWS
 from ..model.spec import ModelSpec
-from ..plan.check import bytes_needed, check, check_devices
+from ..plan.check import bytes_needed, check, check_devices, context_of, decode_bytes
 from ..plan.hardware import load_machine
 from ..plan.plan import DevicePrediction, Plan
 from ..plan.solve import Ask, solve
@@ -76,7 +76,7 @@ def suite_plan(plan: Plan, spec: ModelSpec, context: int, questions: int) -> Pla
 
 
 def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
-    """`plan` with another context and batch, its bytes computed again; the speeds stay those of the old limits."""
+    """`plan` with other limits, its bytes computed again; its speeds stay those of the old ones."""
     made = plan.model_copy(update={
         "kv": plan.kv.model_copy(update={"blocks": batch * -(-context // plan.kv.block_size)}),
         "limits": plan.limits.model_copy(update={"context": context, "batch": batch}),
@@ -85,4 +85,9 @@ def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
     for name, needed in bytes_needed(made, spec).items():
         available = plan.predicted.devices[name].available
         devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
-    return made.model_copy(update={"predicted": plan.predicted.model_copy(update={"devices": devices})})
+    predicted = plan.predicted.model_copy(update={
+        "devices": devices,
+        "contexts": [context_of(made, spec, each.context) for each in plan.predicted.contexts],
+        "decode_bytes_per_token": decode_bytes(made, spec),
+    })
+    return made.model_copy(update={"predicted": predicted, "fits": all(device.fits for device in devices.values())})

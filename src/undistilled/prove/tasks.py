@@ -85,7 +85,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 yield number, line
     except OSError as error:
-        raise BadArtefact(f"{path}: line {number + 1}: {error.strerror or error}.") from None
+        where = f"{path}: line {number + 1}" if number else str(path)
+        raise BadArtefact(f"{where}: {error.strerror or error}.") from None
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise BadArtefact(f"{path}: line {number + 1}: {error}.") from None
 

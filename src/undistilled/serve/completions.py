@@ -12,7 +12,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError
 from ..schedule.request import Output
 from .generation import Client, Generation, Sequence, check_model, encode
-from .logprobs import completion_logprobs
+from .logprobs import Offsets, completion_logprobs
 from .metrics import Metrics
 from .replies import EventStream, Json, unless_gone
 from .schemas import CompletionBody
@@ -56,17 +56,17 @@ def _whole(sequences: list[Sequence], generation: Generation, body: CompletionBo
     for sequence in sequences:
         output = sequence.output
         count += output.completion_tokens
-        choice = _choice(sequence, output, tokenizer, 0)
+        choice = _choice(sequence, output, tokenizer, Offsets(tokenizer))
         choice["text"] = _echo(sequence, body, tokenizer) + output.text
         choices.append(choice)
     return generation.frame(OBJECT, choices, usage=generation.usage(count))
 
 
-def _choice(sequence: Sequence, output: Output, tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+def _choice(sequence: Sequence, output: Output, tokenizer: Tokenizer, offsets: Offsets) -> dict[str, Any]:
     return {
         "index": sequence.index,
         "text": output.text,
-        "logprobs": completion_logprobs(tokenizer, output.logprobs, offset),
+        "logprobs": completion_logprobs(tokenizer, output.logprobs, offsets),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
@@ -82,22 +82,21 @@ def _echo(sequence: Sequence, body: CompletionBody, tokenizer: Tokenizer) -> str
 
 async def _chunks(generation: Generation, body: CompletionBody) -> AsyncGenerator[dict[str, Any], None]:
     tokenizer = generation.client.tokenizer
-    offsets = dict.fromkeys(range(len(generation.sequences)), 0)
-    counts = dict.fromkeys(offsets, 0)
+    offsets = [Offsets(tokenizer) for _ in generation.sequences]
+    counts = [0] * len(offsets)
     usage = {"usage": None} if body.include_usage else {}
     outputs = generation.outputs()
     try:
         if body.echo:
             for sequence in generation.sequences:
                 echo = Output(sequence.request.id, text=_echo(sequence, body, tokenizer))
-                yield generation.frame(OBJECT, [_choice(sequence, echo, tokenizer, 0)], **usage)
+                yield generation.frame(OBJECT, [_choice(sequence, echo, tokenizer, offsets[sequence.index])], **usage)
         async for sequence, output in outputs:
             counts[sequence.index] = output.completion_tokens
             if output.text or output.logprobs or output.finish_reason:
                 choice = _choice(sequence, output, tokenizer, offsets[sequence.index])
                 yield generation.frame(OBJECT, [choice], **usage)
-            offsets[sequence.index] += sum(len(tokenizer.token_text(p.token)) for p in output.logprobs)
         if body.include_usage:
-            yield generation.frame(OBJECT, [], usage=generation.usage(sum(counts.values())))
+            yield generation.frame(OBJECT, [], usage=generation.usage(sum(counts)))
     finally:
         await outputs.aclose()

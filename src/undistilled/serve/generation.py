@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import RequestError
+from ..errors import BadArtefact, RequestError
 from ..schedule.request import Output, Request, Sampling
 from .metrics import Metrics, Timer
 from .schemas import MAX_PROMPTS, Generating
@@ -201,6 +201,19 @@ def default_of(name: str, body: Generating, generation: dict[str, Any]) -> Any:
         value = generation.get(name)
         value = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     return 0 if name == "top_k" and value == -1 else value
+
+
+def check_generation(generation: dict[str, Any]) -> None:
+    """BadArtefact where the checkpoint's own sampling is out of range: every request would be refused for it."""
+    values = {name: default_of(name, Generating(), generation) for name in FROM_CHECKPOINT}
+    chosen = {name: value for name, value in values.items() if value is not None}
+    top_k = chosen.get("top_k", 0)
+    try:
+        Sampling(**chosen).check(vocab=1)
+        if not isinstance(top_k, int):
+            raise RequestError(f"top_k is {top_k}, expected a whole number.")
+    except RequestError as error:
+        raise BadArtefact(f"generation_config.json: {error.message}", "Correct the field or remove it.") from None
 
 
 def _bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -156,7 +156,8 @@ def _unavailable(message: str, code: str) -> RequestError:
     return RequestError(message, status=503, type="server_error", code=code)
 
 
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|$)', re.DOTALL)
+# From any quote on it matches, at the latest at the body's end, and never steps back: that is what makes it linear.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def too_deep(body: bytes, limit: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint.tokenizer import Tokenizer
+from ..checkpoint.tokenizer import Detokenizer, Tokenizer
 from ..schedule.request import TokenLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say
@@ -35,20 +35,27 @@ def _entry(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     return {"token": label(tokenizer, id), "logprob": max(logprob, LOWEST), "bytes": list(raw)}
 
 
-def completion_logprobs(tokenizer: Tokenizer, found: list[TokenLogprob], offset: int) -> dict[str, Any] | None:
-    """`choices[].logprobs` of completions; offset: characters before the first token."""
+class Offsets:
+    """Where each token of a sequence begins in its text, in characters. A character's bytes all begin where it does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._text, self._at = Detokenizer(tokenizer), 0
+
+    def next(self, id: int) -> int:
+        at = self._at
+        self._at += len(self._text.push([id]))
+        return at
+
+
+def completion_logprobs(tokenizer: Tokenizer, found: list[TokenLogprob], offsets: Offsets) -> dict[str, Any] | None:
+    """`choices[].logprobs` of completions; `offsets` has seen the sequence's tokens before these."""
     if not found:
         return None
-    tokens = [label(tokenizer, p.token) for p in found]
-    offsets = []
-    for p in found:
-        offsets.append(offset)
-        offset += len(tokenizer.token_text(p.token))
     return {
-        "tokens": tokens,
+        "tokens": [label(tokenizer, p.token) for p in found],
         "token_logprobs": [max(p.logprob, LOWEST) for p in found],
         "top_logprobs": [_ranked(tokenizer, p) for p in found],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(p.token) for p in found],
     }
 
 

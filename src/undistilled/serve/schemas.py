@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,28 +17,44 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+FREE = ("answers are not constrained", NOTHING)
+
+# Fields that would change the answer -> why they are refused, and the values with which they change nothing.
+REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "chat_template": ("a request cannot bring a template", NOTHING),
+    "chat_template_kwargs": ("a template gets the conversation and the tools", NOTHING),
+    "continue_final_message": ("an answer is a message of its own", NOTHING),
+}
+REFUSED_GENERATING = REFUSED | {
+    "suffix": ("the model continues a prompt, it does not fill in", NOTHING),
+    "guided_json": FREE, "guided_regex": FREE, "guided_grammar": FREE, "guided_choice": FREE,
+    "structured_outputs": FREE,
+    "tool_choice": ("the model decides whether it calls a tool", (*NOTHING, "none", "auto")),
+    "functions": ("tools has taken its place", NOTHING),
+    "function_call": ("tool_choice has taken its place", (*NOTHING, "none", "auto")),
+    "modalities": ("answers are text", (*NOTHING, ["text"])),
+    "prompt_logprobs": ("prompts have no log-probabilities here", (None,)),
+    "min_tokens": ("an answer ends where the model ends it; see ignore_eos", NOTHING),
+    "include_stop_str_in_output": ("a text ends before its stop string", NOTHING),
+    "skip_special_tokens": ("special tokens are not shown", (None, True)),
+}
+
+
 class Body(BaseModel):
     """Unknown fields are let through, for clients send many; those that would change the answer are refused."""
 
+    refused: ClassVar = REFUSED
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refused(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, reason in REFUSED.items():
-                if data.get(name):
+            for name, (reason, harmless) in cls.refused.items():
+                if data.get(name) not in harmless:
                     raise RequestError(f"{name} is not supported: {reason}.", param=name, code="unsupported")
         return data
-
-
-REFUSED = {
-    "chat_template": "a request cannot bring a template",
-    "suffix": "the model continues a prompt, it does not fill in",
-    "guided_json": "answers are not constrained",
-    "guided_regex": "answers are not constrained",
-    "guided_grammar": "answers are not constrained",
-}
 
 
 class StreamOptions(BaseModel):
@@ -47,9 +63,23 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class ResponseFormat(BaseModel):
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        if value != "text":
+            raise RequestError(
+                f"response_format {value[:50]!r} is not supported.", param="response_format", code="unsupported"
+            )
+        return value
+
+
 class Generating(Body):
     """What completions and chat have in common. Ranges are checked by `Sampling.check`."""
 
+    refused: ClassVar = REFUSED_GENERATING
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = None
     max_tokens: Int64 | None = None
@@ -61,12 +91,20 @@ class Generating(Body):
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     seed: Int64 | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Int64], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool = False
     logit_bias: dict[str, Float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_STOPS:
+            raise RequestError(f"stop takes at most {MAX_STOPS} strings.", param="stop")
+        return value
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -137,19 +175,6 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ResponseFormat(BaseModel):
-    type: str
-
-    @field_validator("type")
-    @classmethod
-    def _text(cls, value: str) -> str:
-        if value != "text":
-            raise RequestError(
-                f"response_format {value[:50]!r} is not supported.", param="response_format", code="unsupported"
-            )
-        return value
-
-
 class ChatBody(Generating):
     messages: Messages
     max_completion_tokens: Int64 | None = None
@@ -157,7 +182,6 @@ class ChatBody(Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:

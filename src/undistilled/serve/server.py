@@ -15,8 +15,9 @@ from typing import Any
 
 import uvicorn
 
-from ..errors import CannotBind
+from ..errors import CannotBind, UsageError
 from .client import EngineClient, Progress
+from .generation import check_generation
 from .limits import Gate, Limits
 from .openai import make_app
 from .protocol import Protocol
@@ -84,8 +85,10 @@ def serve(
 ) -> int:
     """Serve the model that `options` name until a signal. Returns 0, or 1 where the engine died.
 
-    Raises CannotBind before the model is read, and what `open_engine` raises while it is.
+    Raises UsageError and CannotBind before the model is read, and what `open_engine` raises while it is.
     """
+    if api_key is not None and not api_key.strip():
+        raise UsageError("The API key is empty.", "Give one, or leave --api-key out to serve without.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with bind(host, port) as bound:
         try:
@@ -105,6 +108,7 @@ async def _serve(
         template = template_of(client.tokenizer)
         if template is not None:
             check_template(template)
+        check_generation(client.tokenizer.generation)
         gate = Gate()
         app = make_app(client, api_key=api_key, limits=limits, gate=gate)
         config = uvicorn.Config(

@@ -6,14 +6,11 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
-
-import jinja2
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import BadArtefact, RequestError, UsageError
-from .sandbox import TemplateError, compile_template, render
+from .renderer import TemplateError, render
 
 R1_TEMPLATE = """
 {%- set ns = namespace(system='') -%}
@@ -66,7 +63,7 @@ def needed_template(tokenizer: Tokenizer, name: str, hint: str) -> str:
 def check_template(template: str) -> None:
     """BadArtefact where the template does not compile, escapes the sandbox or runs past its limits."""
     try:
-        render(_compiled(template), _variables(SAMPLE, None, True, "", ""))
+        render(template, _variables(SAMPLE, None, True, "", ""))
     except TemplateError as error:
         raise BadArtefact(f"The chat template is refused: {error}.", "Repair or remove it.") from error
 
@@ -100,7 +97,7 @@ def chat_prompt(
     bos, eos = _first(tokenizer, tokenizer.bos), _first(tokenizer, *tokenizer.eos_ids)
     try:
         variables = _variables(masked, mask.value(tools), add_generation_prompt, bos, eos)
-        text = render(_compiled(template), variables)
+        text = render(template, variables)
     except TemplateError as error:
         raise RequestError(f"The chat template refuses this conversation: {error}.", param="messages") from error
     if add_generation_prompt:
@@ -158,11 +155,6 @@ class Mask:
             ids += self.tokenizer.encode(self.pieces[int(index)], control=False)
             ids += self.tokenizer.encode(rest, control=True)
         return ids
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    return compile_template(template)
 
 
 def _variables(

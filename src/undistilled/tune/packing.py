@@ -74,7 +74,7 @@ def _bounds(bounds: list[int], size: int) -> torch.Tensor:
     """
     while bounds[-1] < size:
         bounds.append(min(size, bounds[-1] + LONGEST))
-    room = size // SHORTEST + 1
+    room = size // SHORTEST + 8
     if len(bounds) > room:
         raise ValueError(f"{len(bounds)} documents in {size} tokens")
     return torch.tensor(bounds + [size] * (room - len(bounds)), dtype=torch.int32)

@@ -28,6 +28,7 @@ from .export import export
 from .loop import Recipe, Trainer
 from .nano import CONFIG, CONTEXT, VOCABULARY
 from .packing import PROSE, Batches, loader
+from .picture import draw
 
 SEEN_BY_TOKENIZER = 40_000  # questions that the tokenizer is learned from
 HELD_OUT = 48  # questions of each task in the checks during training
@@ -80,6 +81,7 @@ def _train(
         log(check)
     trainer.save(folder)
     if ranks.leads():
+        draw(log.file, folder / "curves.svg")
         for name, fp8 in (("r1-nano", True), ("r1-nano-bf16", False)):
             export(trainer.student.decoder.spec, CONFIG, trainer.student.named, folder / name, fp8=fp8)
             vocabulary.copy(folder, folder / name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import product
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
+Claim = tuple[str, list[tuple[int, int]]]  # how its atoms are joined; who they are about, 1 for "tells the truth"
 SIGNS = {"and": "&", "or": "|", "->": ">", "<=>": "="}
 PAIRS = {  # what follows from "q1 A B" and "q2 B C"; every term has members, as the package takes it
     ("All", "All"): ("All A C", "Some A C"),
@@ -22,80 +23,79 @@ def knights_knaves(entry: dict[str, Any]) -> tuple[str, str]:
     """The people as letters, their statements as formulas; then the cases in order until one is consistent.
 
     A capital says that a person tells the truth, a small letter that they lie. A case stops at the first statement
-    whose value (after the colon) is not what its speaker is.
+    whose value (after the colon) is not what its speaker is. A name stands before each letter, so that the letter is
+    a look-up of the word just written: from the question to a letter in one step, a trained model guesses.
 
-    A=Mia B=Jack
+    who: Mia A, Jack B
     1=a knight
     0=a knave
-    A:A>b
-    B:B=A
+    A: Mia A> Jack b
+    B: Jack B= Mia A
     11,1>0:0 no
     10,1>1:1,0=1:0 ok
     """
     meta = entry["metadata"]
-    statements, terms = meta["statements"], meta["knight_knave_terms"]
-    lines = [" ".join(f"{letter}={name}" for letter, name in zip(ascii_uppercase, meta["names"], strict=False))]
+    names, terms = meta["names"], meta["knight_knave_terms"]
+    claims = [_claim(statement) for statement in meta["statements"]]
+    lines = ["who: " + ", ".join(f"{name} {letter}" for name, letter in zip(names, ascii_uppercase, strict=False))]
     lines += [f"1={terms['a_knight']}", f"0={terms['a_knave']}"]
-    lines += [f"{letter}:{_formula(s)}" for letter, s in zip(ascii_uppercase, statements, strict=False)]
-    for case in product((1, 0), repeat=len(statements)):
-        line, fits = _case(statements, case)
+    lines += [f"{ascii_uppercase[i]}:{_formula(claim, names)}" for i, claim in enumerate(claims)]
+    for case in product((1, 0), repeat=len(claims)):
+        line, fits = _case(claims, case)
         lines.append(line)
         if fits:
             break
     return "\n".join(lines), str(entry["answer"])
 
 
-def _case(statements: Any, case: tuple[int, ...]) -> tuple[str, bool]:
+def _claim(statement: Any) -> Claim:
+    """A statement of the package, of depth 2 at most, without its negations."""
+    kind, *parts = statement
+    return (SIGNS[kind], [_atom(part) for part in parts]) if kind in SIGNS else ("", [_atom(statement)])
+
+
+def _atom(statement: Any) -> tuple[int, int]:
+    """(person, 1 for telling the truth)."""
+    kind, part = statement
+    if kind == "not":  # the question says the opposite word
+        person, bit = _atom(part)
+        return person, 1 - bit
+    return int(part), int(kind == "telling-truth")
+
+
+def _formula(claim: Claim, names: list[str]) -> str:
+    sign, atoms = claim
+    letters = [ascii_uppercase[person] if bit else ascii_lowercase[person] for person, bit in atoms]
+    return sign.join(f" {names[person]} {letter}" for (person, _), letter in zip(atoms, letters, strict=True))
+
+
+def _case(claims: list[Claim], case: tuple[int, ...]) -> tuple[str, bool]:
     """The check of one case, and whether it is consistent."""
     line = "".join(map(str, case))
-    for speaker, statement in zip(case, statements, strict=True):
-        value = _value(statement, case)
-        line += f",{_formula(statement, case)}:{value}"
+    for speaker, (sign, atoms) in zip(case, claims, strict=True):
+        bits = [int(case[person] == bit) for person, bit in atoms]
+        value = _value(sign, bits)
+        line += f",{sign.join(map(str, bits))}:{value}"
         if value != speaker:
             return line + " no", False
     return line + " ok", True
 
 
-def _formula(statement: Any, case: tuple[int, ...] | None = None) -> str:
-    """A statement as a formula of letters, or of the case's values in their place."""
-    kind, *parts = statement
-    if kind in ("telling-truth", "lying"):
-        if case is not None:
-            return str(_value(statement, case))
-        letter = ascii_uppercase[int(parts[0])]
-        return letter if kind == "telling-truth" else letter.lower()
-    if kind == "not":
-        if parts[0][0] in ("telling-truth", "lying"):  # the question says the opposite word
-            return _formula(("lying" if parts[0][0] == "telling-truth" else "telling-truth", parts[0][1]), case)
-        return f"!({_formula(parts[0], case)})"
-    return SIGNS[kind].join(_inner(part, case) for part in parts)
-
-
-def _inner(statement: Any, case: tuple[int, ...] | None) -> str:
-    text = _formula(statement, case)
-    return text if len(text) == 1 else f"({text})"
-
-
-def _value(statement: Any, case: tuple[int, ...]) -> int:
-    """Whether a statement holds in a case, 1 or 0."""
-    kind, *parts = statement
-    if kind in ("telling-truth", "lying"):
-        return case[int(parts[0])] if kind == "telling-truth" else 1 - case[int(parts[0])]
-    values = [_value(part, case) for part in parts]
-    if kind == "not":
-        return 1 - values[0]
-    if kind in ("and", "or"):
-        return min(values) if kind == "and" else max(values)
-    return int(values[0] <= values[1]) if kind == "->" else int(values[0] == values[1])
+def _value(sign: str, bits: list[int]) -> int:
+    """What a formula of bits is worth, 1 or 0."""
+    if sign in ("", "&"):
+        return min(bits)
+    if sign == "|":
+        return max(bits)
+    return int(bits[0] <= bits[1]) if sign == ">" else int(bits[0] == bits[1])
 
 
 def syllogism(entry: dict[str, Any]) -> tuple[str, str]:
-    """The statements with letters for the terms; then what follows of the kind that is asked for.
+    """The statements with letters for the terms; then what follows about the two terms that are asked for.
 
-    A=dogs B=cats C=ants
-    1 All A B
-    2 No B C
-    ? Some A not C
+    1 All dogs A cats B
+    2 No cats B ants C
+    ? Some dogs A not ants C
     1+2: No A C, Some A not C
     """
     meta = entry["metadata"]
@@ -107,11 +107,10 @@ def syllogism(entry: dict[str, Any]) -> tuple[str, str]:
         label, source = ("1", first) if asked[2] == first[1] else ("2", second)
         turned = TURNED.get(_mood(source))
         found = (f"{turned} {letters[source[2]]} {letters[source[1]]}",) if turned else ()
-    short = [_short(statement, letters) for statement in (first, second, asked)]
-    lines = [" ".join(f"{letter}={term}" for term, letter in letters.items())]
-    lines += [f"{mark} {text}" for mark, text in zip("12?", short, strict=True)]
+    named = {term: f"{term} {letter}" for term, letter in letters.items()}
+    lines = [f"{mark} {_short(text, named)}" for mark, text in zip("12?", (first, second, asked), strict=True)]
     lines.append(f"{label}: {', '.join(found) or 'nothing'}")
-    return "\n".join(lines), "Yes" if short[2] in found else "No"
+    return "\n".join(lines), "Yes" if _short(asked, letters) in found else "No"
 
 
 def _parsed(text: str) -> tuple[str, str, str, str]:
