@@ -34,6 +34,24 @@ def desk(gigabytes: float) -> Machine:
     return Machine(name="desk", devices=(cpu,))
 
 
+@pytest.mark.parametrize(
+    "machine, ask",
+    [
+        ("h200-1tb", {"scheme": "int4", "device": "cpu"}),
+        ("8x-h100", {"scheme": "fp8_block"}),
+        ("4x-rtx4090", {"scheme": "int4"}),
+    ],
+)
+def test_each_row_of_the_table_is_the_plan_for_that_context(r1, machine, ask):
+    plan = make(r1, machine, **ask)
+    assert plan.predicted.contexts[-1].context == r1.spec.max_context
+    for said in plan.predicted.contexts:
+        other = make(r1, machine, context=said.context, **ask)
+        assert said.total_bytes == {n: d.bytes.total for n, d in other.predicted.devices.items()}
+        assert said.kv_bytes == {n: d.bytes.kv for n, d in other.predicted.devices.items()}
+        assert said.fits == other.fits
+
+
 def advised(model, machine, **ask):
     """The ask with the options that the advice names."""
     plan = make(model, machine, **ask)

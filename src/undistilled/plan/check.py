@@ -10,6 +10,7 @@ from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
 from .cost import Placed
+from .layout import Layouts
 from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
 from .recipes import label
 
@@ -99,8 +100,8 @@ def _placed(plan: Plan, spec: ModelSpec) -> list[Placed]:
     return [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
 
 
-def bytes_needed(plan: Plan, spec: ModelSpec, blocks: int | None = None) -> dict[str, Bytes]:
-    """What the plan's rows, cache (or one of `blocks`) and limits take on each of its devices."""
+def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
+    """What the plan's rows, cache and limits take on each of its devices."""
     placed = _placed(plan, spec)
     kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
     working = cost.activation_bytes(
@@ -112,7 +113,7 @@ def bytes_needed(plan: Plan, spec: ModelSpec, blocks: int | None = None) -> dict
         kind=kind,
         scheme=plan.scheme,
     )
-    cache = (blocks or plan.kv.blocks) * plan.kv.block_size * plan.kv.bytes_per_token
+    cache = plan.kv.blocks * plan.kv.block_size * plan.kv.bytes_per_token
     return {name: cost.device_bytes(name, placed, cache, working) for name in plan.predicted.devices}
 
 
@@ -130,7 +131,8 @@ def _check_predicted(plan: Plan, spec: ModelSpec) -> None:
         _check_same(f"predicted.devices.{name}.fits", device.fits, device.bytes.total <= device.available)
     _check_same("fits", plan.fits, all(device.fits for device in devices.values()))
     for said in plan.predicted.contexts:
-        _check_same(f"predicted.contexts at {said.context} tokens", said, context_of(plan, spec, said.context))
+        if said.total_bytes.keys() <= devices.keys():  # memory of a device that the plan leaves alone is not known
+            _check_same(f"predicted.contexts at {said.context} tokens", said, context_of(plan, spec, said.context))
     _check_same("predicted.decode_bytes_per_token", plan.predicted.decode_bytes_per_token, decode_bytes(plan, spec))
 
 
@@ -142,14 +144,17 @@ def decode_bytes(plan: Plan, spec: ModelSpec) -> int:
 
 
 def context_of(plan: Plan, spec: ModelSpec, context: int) -> ContextPrediction:
-    """The plan's bytes if all of its requests had `context` tokens, or the most that the model takes."""
-    needed = bytes_needed(plan, spec, plan.limits.batch * -(-context // plan.kv.block_size))
-    return ContextPrediction(
-        context=min(context, spec.max_context),
-        kv_bytes={name: each.kv for name, each in needed.items()},
-        total_bytes={name: each.total for name, each in needed.items()},
-        fits=all(each.total <= plan.predicted.devices[name].available for name, each in needed.items()),
+    """A plan for `context` tokens, or the most that the model takes, with these rows on these devices."""
+    layouts = Layouts(
+        spec,
+        _placed(plan, spec),
+        {name: device.available for name, device in plan.predicted.devices.items()},
+        scheme=plan.scheme,
+        compute=plan.compute_dtype,
+        cache=plan.kv.dtype,
+        block=plan.kv.block_size,
     )
+    return layouts.at(min(context, spec.max_context), plan.limits.batch).prediction
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:

@@ -68,7 +68,15 @@ class Layouts:
         blocks, each = -(-context // self.block), self.spec.kv_bytes_per_token(WIDTH[self.cache])
         kv = Kv(dtype=self.cache, block_size=self.block, blocks=batch * blocks, bytes_per_token=each)
         limits = Limits(context=context, batch=batch, chunk=min(CHUNK[self.kind], blocks * self.block))
-        working = self.working(limits)
+        working = cost.activation_bytes(
+            self.spec,
+            chunk=limits.chunk,
+            batch=batch,
+            context=context,
+            width=WIDTH[self.compute],
+            kind=self.kind,
+            scheme=self.scheme,
+        )
         cache = kv.blocks * self.block * each
         homes = place(self.loaded, self.free, cache, working)
         placed = [self._home(p, homes[p.weight.name]) for p in self.loaded]
@@ -78,17 +86,6 @@ class Layouts:
                 found = cost.device_bytes(name, placed, cache, working)
                 devices[name] = DevicePrediction(bytes=found, available=available, fits=found.total <= available)
         return Layout(limits, kv, placed, devices)
-
-    def working(self, limits: Limits) -> int:
-        return cost.activation_bytes(
-            self.spec,
-            chunk=limits.chunk,
-            batch=limits.batch,
-            context=limits.context,
-            width=WIDTH[self.compute],
-            kind=self.kind,
-            scheme=self.scheme,
-        )
 
     def _home(self, p: Placed, home: str) -> Placed:
         found = self._homed.get((p.weight.name, home))

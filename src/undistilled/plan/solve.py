@@ -15,7 +15,7 @@ from . import cost
 from .cost import Dtype, Placed
 from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
-from .plan import ContextPrediction, Plan, Predicted, Row, config_hash
+from .plan import Plan, Predicted, Row, config_hash
 from .recipes import scheme_of
 
 DEFAULT_CONTEXT = 4096
@@ -100,33 +100,16 @@ def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) 
         kv_bytes=per_token,
         compute=layouts.compute,
     )
+    lengths = [n for n in LENGTHS if n < spec.max_context]
     read = cost.decode_bytes(met, spec, limits.batch, limits.context, per_token)
     return Predicted(
         devices=layout.devices,
-        contexts=_contexts(layouts, layout),
+        contexts=[layouts.at(n, limits.batch).prediction for n in (*lengths, spec.max_context)],
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=decode,
         decode_bytes_per_token=int(sum(read.values()) / limits.batch),
         basis=_basis(used),
     )
-
-
-def _contexts(layouts: Layouts, layout: Layout) -> list[ContextPrediction]:
-    """This layout, and its own working set, with a cache for another context."""
-    spec, limits, found = layouts.spec, layout.limits, []
-    working = layouts.working(limits)
-    for length in (*(n for n in LENGTHS if n < spec.max_context), spec.max_context):
-        cache = limits.batch * -(-length // BLOCK) * BLOCK * layout.kv.bytes_per_token
-        each = {n: cost.device_bytes(n, layout.placed, cache, working) for n in layout.devices}
-        found.append(
-            ContextPrediction(
-                context=length,
-                kv_bytes={n: b.kv for n, b in each.items()},
-                total_bytes={n: b.total for n, b in each.items()},
-                fits=all(b.total <= layout.devices[n].available for n, b in each.items()),
-            )
-        )
-    return found
 
 
 def _devices(machine: Machine, ask: Ask) -> list[Device]:
