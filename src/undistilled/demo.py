@@ -36,7 +36,8 @@ def run(name: str, folder: Path = Path("out")) -> None:
     receipts = {scheme: _receipt(name, scheme, suite, folder) for scheme in SCHEMES}
     show.comparison([_original(name, original, receipts), *map(_compressed, receipts.values())])
     if suite:
-        show.note(f"reasoning: {len(held_out_items((), SUITE_LIMIT))} tasks, {SUITE_LIMIT} held-out questions of each")
+        tasks = receipts[SCHEMES[0]]["suite"]["tasks"]
+        show.note(f"reasoning: {len(tasks)} tasks, {SUITE_LIMIT} held-out questions of each")
     show.note(f"receipts, with a page each: {', '.join(str(folder / f'{name}-{s}.html') for s in SCHEMES)}")
     show.heading("3. Run, in INT8")
     _ask(name)

@@ -12,8 +12,10 @@ from undistilled.model.batch import Packed
 from undistilled.model.layers import MoeLayer
 from undistilled.model.spec import spec_from_config
 from undistilled.ops.registry import force_reference
+from undistilled.prove import suite
+from undistilled.prove.answers import prompts
 from undistilled.tune import memory
-from undistilled.tune.examples import LONGEST, Document
+from undistilled.tune.examples import LONGEST, Document, encode
 from undistilled.tune.export import export, read
 from undistilled.tune.loop import Recipe, Trainer
 from undistilled.tune.packing import IGNORED, pack
@@ -83,7 +85,7 @@ def test_a_student_learns_both_tokens_by_heart():
     assert losses[-1][0] < 0.2 * losses[0][0] and losses[-1][1] < 0.3 * losses[0][1]
 
 
-@pytest.mark.parametrize("way", ["recompute"])  # "offload" pins memory, which needs a GPU: tests/gpu
+@pytest.mark.parametrize("way", ["recompute"])  # "offload" pins memory: benchmarks/train_memory.py, on a GPU
 def test_activations_handled_otherwise_give_the_same_steps(way):
     sample = pack(documents(4), 96)
     kept, other = trainer(), trainer(activations=way)
@@ -153,3 +155,14 @@ def test_a_packed_batch_of_another_length_is_another_batch():
         together = student.hidden(Packed(sample.tokens_T, sample.positions_T, bounds, LONGEST))
     assert torch.allclose(apart[:24], together[:24], atol=1e-4) and not torch.allclose(apart[24:], together[24:])
     assert replace(sample, bounds_S=bounds).packed().longest == LONGEST
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_training_prompt_is_what_the_chat_template_writes(thinking):
+    model = find("r1-nano")
+    for task in ("gcd", "caesar_cipher", "number_sorting"):
+        (item,) = suite.test_items(task, 1)
+        document = encode(item, model.tokenizer(), thinking)
+        (prompt,) = prompts(model.tokenizer(), [item], model.name, thinking=thinking)
+        assert document.ids[: document.given] == prompt.ids
+        assert document.ids[-1] == model.tokenizer().eos_ids[0] and document.given < len(document.ids)

@@ -130,9 +130,10 @@ def _check_predicted(plan: Plan, spec: ModelSpec) -> None:
     for name, device in devices.items():
         _check_same(f"predicted.devices.{name}.fits", device.fits, device.bytes.total <= device.available)
     _check_same("fits", plan.fits, all(device.fits for device in devices.values()))
-    for said in plan.predicted.contexts:
-        if said.total_bytes.keys() <= devices.keys():  # memory of a device that the plan leaves alone is not known
-            _check_same(f"predicted.contexts at {said.context} tokens", said, context_of(plan, spec, said.context))
+    # memory of a device that the plan leaves alone is not known
+    known = [said for said in plan.predicted.contexts if said.total_bytes.keys() <= devices.keys()]
+    for said, found in zip(known, contexts_of(plan, spec, [said.context for said in known]), strict=True):
+        _check_same(f"predicted.contexts at {said.context} tokens", said, found)
     _check_same("predicted.decode_bytes_per_token", plan.predicted.decode_bytes_per_token, decode_bytes(plan, spec))
 
 
@@ -143,8 +144,8 @@ def decode_bytes(plan: Plan, spec: ModelSpec) -> int:
     return int(sum(read.values()) / plan.limits.batch)
 
 
-def context_of(plan: Plan, spec: ModelSpec, context: int) -> ContextPrediction:
-    """A plan for `context` tokens, or the most that the model takes, with these rows on these devices."""
+def contexts_of(plan: Plan, spec: ModelSpec, contexts: list[int]) -> list[ContextPrediction]:
+    """Plans for so many tokens each, or the most that the model takes, with these rows on these devices."""
     layouts = Layouts(
         spec,
         _placed(plan, spec),
@@ -154,7 +155,7 @@ def context_of(plan: Plan, spec: ModelSpec, context: int) -> ContextPrediction:
         cache=plan.kv.dtype,
         block=plan.kv.block_size,
     )
-    return layouts.at(min(context, spec.max_context), plan.limits.batch).prediction
+    return [layouts.at(min(each, spec.max_context), plan.limits.batch).prediction for each in contexts]
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..generate.engine import plan_for
 from ..generate.runner import ROWS
 from ..model.spec import ModelSpec
-from ..plan.check import bytes_needed, check, check_devices, context_of, decode_bytes
+from ..plan.check import bytes_needed, check, check_devices, contexts_of, decode_bytes
 from ..plan.hardware import load_machine
 from ..plan.plan import DevicePrediction, Plan
 from ..plan.solve import Ask, solve
@@ -87,7 +87,7 @@ def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
         devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
     predicted = plan.predicted.model_copy(update={
         "devices": devices,
-        "contexts": [context_of(made, spec, each.context) for each in plan.predicted.contexts],
+        "contexts": contexts_of(made, spec, [each.context for each in plan.predicted.contexts]),
         "decode_bytes_per_token": decode_bytes(made, spec),
     })
     return made.model_copy(update={"predicted": predicted, "fits": all(device.fits for device in devices.values())})

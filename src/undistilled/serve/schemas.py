@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..errors import RequestError
 from ..schedule.request import MAX_BIAS, MAX_LOGPROBS, MAX_STOPS
@@ -12,6 +12,7 @@ from ..schedule.request import MAX_BIAS, MAX_LOGPROBS, MAX_STOPS
 MAX_COPIES = 16
 MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
+MOST = {"stop": (list, MAX_STOPS, "strings"), "logit_bias": (dict, MAX_BIAS, "tokens")}
 TEXT_PARTS = ("text", "input_text")
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -99,18 +100,13 @@ class Generating(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "logit_bias", mode="before")
     @classmethod
-    def _few(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > MAX_STOPS:
-            raise RequestError(f"stop takes at most {MAX_STOPS} strings.", param="stop")
-        return value
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _not_giant(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_BIAS:
-            raise RequestError(f"logit_bias takes at most {MAX_BIAS} tokens.", param="logit_bias")
+    def _not_giant(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        kind, most, what = MOST[name]
+        if isinstance(value, kind) and len(value) > most:
+            raise RequestError(f"{name} takes at most {most} {what}.", param=name)
         return value
 
     @property

@@ -14,14 +14,16 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import BadArtefact
 from ..prove import suite
 from ..prove.levels import LEVELS
+from ..serve.template import END_THINK, R1_ASSISTANT, THINK
+from . import vocabulary
 from .traces import TRACES
 
 LONGEST = 640  # tokens of a document; longer ones are left out
 PROSE_TOKENS = 512
 PROSE_SHARE = 0.003  # of the documents: reckoned as about seven times over the prose in 17 minutes on an H100
 AT_ONCE_SHARE = 0.05  # of the questions: answered without thinking, so that suppressed thinking is no foreign text
-BEGIN, USER, ASSISTANT, END = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"
-THINKING, AT_ONCE = "<think>\n", "<think>\n\n</think>\n\n"
+BEGIN, END, _ = vocabulary.FIRST
+THINKING, AT_ONCE = f"{THINK}\n", f"{THINK}\n\n{END_THINK}\n\n"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,14 @@ def answer_text(item: suite.Item) -> tuple[str, str]:
 
 
 def encode(item: suite.Item, tokenizer: Tokenizer, thinking: bool = True) -> Document:
-    """A question as its chat template writes it, and the wanted answer, tokenised apart as they are when served."""
+    """A question as its chat template writes it, and the wanted answer, tokenised apart as they are when served.
+
+    Written here, since rendering a template takes longer than all the rest; a test holds the two together.
+    """
     thought, answer = answer_text(item)
     opening = THINKING if thinking else AT_ONCE
-    prompt = tokenizer.encode(f"{BEGIN}{USER}{item.question}{ASSISTANT}{opening}", control=True)
-    rest = f"{thought}\n</think>\n\n{answer}{END}" if thinking else f"{answer}{END}"
+    prompt = tokenizer.encode(f"{BEGIN}<｜User｜>{item.question}{R1_ASSISTANT}{opening}", control=True)
+    rest = f"{thought}\n{END_THINK}\n\n{answer}{END}" if thinking else f"{answer}{END}"
     return Document(prompt + tokenizer.encode(rest, control=True), len(prompt), item.task)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -109,7 +108,6 @@ class Trainer:
         part = folder / "state.part"
         torch.save({
             "weights": self.student.state_dict(), "optimizer": state, "step": self.step, "seconds": self.seconds,
-            "recipe": json.dumps(asdict(self.recipe)),
         }, part)
         part.replace(folder / "state.pt")
 

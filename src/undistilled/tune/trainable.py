@@ -17,6 +17,7 @@ from ..model.decoder import Block, Decoder, Mtp
 from ..model.layers import LocalBank, MoeLayer
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
+from ..ops.swiglu import silu_mul
 from ..scheme import Stored
 
 MTP_SHARE = 0.3  # of the second token's loss (DeepSeek-V3, section 4.2)
@@ -42,7 +43,7 @@ class TrainBank(nn.Module):
         share_TE = weights_Tk.new_zeros(len(x_TD), len(gate)).scatter(1, ids_Tk, weights_Tk)
         if self.training:
             self.counts_E += (share_TE.detach() > 0).sum(0)
-        h_TEW = (F.silu(x_TD @ gate.flatten(0, 1).T) * (x_TD @ up.flatten(0, 1).T)).unflatten(-1, gate.shape[:2])
+        h_TEW = silu_mul(x_TD @ gate.flatten(0, 1).T, x_TD @ up.flatten(0, 1).T).unflatten(-1, gate.shape[:2])
         h_TEW = h_TEW * share_TE.to(x_TD.dtype)[..., None]
         return h_TEW.flatten(-2) @ down.transpose(1, 2).flatten(0, 1)
 
