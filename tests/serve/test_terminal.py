@@ -6,6 +6,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from undistilled.errors import BadArtefact
+from undistilled.schedule.request import Sampling
 from undistilled.serve.terminal import Conversation, converse
 
 
@@ -26,3 +27,10 @@ def test_a_refused_turn_does_not_end_the_session(monkeypatch):
 def test_a_bad_template_is_refused_at_the_start():
     with pytest.raises(BadArtefact, match="chat template"):
         Conversation(FakeEngine({"chat_template": "{% for i in range(10**9) %}{% endfor %}"}))
+
+
+def test_a_blank_line_parts_the_reasoning_from_the_answer():
+    shown: list[str] = []
+    engine = FakeEngine({"reply": "\nx=11\n</think>\n\n11"})
+    Conversation(engine).say("Solve", Sampling(max_tokens=50, temperature=0.0), shown.append, shown.append)
+    assert "".join(shown) == "x=11\n\n11"

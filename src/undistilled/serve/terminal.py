@@ -41,15 +41,20 @@ class Conversation:
         reasons = prompt.thinking or END_THINK in tokenizer.control
         splitter = ReasoningSplitter(prompt.thinking) if reasons else None
         answer: list[str] = []
+        thought = False
 
         def show(piece: str, last: bool = False) -> None:
+            nonlocal thought
             found = splitter.push(piece, last) if splitter else None
             reasoning, content = (found.reasoning, found.content) if found else ("", piece)
-            answer.append(content)
             if reasoning:
                 on_reasoning(reasoning)
+                thought = True
             if content:
+                if thought and not any(answer):
+                    on_reasoning("\n\n")  # the splitter keeps no line ends around a tag
                 on_content(content)
+            answer.append(content)
 
         result = complete(self.engine, prompt.ids, sampling, show)
         show("", last=True)
