@@ -43,7 +43,9 @@ class Attention(nn.Module):
         return self.o_proj(attend(q_THX, batch, latents).flatten(-2))
 
     def _packed(self, q_THX: torch.Tensor, batch: Packed, fresh_TW: torch.Tensor) -> torch.Tensor:
-        keys, values = mla.lifted(fresh_TW, self._lift(q_THX.dtype), self.mla.qk_nope_head_dim)
+        latent_TZ, rope_TP = fresh_TW.split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], -1)
+        both_THY = self.kv_b_proj(latent_TZ).unflatten(-1, (self.spec.heads, -1))
+        keys, values = mla.parted(both_THY, rope_TP, self.mla.qk_nope_head_dim)
         return packed(q_THX, keys, values, batch.bounds_S, batch.longest, self.spec.softmax_scale)
 
     def _queries(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops.attention import attend_rows, causal, context_slots
+from ..ops.attention import attend_rows, causal, context_slots, packed
 from ..ops.rope import rotate
-from .batch import Batch, Cache
+from .batch import Batch, Cache, Packed
 from .layers import Linear, Make, Norm
 from .spec import ModelSpec
 
@@ -27,12 +27,16 @@ class Attention(nn.Module):
         self.q_norm = Norm(make, f"{name}.q_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = Norm(make, f"{name}.k_norm", spec.norm_eps) if spec.qk_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
-        spec, (k_cache, v_cache) = self.spec, cache
+    def forward(self, x: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
+        spec = self.spec
         q_THD = self.q_norm(self.q_proj(x).view(-1, spec.heads, spec.head_dim))
         k_TGD = self.k_norm(self.k_proj(x).view(-1, spec.kv_heads, spec.head_dim))
         v_TGD = self.v_proj(x).view(-1, spec.kv_heads, spec.head_dim)
         q_THD, k_TGD = (rotate(t, batch.cos_TF, batch.sin_TF, spec.rope.interleaved) for t in (q_THD, k_TGD))
+        if isinstance(batch, Packed):
+            out = packed(q_THD, k_TGD, v_TGD, batch.bounds_S, batch.longest, spec.softmax_scale)
+            return self.o_proj(out.flatten(-2))
+        k_cache, v_cache = cache
         k_cache.index_copy_(0, batch.slots_T, k_TGD.to(k_cache.dtype))
         v_cache.index_copy_(0, batch.slots_T, v_TGD.to(v_cache.dtype))
         return self.o_proj(self._attend(q_THD, batch, k_cache, v_cache).flatten(-2))

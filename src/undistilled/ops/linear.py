@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..scheme import Stored, fp8_block, int4, int8, plain
+from ..scheme import Stored, fp8_block, grouped, int8, plain
 from .cpu import native
 from .registry import Kernel, forced, op, say_fallback
 
@@ -71,9 +71,11 @@ def native_kind(scheme: object) -> int | None:
     """The C kernels' number for a scheme, or None."""
     if isinstance(scheme, plain.Plain):
         return native.KIND[scheme.name]
-    for kind, cls in (("fp8_block", fp8_block.Fp8Block), ("int8", int8.Int8), ("int4", int4.Int4)):
+    for kind, cls in (("fp8_block", fp8_block.Fp8Block), ("int8", int8.Int8)):
         if isinstance(scheme, cls):
             return native.KIND[kind]
+    if isinstance(scheme, grouped.Grouped) and scheme.name.startswith("int4"):
+        return native.KIND["int4"]
     return None
 
 

@@ -24,10 +24,14 @@ def naive(
 
 def lifted(cached_CW: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [C, H, N + P] and values [C, H, V] of every head, from the latents."""
-    heads, _, latent = lift_HYZ.shape
-    both = torch.einsum("cz,hyz->chy", cached_CW[:, :latent], lift_HYZ)
-    rope_key = cached_CW[:, None, latent:].expand(-1, heads, -1)
-    return torch.cat((both[..., :nope], rope_key), -1), both[..., nope:]
+    latent = lift_HYZ.shape[-1]
+    return parted(torch.einsum("cz,hyz->chy", cached_CW[:, :latent], lift_HYZ), cached_CW[:, latent:], nope)
+
+
+def parted(both_CHY: torch.Tensor, rope_CP: torch.Tensor, nope: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [C, H, N + P] and values [C, H, V] from both lifted [C, H, N + V] and the keys' common rotated part."""
+    rope_key = rope_CP[:, None].expand(-1, both_CHY.shape[1], -1)
+    return torch.cat((both_CHY[..., :nope], rope_key), -1), both_CHY[..., nope:]
 
 
 def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Schemes: how weights are stored. `get("int8")` finds one; a new format is a new file and a row here."""
 
 from ..errors import UsageError
-from . import fp8_block, int4, int8, plain
+from . import fp8_block, grouped, int8, plain
 from .base import Dim, PartSpec, Scheme, Stored, bytes_of, parts_of, row_quantum
 
 SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for module in (plain, fp8_block, int8, int4) for scheme in module.SCHEMES
+    scheme.name: scheme for module in (plain, fp8_block, int8, grouped) for scheme in module.SCHEMES
 }
 
 

@@ -1,0 +1,165 @@
+"""What a model's own activations say about its weights: second moments of inputs, and of gradients of outputs.
+
+T tokens, K inputs, N outputs, E experts. For a change d of a row r of a weight, the divergence of the model's
+next-token distribution grows, to second order, by 1/2 G[r] d M d^T nats a token, where M = E[x x^T] and
+G[r] = E[g_r^2]: g is the gradient at the output of -log p of a token drawn from the model itself, which makes
+E[g g^T] the Fisher information. Inputs and gradients are taken as independent, and outputs of each other, as
+K-FAC does (Martens and Grosse 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..model.batch import Packed
+from ..model.decoder import Decoder
+from ..model.layers import Linear, LocalBank, Weighted
+from ..ops.experts import _by_expert
+from ..ops.registry import force_reference
+from ..ops.swiglu import silu_mul
+
+
+@dataclass
+class Moments:
+    """Sums over tokens. inputs [K, K], or [E, K, K]; outputs [N] or [E, N]; tokens: all, and by expert [E]."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    met: torch.Tensor | None = None
+    tokens: int = 0
+
+    def mean_inputs(self) -> torch.Tensor:
+        """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros."""
+        return self.inputs / max(self.tokens, 1)
+
+    def mean_outputs(self) -> torch.Tensor:
+        """E[g^2], where an expert counts only the tokens it met; the rest is in `mean_inputs`."""
+        if self.met is None:
+            return self.outputs / max(self.tokens, 1)
+        return self.outputs / self.met.clamp(min=1)[:, None]
+
+
+class Calibration:
+    """Moments by weight name. Weights that share an input share its moments."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.moments: dict[str, Moments] = {}
+        self._hooks: list = []
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        for path, module in decoder.named_modules():
+            if isinstance(module, Linear):
+                self._watch(f"model.{path}.weight" if path != "lm_head" else "lm_head.weight", module)
+        for path, module in decoder.named_modules():
+            for name, child in list(module.named_children()):
+                if isinstance(child, LocalBank):
+                    at = f"model.{path.removesuffix('.banks')}.experts.*"
+                    setattr(module, name, WatchedBank(child, at, self.moments))
+
+    def _watch(self, name: str, module: Linear) -> None:
+        def after(_module: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> None:
+            x = inputs[0].detach()
+            found = self._moments(name, x, y.shape[-1])
+            found.tokens += len(x)
+            if y.requires_grad:
+                y.register_hook(_adder(found.outputs))
+
+        self._hooks.append(module.register_forward_hook(after))
+
+    def _moments(self, name: str, x_TK: torch.Tensor, outputs: int) -> Moments:
+        """The moments of `name`, with this input added: once where several weights have it."""
+        found = self.moments.get(name)
+        shared = self._seen is not None and self._seen[0].data_ptr() == x_TK.data_ptr()
+        if found is None:
+            inputs = self._seen[1] if shared and self._seen else x_TK.new_zeros(x_TK.shape[-1], x_TK.shape[-1])
+            found = self.moments[name] = Moments(inputs, x_TK.new_zeros(outputs))
+        if not shared:
+            found.inputs += x_TK.T @ x_TK
+        self._seen = (x_TK, found.inputs)  # keeps x, so that its memory is nobody else's
+        return found
+
+
+def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds the squares of a gradient [T, N] to `total` [N] and leaves the gradient as it is."""
+
+    def add(g_TN: torch.Tensor) -> None:
+        total.add_(g_TN.float().square().sum(0))
+
+    return add
+
+
+class WatchedBank(nn.Module):
+    """A bank that computes expert by expert and adds up what each met."""
+
+    def __init__(self, bank: LocalBank, at: str, moments: dict[str, Moments]) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = bank.gate, bank.up, bank.down
+        experts, width, hidden = bank.gate.stored.shape
+        met = torch.zeros(experts)
+        into = torch.zeros(experts, hidden, hidden)
+        for name, rows, inputs in (
+            ("gate", width, into),
+            ("up", width, into),
+            ("down", hidden, torch.zeros(experts, width, width)),
+        ):
+            moments[f"{at}.{name}_proj.weight"] = Moments(inputs, torch.zeros(experts, rows), met)
+        self.of = {name: moments[f"{at}.{name}_proj.weight"] for name in ("gate", "up", "down")}
+
+    def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
+        out_TD = torch.zeros_like(x_TD)
+        for found in self.of.values():
+            found.tokens += len(x_TD)
+        for expert, (rows, picks) in _by_expert(ids_Tk, len(self.of["gate"].inputs)):
+            x = x_TD[rows]
+            self._add("gate", expert, x)
+            h = silu_mul(self._one("gate", expert, x), self._one("up", expert, x))
+            self._add("down", expert, h)
+            y = self._one("down", expert, h)
+            out_TD = out_TD.index_add(0, rows, y * weights_Tk[rows, picks, None])
+            assert self.of["gate"].met is not None
+            self.of["gate"].met[expert] += len(rows)
+        return out_TD
+
+    def _one(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        weighted: Weighted = getattr(self, name)
+        y = x @ weighted.stored.expert(expert).dense(x.dtype).T
+        if y.requires_grad:
+            y.register_hook(_adder(self.of[name].outputs[expert]))
+        return y
+
+    def _add(self, name: str, expert: int, x: torch.Tensor) -> None:
+        x = x.detach()
+        self.of[name].inputs[expert] += x.T @ x
+
+    def collect(self, handle: torch.Tensor) -> torch.Tensor:
+        return handle
+
+
+def calibrate(
+    decoder: Decoder, windows: Sequence[list[int]], *, seed: int = 0, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Moments]:
+    """Moments of every matrix of `decoder` (float32, on the CPU or a GPU) over windows of token ids.
+
+    The decoder is watched for good: use it for nothing else.
+    """
+    found = Calibration(decoder)
+    draw = torch.Generator().manual_seed(seed)
+    blocks = len(decoder.layers)
+    with force_reference():
+        for at, window in enumerate(windows):
+            ids = torch.tensor(window)
+            batch = Packed(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            with torch.enable_grad():
+                decoder.prepare(batch)
+                h_TD = decoder.embed_tokens(batch.tokens_T, decoder.dtype).requires_grad_(True)
+                for block, cache in zip(decoder.layers, [()] * blocks, strict=True):
+                    h_TD = block(h_TD, batch, cache)
+                log_TV = decoder.logits(h_TD).log_softmax(-1)
+                drawn = torch.multinomial(log_TV.detach().exp(), 1, generator=draw)
+                (-log_TV.gather(-1, drawn).sum()).backward()
+            found._seen = None
+            say(f"calibration: {at + 1} of {len(windows)} windows")
+    return found.moments

@@ -1,0 +1,74 @@
+"""Scales by search: for each group, of several clipped ranges, the one with the least weighted error.
+
+Given codes, the best scale (and minimum) is a weighted least-squares fit; given the scale, the nearest codes: each
+candidate takes one of both (alternating minimisation, Lloyd 1982).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...scheme.base import Parts
+from ...scheme.grouped import Grouped
+from ...scheme.int8 import grouped
+
+CANDIDATES = 16
+NARROWEST, WIDEST = 0.45, 1.05  # of the whole range
+
+
+def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor) -> Parts:
+    """The parts beside `values` for [..., N, K]; importance >= 0 broadcasts with it (by input: [..., 1, K])."""
+    groups = grouped(w.float(), scheme.group)
+    h = grouped(importance.float().expand(*importance.shape[:-2], 1, w.shape[-1]) + 1e-12, scheme.group)
+    if w.shape[-1] % scheme.group:
+        h[..., -1, w.shape[-1] % scheme.group :] = 0
+    base, low = scheme.steps(scheme.fit(w.float()))
+    best = torch.full(base.shape, float("inf"), device=w.device)
+    scales, minimums = base.clone(), None if low is None else low.clone()
+    for factor in torch.linspace(NARROWEST, WIDEST, CANDIDATES).tolist():
+        s, m = base * factor, low
+        if low is not None:
+            m = low + base * (1 - factor) * scheme.levels[-1] / 2
+        s, m = _refit(scheme, groups, h, s, m)
+        parts = scheme.stored(s, m)
+        s, m = scheme.steps(parts)
+        error = _error(scheme, groups, h, s, m)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, s, scales)
+        if m is not None and minimums is not None:
+            minimums = torch.where(better, m, minimums)
+    return scheme.stored(scales, minimums)
+
+
+def _levels(scheme: Grouped, groups: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
+    codes = scheme.nearest(groups, s[..., None], None if m is None else m[..., None])
+    if scheme._even:
+        return codes.float() + scheme.levels[0]
+    return torch.tensor(scheme.levels, device=groups.device)[codes.int()]
+
+
+def _refit(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None):
+    t = _levels(scheme, groups, s, m)
+    ht = h * t
+    st, tt, wt = ht.sum(-1), (ht * t).sum(-1), (ht * groups).sum(-1)
+    if m is None:
+        return torch.where(tt > 0, wt / tt.clamp(min=1e-30), s), None
+    n, w = h.expand_as(t).sum(-1), (h * groups).sum(-1)
+    det = n * tt - st * st
+    sound = det > 1e-6 * n * tt
+    det = torch.where(sound, det, 1.0)
+    return torch.where(sound, (n * wt - st * w) / det, s), torch.where(sound, (tt * w - st * wt) / det, m)
+
+
+def _error(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None):
+    value = _levels(scheme, groups, s, m) * s[..., None]
+    if m is not None:
+        value += m[..., None]
+    return (h * (groups - value).square()).sum(-1)
+
+
+def solve(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor) -> Parts:
+    """The weight [..., N, K] with searched scales and the nearest codes."""
+    meta = fit(scheme, w, importance)
+    return {"values": scheme.packed(scheme.codes(w.float(), meta)), **meta}

@@ -1,0 +1,66 @@
+"""How the scales of groups are stored: one row a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Parts
+
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Float16:
+    dtype: str = "float16"
+    by_row: bool = False
+
+    def compress(self, scales: torch.Tensor) -> Parts:
+        return {"scales": scales.half()}
+
+    def decompress(self, parts: Parts) -> torch.Tensor:
+        return parts["scales"].float()
+
+
+@dataclass(frozen=True)
+class E4m3:
+    """FP8 times one bfloat16 a row of the weight, which makes the row's largest scale 448 or a little less."""
+
+    dtype: str = "float8_e4m3fn"
+    by_row: bool = True
+
+    def compress(self, scales: torch.Tensor) -> Parts:
+        import torch
+
+        rows = (scales.abs().amax(-1) / LARGEST).bfloat16()
+        safe = torch.where(rows > 0, rows.float(), 1.0)
+        codes = (scales / safe[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return {"scales": codes, "multipliers": rows}
+
+    def decompress(self, parts: Parts) -> torch.Tensor:
+        return parts["scales"].float() * parts["multipliers"].float()[..., None]
+
+
+@dataclass(frozen=True)
+class E8m0:
+    """2^(code - 127): the power of two that holds the group's largest value with the least loss of range."""
+
+    dtype: str = "uint8"
+    by_row: bool = False
+
+    def compress(self, scales: torch.Tensor) -> Parts:
+        import torch
+
+        exponent = torch.where(scales > 0, scales, 2.0**-127).log2().ceil()
+        return {"scales": (exponent + 127).clamp(0, 254).to(torch.uint8)}
+
+    def decompress(self, parts: Parts) -> torch.Tensor:
+        import torch
+
+        return torch.exp2(parts["scales"].float() - 127)
+
+
+FORMATS = {"float16": Float16(), "e4m3": E4m3(), "e8m0": E8m0()}
