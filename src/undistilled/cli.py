@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import show
+from . import show, verbs
 from .errors import UndistilledError
 from .events import subscribed
 
@@ -275,6 +275,9 @@ def train(
 
     recipe = Recipe(60 * budget, tokens, rate, seed=seed)
     run(folder, Options(recipe, prose, stop_after, workers, activations, zero, compiled), show.note)
+
+
+app.command()(verbs.quantize)
 
 
 @app.command(hidden=True)

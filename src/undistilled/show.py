@@ -297,3 +297,11 @@ def _suite(s: dict[str, Any]) -> None:
         f"answered {'after' if s['thinking'] else 'without'} reasoning; "
         f"cut at {s['max_tokens']} tokens: {cut['original']:.1%} to {cut['plan']:.1%} of the answers"
     )
+
+
+def quantized(done: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
+    out.print(
+        f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} files, "
+        f"{done['bits_per_weight']:.2f} bits a weight, {done['seconds']:.0f} s\n[dim]{kinds}[/]"
+    )

@@ -63,9 +63,14 @@ class Model:
             from .gguf_stream import GGUFStream
 
             return GGUFStream(GGUFSource(self.path))
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if self.spec.stored:
+            from .compressed import CompressedSource
+
+            return CompressedSource(folder, self.config, self.spec)
         from .safetensors import SafetensorsSource
 
-        return SafetensorsSource(self.path if self.path.is_dir() else self.path.parent, self.config)
+        return SafetensorsSource(folder, self.config)
 
     def tokenizer(self) -> Tokenizer:
         from .tokenizer import Tokenizer

@@ -20,7 +20,10 @@ from ..errors import BadArtefact
 from ..ops.linear import dense
 from ..scheme.fp8_block import BLOCK
 
-DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+}
 SCHEME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_HEADER = 100_000_000  # bytes; R1's largest is under 1 MB
 SCALE = "_scale_inv"
@@ -102,6 +105,8 @@ def _check_overlap(file: Path, entries: dict[str, Entry]) -> None:
 class SafetensorsSource:
     """A folder with config.json and one or more safetensors files."""
 
+    LONGEST = 3  # dimensions of a tensor
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self._open: tuple[Path, int] | None = None
         self.folder, self.config = folder, config
@@ -126,9 +131,9 @@ class SafetensorsSource:
             raise BadArtefact(
                 f"{entry.file}: tensor {name!r} has dtype {entry.kind!r}.", f"Known: {', '.join(DTYPES)}."
             )
-        if not 1 <= len(entry.shape) <= 3 or 0 in entry.shape:
+        if not 1 <= len(entry.shape) <= self.LONGEST or 0 in entry.shape:
             raise BadArtefact(
-                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}.", "Expected 1 to 3 positive sizes."
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}.", f"Expected 1 to {self.LONGEST} positive sizes."
             )
         return entry
 
@@ -137,6 +142,11 @@ class SafetensorsSource:
 
     def scheme(self, name: str) -> str:
         entry = self._entry(name)
+        if entry.dtype not in SCHEME and entry.dtype is not torch.float8_e4m3fn:
+            raise BadArtefact(
+                f"{entry.file}: tensor {name!r} holds {entry.kind}, which is no weight by itself.",
+                f"Known: {', '.join(k for k, d in DTYPES.items() if d.is_floating_point)}.",
+            )
         if entry.dtype is not torch.float8_e4m3fn:
             return SCHEME[entry.dtype]
         if len(entry.shape) != 2:

@@ -67,6 +67,18 @@ class Tokenizer:
         known = tuple(dict.fromkeys(id for id in eos if id is not None))
         return cls(tokenizer, bos, known, bool(add_bos), _chat_template(folder, config), generation)
 
+    def save(self, folder: Path) -> None:
+        """The files that `from_folder` reads the same tokenizer from."""
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str())
+        named = {"bos_token": self.bos, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+        config: dict[str, Any] = {k: self._tokenizer.id_to_token(id) for k, id in named.items() if id is not None}
+        config |= {"add_bos_token": self.add_bos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        generation = self.generation | {"eos_token_id": list(self.eos_ids)}
+        for name, value in (("tokenizer_config.json", config), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
     @classmethod
     def load(cls, state: dict[str, Any]) -> Tokenizer:
         """The tokenizer that `dump` wrote."""

@@ -32,6 +32,11 @@ class Moments:
     met: torch.Tensor | None = None
     tokens: int = 0
 
+    def of(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean moments (inputs [K, K], outputs [N]) of one matrix."""
+        inputs, outputs = self.mean_inputs(), self.mean_outputs()
+        return (inputs, outputs) if expert is None else (inputs[expert], outputs[expert])
+
     def mean_inputs(self) -> torch.Tensor:
         """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros."""
         return self.inputs / max(self.tokens, 1)

@@ -90,7 +90,7 @@ class ModelSpec:
     mtp_layers: int = 0
     bos: int | None = None
     eos: tuple[int, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    stored: dict[str, str] = field(default_factory=dict, hash=False, compare=False)  # weight -> scheme, if it says so
 
     @property
     def softmax_scale(self) -> float:
@@ -116,10 +116,13 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+OURS = "undistilled"  # the config's key for what compress/ did: the scheme of every weight
 NATIVE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _native(config: dict[str, Any]) -> str:
+    if OURS in config:
+        return "mixed"
     if (quant := table(config, "quantization_config")) is None:
         return NATIVE.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), "bf16")
     block = quant.get("weight_block_size")
@@ -129,6 +132,14 @@ def _native(config: dict[str, Any]) -> str:
         f"config.json: quantization_config {quant.get('quant_method')!r:.80}, blocks {block!r:.80}, is not read yet.",
         "Known: fp8 (e4m3) with 128 x 128 blocks, as DeepSeek-R1 is released.",
     )
+
+
+def _stored(config: dict[str, Any]) -> dict[str, str]:
+    """Weight name -> scheme, of a checkpoint that we compressed; empty for others."""
+    said = table(table(config, OURS) or {}, "schemes") or {}
+    if OURS in config and (not said or not all(isinstance(name, str) for name in said.values())):
+        raise bad(config, OURS, "an object with the scheme of every weight in `schemes`")
+    return said
 
 
 POSITIVE = ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
@@ -178,6 +189,7 @@ def _common(config: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "max_context": need(config, "max_position_embeddings"),
         "native": _native(config),
+        "stored": _stored(config),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "bos": next(iter(ids(config, "bos_token_id")), None),
         "eos": ids(config, "eos_token_id"),

@@ -1,8 +1,9 @@
 """Schemes: how weights are stored. `get("int8")` finds one; a new format is a new file and a row here."""
 
 from ..errors import UsageError
-from . import fp8_block, grouped, int8, plain
+from . import fp8_block, grouped, int8, plain, tiles
 from .base import Dim, PartSpec, Scheme, Stored, bytes_of, parts_of, row_quantum
+from .plain import Plain
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme for module in (plain, fp8_block, int8, grouped) for scheme in module.SCHEMES
@@ -11,9 +12,10 @@ SCHEMES: dict[str, Scheme] = {
 
 def get(name: str) -> Scheme:
     """The scheme of that name; UsageError names the known ones."""
-    if name not in SCHEMES:
-        raise UsageError(f"Unknown scheme {name!r}.", f"Known: {', '.join(SCHEMES)}.")
-    return SCHEMES[name]
+    found = SCHEMES.get(name) or tiles.parse(name)
+    if found is None:
+        raise UsageError(f"Unknown scheme {name!r}.", f"Known: {', '.join(SCHEMES)}, tiles16x32-2x3-3x4-4x2, ….")
+    return found
 
 
-__all__ = ["SCHEMES", "Dim", "PartSpec", "Scheme", "Stored", "bytes_of", "get", "parts_of", "row_quantum"]
+__all__ = ["SCHEMES", "Dim", "PartSpec", "Plain", "Scheme", "Stored", "bytes_of", "get", "parts_of", "row_quantum"]

@@ -4,8 +4,8 @@ Families, by their levels:
 
 - int2 … int6: 0, 1, …, 2^b - 1 and a minimum a group ("asymmetric"); "-sym": the same less 2^(b-1), no minimum.
   Scales and minimums are float16. "int4" is groups of 128; GGUF's Q4_1 and Q4_0 are int4-g32 and int4-g32-sym.
-- nl2 … nl4: the levels that lose least on a normal distribution (Max 1960, "Quantizing for minimum distortion",
-  table I), as integers of 127ths. A scale is FP8 E4M3 times one bfloat16 a row.
+- nl2 … nl5: the levels that lose least on a normal distribution (Max 1960, "Quantizing for minimum distortion"), as
+  integers of 127ths. A scale is FP8 E4M3 times one bfloat16 a row.
 - mxfp4: FP4 E2M1 in groups of 32, scales powers of two (OCP Microscaling Formats 1.0). nvfp4: groups of 16, scales
   FP8 E4M3 times one bfloat16 a row (NVIDIA's has one a tensor: all rows the same).
 """
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
     from .base import Parts
 
-NORMAL = {
-    2: (-127, -38, 38, 127),
-    3: (-127, -79, -45, -14, 14, 45, 79, 127),
-    4: (-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127),
+POSITIVE = {
+    2: (38, 127),
+    3: (14, 45, 79, 127),
+    4: (6, 18, 31, 44, 58, 75, 96, 127),
+    5: (3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127),
 }
+NORMAL = {bits: (*(-float(x) for x in reversed(half)), *map(float, half)) for bits, half in POSITIVE.items()}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -97,18 +99,22 @@ class Grouped:
 
     def nearest(self, w: torch.Tensor, scales: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         """Codes of w for scales (and minimums) that broadcast with it."""
+        inverse = scales.reciprocal().masked_fill_(scales == 0, 0.0)
+        return self.rank(w * inverse if low is None else w.mul(inverse).add_(-low * inverse))
+
+    def rank(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 of the levels nearest to x."""
         import torch
 
-        inverse = scales.reciprocal().masked_fill_(scales == 0, 0.0)
         first, last = self.levels[0], self.levels[-1]
         if self._even:
-            shift = -first if low is None else -low * inverse
-            return w.mul(inverse).add_(shift).round_().clamp_(0, last - first).to(torch.uint8)
+            return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
         order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
-        ladder = torch.tensor([self.levels[c] for c in order], device=w.device)
-        between = (ladder[1:] + ladder[:-1]) / 2
-        rank = torch.bucketize(w * inverse, between)
-        return torch.tensor(order, dtype=torch.uint8, device=w.device)[rank]
+        ladder = torch.tensor([self.levels[c] for c in order], device=x.device)
+        codes = torch.bucketize(x, (ladder[1:] + ladder[:-1]) / 2)
+        if order == list(range(len(order))):
+            return codes.to(torch.uint8)
+        return torch.tensor(order, dtype=torch.uint8, device=x.device)[codes]
 
     @property
     def _even(self) -> bool:
@@ -151,7 +157,7 @@ def _integers(bits: int):
 
 SCHEMES = (
     *(scheme for bits in (4, 6, 5, 3, 2) for scheme in _integers(bits)),
-    *(Grouped(f"nl{bits}-g{g}", bits, g, NORMAL[bits], "e4m3") for bits in (4, 3, 2) for g in (32, 64, 16)),
+    *(Grouped(f"nl{bits}-g{g}", bits, g, NORMAL[bits], "e4m3") for bits in (5, 4, 3, 2) for g in (32, 64, 128, 16)),
     Grouped("mxfp4", 4, 32, FP4, "e8m0"),
     Grouped("nvfp4", 4, 16, FP4, "e4m3"),
 )

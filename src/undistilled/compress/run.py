@@ -1,0 +1,178 @@
+"""`quantize`: a model in, a smaller checkpoint out, a file at a time.
+
+Everything is written to OUT.partial and gets its name when it is whole. A file is a unit of work: after a SIGKILL or
+on a full disk the same command goes on with the first file that is not there, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from .. import scheme as schemes
+from ..checkpoint.compressed import tensor_of
+from ..checkpoint.resolve import Model
+from ..checkpoint.writer import Tensor, sha256, write
+from ..errors import UsageError
+from ..model.spec import OURS
+from ..model.weights import Weight, weights
+from ..plan.recipes import scheme_of
+from ..scheme.base import Parts, parts_of
+from .choose import Choice, choose
+
+SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
+SIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `scheme`: a scheme or recipe; else `bytes` or `bits` (of a weight, on average) is shared out.
+
+    `tokens` of calibration; `solver`: rtn, search or gptq.
+    """
+
+    scheme: str | None = None
+    bits: float | None = None
+    bytes: int | None = None
+    solver: str = "gptq"
+    tokens: int = 8192
+    text: str | None = None
+    shard: int = SHARD
+
+
+def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: None) -> dict:
+    """Write `model` to `out` as asked; what was done, for people and scripts."""
+    if (request.scheme is None) + (request.bits is None) + (request.bytes is None) != 2:
+        raise UsageError("Say how small: one of --scheme, --bits and --bytes.")
+    if out.exists():
+        raise UsageError(f"{out} exists.", "Give another folder, or remove it.")
+    folder = out.with_name(out.name + ".partial")
+    _open(folder, model, request)
+    began = perf_counter()
+    choice = choose(model, request, folder, say)
+    table = {w.name: choice.schemes.get(w.name) or scheme_of(w, model.spec, choice.base) for w in weights(model.spec)}
+    files = _files(model, table, request.shard)
+    wrote = _write(folder, model, table, files, choice, say)
+    _finish(folder, out, model, table, files, request)
+    return {
+        "out": str(out), "bytes": wrote, "files": len(files), "seconds": perf_counter() - began,
+        "bits_per_weight": 8 * wrote / sum(w.params for w in weights(model.spec)),
+        "schemes": _counted(table),
+    }
+
+
+def _counted(table: dict[str, str]) -> dict[str, int]:
+    """How many weights of each scheme; dynamic blocks count as one."""
+    found: dict[str, int] = {}
+    for name in table.values():
+        kind = "tiles" if name.startswith("tiles") else name
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def _open(folder: Path, model: Model, request: Request) -> None:
+    """Begin, or go on: the folder must be of the same request for the same model."""
+    said = {"model": model.fingerprint(), **asdict(request)}
+    file = folder / "request.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(said))
+    elif json.loads(file.read_text()) != said:
+        raise UsageError(f"{folder} is of another request.", "Remove it, or give another OUT.")
+
+
+def _files(model: Model, table: dict[str, str], room: int) -> list[list[tuple[Weight, int]]]:
+    """The tensors of each file, (weight, which expert): in order, as many as `room` bytes take."""
+    files: list[list[tuple[Weight, int]]] = [[]]
+    left = room
+    for weight in weights(model.spec):
+        size = schemes.bytes_of(schemes.get(table[weight.name]), weight.shape)
+        for at in range(weight.count):
+            if size > left and files[-1]:
+                files.append([])
+                left = room
+            files[-1].append((weight, at))
+            left -= size
+    return files
+
+
+def _tensors(table: dict[str, str], content: list[tuple[Weight, int]]) -> list[Tensor]:
+    found = []
+    for weight, at in content:
+        scheme = schemes.get(table[weight.name])
+        for part, spec in parts_of(scheme, weight.shape).items():
+            found.append(Tensor(tensor_of(weight.tensor_names[at], scheme, part), spec.dtype, spec.shape))
+    return found
+
+
+def _write(folder: Path, model: Model, table: dict[str, str], files: list, choice: Choice, say: Say) -> int:
+    """Every file that is not there yet; the bytes of all."""
+    journal = folder / "journal.jsonl"
+    done = {}
+    for line in journal.read_text().splitlines() if journal.exists() else []:
+        entry = _entry(line)
+        done[entry.get("file")] = entry.get("sha256")
+    began, wrote, total = perf_counter(), 0, 0
+    every = sum(t.nbytes for content in files for t in _tensors(table, content))
+    for at, content in enumerate(files, 1):
+        file, tensors = folder / f"model-{at:05d}-of-{len(files):05d}.safetensors", _tensors(table, content)
+        size = sum(t.nbytes for t in tensors)
+        if not (file.exists() and done.get(file.name) == sha256(file)):
+            digest = write(file, tensors, _values(model, table, content, choice))
+            with journal.open("a") as f:
+                f.write(json.dumps({"file": file.name, "sha256": digest}) + "\n")
+            wrote += size
+        total += size
+        left = (perf_counter() - began) / max(wrote, 1) * (every - total)
+        say(f"{file.name}: {total / 1e9:.2f} of {every / 1e9:.2f} GB, {left:.0f} s left")
+    return total
+
+
+def _entry(line: str) -> dict:
+    """A line of the journal; one that a kill cut short says nothing."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
+    source = model.source()
+    for weight, at in content:
+        scheme, name = schemes.get(table[weight.name]), weight.tensor_names[at]
+        rows = weight.shape[0]
+        if source.scheme(name) == scheme.name:
+            parts: Parts = source.parts(name, 0, rows)
+        else:
+            parts = choice.solve(weight, at, scheme, source.dense(name, 0, rows))
+        for part, spec in parts_of(scheme, weight.shape).items():
+            yield parts[part].reshape(spec.shape)
+
+
+def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files: list, request: Request) -> None:
+    """Index, config and tokenizer; then the folder gets its name."""
+    mapping, total = {}, 0
+    for at, content in enumerate(files, 1):
+        for tensor in _tensors(table, content):
+            mapping[tensor.name] = f"model-{at:05d}-of-{len(files):05d}.safetensors"
+            total += tensor.nbytes
+    config = {k: v for k, v in model.config.items() if k not in ("quantization_config", OURS) and not k.startswith("gguf")}
+    config[OURS] = {"format": 1, "source": model.fingerprint(), "request": asdict(request), "schemes": table}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
+    model.tokenizer().save(folder)
+    for name, value in (("model.safetensors.index.json", index), ("config.json", config)):
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+    for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    os.replace(folder, out)
+
+
+__all__ = ["SIDE", "Request", "quantize", "shutil"]

@@ -1,0 +1,75 @@
+"""Dynamic blocks: what each tile loses at each width, and the values of a weight once its widths are counted.
+
+A tile's loss is the weighted square error of its values with searched scales: 1/2 sum of G[r] M[c, c] d[r, c]^2, with
+output and input moments from compress/calibrate.py. E experts (or nothing), B blocks, S sections, T tiles, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...scheme.base import Parts
+from ...scheme.grouped import NORMAL, Grouped
+from ...scheme.tiles import WIDTHS, Tiles
+from . import gptq, search
+
+
+def normal(bits: int, group: int) -> Grouped:
+    """The scheme that a tile row of this width is."""
+    return Grouped(f"nl{bits}-g{group}", bits, group, NORMAL[bits], "e4m3")
+
+
+def losses(
+    shape: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor, widths: tuple[int, ...] = WIDTHS
+) -> dict[int, torch.Tensor]:
+    """Bits -> losses [..., B, S, T] of [..., N, K], for mean moments [..., K] and [..., N]."""
+    found = {}
+    for bits in widths:
+        scheme = normal(bits, shape.cols)
+        parts = search.solve(scheme, w, inputs[..., None, :])
+        d = scheme.decompress(parts, tuple(w.shape), torch.float32) - w
+        weighted = 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]
+        found[bits] = shape.tiled(weighted).sum((-1, -2))
+    return found
+
+
+def solve(scheme: Tiles, w: torch.Tensor, moments: torch.Tensor, outputs: torch.Tensor) -> Parts:
+    """[..., N, K] in `scheme`: widths by loss, values by GPTQ, for mean moments [..., K, K] and [..., N]."""
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    middle = scheme.counts[len(scheme.counts) // 2][0]
+    order = losses(scheme, w, diagonal, outputs, (middle,))[middle].argsort(-1)
+    scales = None
+    place = order.argsort(-1)
+    kind = torch.tensor(scheme.widths, device=w.device)[place]  # [..., B, S, T] bits by place in the weight
+    for bits, _ in scheme.counts:
+        form = normal(bits, scheme.cols)
+        fitted, _ = form.steps(search.fit(form, w, diagonal[..., None, :]))
+        by_tile = scheme.tiled(fitted.repeat_interleave(scheme.cols, -1)[..., : w.shape[-1]])[..., 0]
+        scales = by_tile if scales is None else torch.where((kind == bits)[..., None], by_tile, scales)
+    assert scales is not None
+    meta = scheme.stored_scales(scheme.sorted(scales, order))
+    steps = scheme.sorted(scheme.read_scales(meta), place)
+    grid = gptq.Grid(
+        gptq.stacked(_spread(scheme, steps, w)), None, _spread(scheme, kind[..., None].expand_as(steps), w), nearest
+    )
+    grid.kind = grid.kind.reshape(-1, *w.shape[-2:]) if grid.kind is not None else None
+    codes = gptq.rounded(gptq.stacked(w), gptq.stacked(moments), grid).reshape(w.shape)
+    return scheme.pack(scheme.sorted(scheme.tiled(codes), order), order, meta)
+
+
+def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """[..., B, S, T, R] -> [..., N, K]: each value for a tile's row."""
+    return scheme.flat(by_row[..., None].expand(*by_row.shape, scheme.cols), tuple(w.shape))
+
+
+def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and levels of values in units of their scales, `kind`: their bits."""
+    assert kind is not None
+    codes, levels = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(x)
+    for bits in WIDTHS:
+        here = kind == bits
+        table = torch.tensor(NORMAL[bits], device=x.device)
+        code = torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+        codes = torch.where(here, code.to(torch.uint8), codes)
+        levels = torch.where(here, table[code], levels)
+    return codes, levels
