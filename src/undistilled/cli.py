@@ -202,6 +202,9 @@ def prove(
     model: MODEL,
     plan_file: PLAN = None,
     scheme: SCHEME = None,
+    original: Annotated[
+        str | None, typer.Option(help="The model to compare with; default: what it was made from, or itself.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")
     ] = None,
@@ -241,6 +244,7 @@ def prove(
             model,
             plan_file=plan_file,
             scheme=scheme,
+            original=original,
             text=text,
             tasks=tasks or (),
             tokens=tokens,

@@ -52,6 +52,11 @@ class Model:
     spec: ModelSpec
 
     @property
+    def said(self) -> str:
+        """What `find` finds it by again, from any folder."""
+        return self.name if self.name in BUILT_IN else str(self.path.resolve())
+
+    @property
     def has_weights(self) -> bool:
         """False where only a config.json was given, which is enough to plan."""
         return self.path.suffix == ".gguf" or (self.path.is_dir() and _holds_weights(self.path))

@@ -32,10 +32,10 @@ class Moments:
     met: torch.Tensor | None = None
     tokens: int = 0
 
-    def of(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean moments (inputs [K, K], outputs [N]) of one matrix."""
+    def of(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean moments (inputs [..., K, K], outputs [..., N]) of one matrix, or of these experts."""
         inputs, outputs = self.mean_inputs(), self.mean_outputs()
-        return (inputs, outputs) if expert is None else (inputs[expert], outputs[expert])
+        return (inputs, outputs) if experts is None else (inputs[experts], outputs[experts])
 
     def mean_inputs(self) -> torch.Tensor:
         """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros."""

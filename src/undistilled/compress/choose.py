@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from .. import scheme as schemes
@@ -18,21 +17,21 @@ from ..model.weights import Weight, weights
 from ..plan.recipes import parse, scheme_of
 from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
-from ..scheme.tiles import WIDTHS, Tiles
+from ..scheme.tiles import Tiles
 from .allocate import allocate
 from .calibrate import Moments
 from .material import moments_of
+from .options import AT_ONCE, options
 from .solvers import gptq, search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
     from .run import Request
 
+__all__ = ["AT_ONCE", "Choice", "choose"]
+
 SOLVERS = ("rtn", "search", "gptq")
-ROWS, COLS = 16, 32  # of a tile
-BUCKETS = 12  # of a weight's tiles, by rank: what one choice of bits is for
-HEAD = "int8"  # of the head under a budget: it is read once a token, and its loss is a word
-PLAIN_BITS = "int8"  # of the recipe whose other roles a budget keeps
+REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
 
 @dataclass
@@ -44,17 +43,25 @@ class Choice:
     moments: dict[str, Moments] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
 
-    def solve(self, weight: Weight, expert: int, scheme: Scheme, w: torch.Tensor) -> Parts:
-        """Parts of one matrix (or vector) `w`, float32."""
+    def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
+        """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
         found = self.moments.get(weight.name)
         if found is None or self.solver == "rtn" or not isinstance(scheme, (Grouped, Tiles)):
             return scheme.compress(w)
-        inputs, outputs = found.of(expert if weight.experts else None)
+        inputs, outputs = found.of(experts)
         if isinstance(scheme, Tiles):
             return tile_solver.solve(scheme, w, inputs, outputs)
         if self.solver == "search":
-            return search.solve(scheme, w, inputs.diagonal()[None])
+            return search.solve(scheme, w, inputs.diagonal(dim1=-2, dim2=-1)[..., None, :])
         return gptq.solve(scheme, w, inputs)
+
+    def diagonals(self, weight: Weight, experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known."""
+        found = self.moments.get(weight.name)
+        if found is None:
+            return torch.ones(1, weight.shape[1]), torch.ones(1, weight.shape[0])
+        inputs, outputs = found.mean_inputs().diagonal(dim1=-2, dim2=-1), found.mean_outputs()
+        return (inputs[experts], outputs[experts]) if weight.experts else (inputs[None], outputs[None])
 
 
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
@@ -65,7 +72,7 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
         parse(request.scheme)
     calibrated = request.solver != "rtn"
     moments = moments_of(model, request, folder / "moments.safetensors", say) if calibrated else {}
-    choice = Choice(request.scheme or PLAIN_BITS, request.solver, moments)
+    choice = Choice(request.scheme or REST, request.solver, moments)
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
@@ -77,56 +84,20 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
 
 
 def _shared_out(model: Model, request: Request, choice: Choice, say: Callable[[str], None]) -> dict[str, str]:
-    """Weight -> dynamic blocks, so that the whole checkpoint has the bytes that were asked for."""
+    """Weight -> scheme, so that the whole checkpoint has the bytes that were asked for."""
     every = list(weights(model.spec))
-    linear = [w for w in every if w.is_linear]
+    shared = [w for w in every if w.is_linear]
     rest = sum(
         schemes.bytes_of(schemes.get(scheme_of(w, model.spec, choice.base)), w.full_shape)
         for w in every
         if not w.is_linear
     )
     budget = request.bytes or int(request.bits * sum(w.params for w in every) / 8)  # type: ignore[operator]
-    room = budget - rest - sum(_fixed(w) for w in linear)
-    if room <= 0:
+    if budget <= rest:
         raise DoesNotFit(f"{rest / 1e9:.3f} GB are no matrices; the budget is {budget / 1e9:.3f} GB.", "Give more.")
-    keys, options = [], []
-    source = model.source()
-    for at, weight in enumerate(linear, 1):
-        ranks, found = _options(weight, source, choice)
-        keys += [(weight.name, count) for count in ranks]
-        options += found
-        say(f"measured {at} of {len(linear)} matrices")
-    counts: dict[str, dict[int, int]] = {}
-    for (name, count), taken in zip(keys, allocate(options, room), strict=True):
-        of = counts.setdefault(name, {})
-        of[WIDTHS[taken]] = of.get(WIDTHS[taken], 0) + count
-    return {name: Tiles(ROWS, COLS, tuple(sorted(of.items()))).name for name, of in counts.items()}
-
-
-def _fixed(weight: Weight) -> int:
-    """Bytes of dynamic blocks beside their tiles."""
-    return -(-weight.shape[0] // ROWS) * ROWS * 2 * weight.count
-
-
-def _options(weight: Weight, source, choice: Choice) -> tuple[list[int], list[list[tuple[float, int]]]]:
-    """Tiles in each bucket of ranks, and for each bucket its (loss, bytes) in each of WIDTHS."""
-    tiles = -(-weight.shape[1] // COLS)
-    shape = Tiles(ROWS, COLS, ((WIDTHS[0], tiles),))
-    total = {bits: torch.zeros(tiles) for bits in WIDTHS}
-    for at, name in enumerate(weight.tensor_names):
-        w = source.dense(name, 0, weight.shape[0])
-        found = choice.moments.get(weight.name)
-        if found is None:
-            inputs, outputs = torch.ones(weight.shape[1]), torch.ones(weight.shape[0])
-        else:
-            moments, outputs = found.of(at if weight.experts else None)
-            inputs = moments.diagonal()
-        lost = tile_solver.losses(shape, w, inputs, outputs)
-        order = lost[3].argsort(-1)
-        for bits, by_tile in lost.items():
-            total[bits] += by_tile.gather(-1, order).sum((0, 1))
-    blocks = -(-weight.shape[0] // ROWS) * weight.count
-    buckets = np.array_split(np.arange(tiles), min(tiles, BUCKETS))
-    size = {bits: blocks * (ROWS * COLS * bits // 8 + ROWS + 2) for bits in WIDTHS}
-    options = [[(float(total[b][ranks].sum()), len(ranks) * size[b]) for b in WIDTHS] for ranks in buckets]
-    return [len(ranks) for ranks in buckets], options
+    source, found = model.source(), []
+    for at, weight in enumerate(shared, 1):
+        found.append(options(weight, source, choice))
+        say(f"measured {at} of {len(shared)} matrices")
+    taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], budget - rest)
+    return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}

@@ -7,8 +7,8 @@ on a full disk the same command goes on with the first file that is not there, a
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ import torch
 from .. import scheme as schemes
 from ..checkpoint.compressed import tensor_of
 from ..checkpoint.resolve import Model
+from ..checkpoint.source import Source
 from ..checkpoint.writer import Tensor, sha256, write
 from ..errors import UsageError
 from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
-from ..scheme.base import Parts, parts_of
-from .choose import Choice, choose
+from ..scheme.base import Parts, Scheme, parts_of
+from .choose import AT_ONCE, Choice, choose
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
-SIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json")
 Say = Callable[[str], None]
 
 
@@ -146,15 +146,38 @@ def _entry(line: str) -> dict:
 
 def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
     source = model.source()
-    for weight, at in content:
-        scheme, name = schemes.get(table[weight.name]), weight.tensor_names[at]
-        rows = weight.shape[0]
-        if source.scheme(name) == scheme.name:
-            parts: Parts = source.parts(name, 0, rows)
+    for weight, experts in _together(content):
+        scheme = schemes.get(table[weight.name])
+        names = [weight.tensor_names[at] for at in experts]
+        if source.scheme(names[0]) == scheme.name:
+            found = (source.parts(name, 0, weight.shape[0]) for name in names)
         else:
-            parts = choice.solve(weight, at, scheme, source.dense(name, 0, rows))
-        for part, spec in parts_of(scheme, weight.shape).items():
-            yield parts[part].reshape(spec.shape)
+            found = _solved(weight, experts, scheme, source, choice)
+        for parts in found:
+            for part, spec in parts_of(scheme, weight.shape).items():
+                yield parts[part].reshape(spec.shape)
+
+
+def _together(content: list[tuple[Weight, int]]) -> Iterator[tuple[Weight, range]]:
+    """Runs of experts of one weight that are solved at once: small matrices gain much by company."""
+    at = 0
+    while at < len(content):
+        weight, first = content[at]
+        most = max(1, AT_ONCE // math.prod(weight.shape))
+        count = 1
+        while count < most and at + count < len(content) and content[at + count][0] is weight:
+            count += 1
+        yield weight, range(first, first + count)
+        at += count
+
+
+def _solved(weight: Weight, experts: range, scheme: Scheme, source: Source, choice: Choice) -> Iterator[Parts]:
+    dense = [source.dense(weight.tensor_names[at], 0, weight.shape[0]) for at in experts]
+    if not weight.experts:
+        yield choice.solve(weight, None, scheme, dense[0])
+        return
+    stacked = choice.solve(weight, slice(experts.start, experts.stop), scheme, torch.stack(dense))
+    yield from ({part: tensor[at] for part, tensor in stacked.items()} for at in range(len(experts)))
 
 
 def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files: list, request: Request) -> None:
@@ -165,7 +188,10 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
             mapping[tensor.name] = f"model-{at:05d}-of-{len(files):05d}.safetensors"
             total += tensor.nbytes
     config = {k: v for k, v in model.config.items() if k not in ("quantization_config", OURS) and not k.startswith("gguf")}
-    config[OURS] = {"format": 1, "source": model.fingerprint(), "request": asdict(request), "schemes": table}
+    config[OURS] = {
+        "format": 1, "model": model.said, "fingerprint": model.fingerprint(), "request": asdict(request),
+        "schemes": table,
+    }
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
     model.tokenizer().save(folder)
     for name, value in (("model.safetensors.index.json", index), ("config.json", config)):
@@ -173,6 +199,3 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors"):
         (folder / name).unlink(missing_ok=True)
     os.replace(folder, out)
-
-
-__all__ = ["SIDE", "Request", "quantize", "shutil"]

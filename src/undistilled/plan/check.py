@@ -62,7 +62,7 @@ def _check_row(row: Row, weight: Weight, plan: Plan, spec: ModelSpec) -> None:
     except UsageError as error:
         raise BadArtefact(f"Row {row.name}: {error.message}", error.hint) from None
     by_rows = schemes.row_quantum(scheme) == 1
-    if row.scheme not in ALLOWED.get(weight.role, schemes.SCHEMES) or (weight.role == "embed" and not by_rows):
+    if row.scheme not in ALLOWED.get(weight.role, (row.scheme,)) or (weight.role == "embed" and not by_rows):
         raise BadArtefact(f"Row {row.name}: a weight of role {weight.role} is never stored as {row.scheme}.")
     scaled = spec.native == "fp8_block" and weight.is_linear
     for what, said, real in (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.resolve import Model
+from ..checkpoint.resolve import Model, find
 from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..generate.engine import plan_for
 from ..generate.runner import ROWS
-from ..model.spec import ModelSpec
+from ..model.spec import OURS, ModelSpec
 from ..plan.check import bytes_needed, check, check_devices, contexts_of, decode_bytes
 from ..plan.hardware import load_machine
 from ..plan.plan import DevicePrediction, Plan
@@ -32,6 +32,26 @@ def proven_plan(model: Model, plan_file: Path | None, scheme: str | None, contex
         plan = plan_for(model, {"scheme": scheme, "context": context})
     device_of(plan)
     return plan
+
+
+def original_of(model: Model, name: str | None) -> Model:
+    """The model to compare with: the one of that name, or what `model` was compressed from, or itself.
+
+    UsageError where it cannot answer the same questions, or where a compressed model's original is not there.
+    """
+    made = model.config.get(OURS)
+    if name is None and made is None:
+        return model
+    said = name or str(made.get("model"))
+    try:
+        base = find(said)
+    except BadArtefact as error:
+        raise UsageError(f"{model.name} was made from {said!r}: {error.message}", "Say --original.") from None
+    if name is None and base.fingerprint() != made.get("fingerprint"):
+        raise UsageError(f"{said} is not what {model.name} was made from: it changed.", "Say --original.")
+    if base.spec.vocab != model.spec.vocab:
+        raise UsageError(f"{base.name} has {base.spec.vocab} tokens, {model.name} {model.spec.vocab}.")
+    return base
 
 
 def device_of(plan: Plan) -> str:

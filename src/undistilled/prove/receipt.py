@@ -31,7 +31,7 @@ from . import divergence, graded, measure
 from . import tasks as questions
 from .answers import Answer
 from .inputs import Asked, Inputs, read_inputs
-from .plans import device_of, original_plan, proven_plan
+from .plans import device_of, original_of, original_plan, proven_plan
 from .score import Scorer
 
 VERSION = 1
@@ -43,6 +43,7 @@ def prove(
     *,
     plan_file: Path | None = None,
     scheme: str | None = None,
+    original: str | None = None,
     text: Path | None = None,
     tasks: Sequence[Path] = (),
     tokens: int = 2048,
@@ -55,6 +56,7 @@ def prove(
 ) -> dict[str, Any]:
     """The receipt of a plan, from a file or made here for `scheme` and `context` on this machine.
 
+    original: the model that it is compared with; None: the same, or what a compressed one was made from.
     tokens: of the text, in windows of `window`; limit: questions of each task (None: all of a file, 100 of each task
     of the reasoning suite, which is asked where `suite` says what).
     Three runs, one after another: speed and memory in a fresh process, the original here, the plan here.
@@ -63,13 +65,14 @@ def prove(
     say = progress or (lambda _text: None)
     model = find(model_name)
     plan = proven_plan(model, plan_file, scheme, context)
-    original = original_plan(model, plan)
-    inputs = read_inputs(model, plan, original, Asked(text, tasks, tokens, limit, window, suite))
+    base = original_of(model, original)
+    first = original_plan(base, plan)
+    inputs = read_inputs(model, plan, first, Asked(text, tasks, tokens, limit, window, suite))
     say("measuring memory and speed in a fresh process")
     bench = measure.bench(model_name, plan, command)
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
-        quality = _quality(model, plan, original, inputs, Path(folder) / "logprobs", say)
-    return seal(_bindings(model, plan, original, inputs) | quality | _figures(plan, bench))
+        quality = _quality((base, first), (model, plan), inputs, Path(folder) / "logprobs", say)
+    return seal(_bindings((base, first), (model, plan), inputs) | quality | _figures(plan, bench))
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,24 @@ class Side:
     answers: dict[str, list[Answer]]
 
 
-def _quality(model: Model, plan: Plan, original: Plan, inputs: Inputs, file: Path, say: Progress) -> dict[str, Any]:
+Planned = tuple[Model, Plan]
+
+
+def _quality(first: Planned, second: Planned, inputs: Inputs, file: Path, say: Progress) -> dict[str, Any]:
     """One model after the other; the first one's log-probabilities wait in `file`."""
-    suite = inputs.suite
-    first = _side(
-        model, original, suite.original if suite else None, inputs, f"original ({original.scheme})", say,
+    suite, (base, original), (model, plan) = inputs.suite, first, second
+    one = _side(
+        base, original, suite.original if suite else None, inputs, f"original ({original.scheme})", say,
         lambda scorer: divergence.record(scorer, inputs.windows, file),
     )
-    second = _side(
+    other = _side(
         model, plan, suite.plan if suite else None, inputs, f"plan ({plan.scheme})", say,
-        lambda scorer: divergence.compare(scorer, inputs.windows, first.text),
+        lambda scorer: divergence.compare(scorer, inputs.windows, one.text),
     )
-    compared = zip(inputs.tasks, first.chosen, second.chosen, strict=True)
-    return second.text | {
+    compared = zip(inputs.tasks, one.chosen, other.chosen, strict=True)
+    return other.text | {
         "tasks": {t.name: questions.compare(t, a, b) for t, a, b in compared},
-        "suite": graded.figures(suite, first.answers, second.answers) if suite else None,
+        "suite": graded.figures(suite, one.answers, other.answers) if suite else None,
     }
 
 
@@ -142,13 +148,15 @@ def _figures(plan: Plan, bench: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bindings(model: Model, plan: Plan, original: Plan, inputs: Inputs) -> dict[str, Any]:
+def _bindings(first: Planned, second: Planned, inputs: Inputs) -> dict[str, Any]:
     """What the figures are about, so that they can be found wanting elsewhere."""
+    (base, original), (model, plan) = first, second
     return {
         "receipt_version": VERSION,
         "model": {"name": model.name, "fingerprint": model.fingerprint(), "parameters": plan.parameters},
         "plan": _weights(plan) | {"digest": plan.digest(), "context": plan.limits.context, "batch": plan.limits.batch},
-        "original": _weights(original) | {"digest": original.digest()},
+        "original": _weights(original)
+        | {"name": base.name, "fingerprint": base.fingerprint(), "digest": original.digest()},
         "versions": {"undistilled": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {
             "name": plan.machine, "system": platform.platform(), "processor": platform.machine(),

@@ -4,7 +4,7 @@ Families, by their levels:
 
 - int2 … int6: 0, 1, …, 2^b - 1 and a minimum a group ("asymmetric"); "-sym": the same less 2^(b-1), no minimum.
   Scales and minimums are float16. "int4" is groups of 128; GGUF's Q4_1 and Q4_0 are int4-g32 and int4-g32-sym.
-- nl2 … nl5: the levels that lose least on a normal distribution (Max 1960, "Quantizing for minimum distortion"), as
+- nl2 … nl6: the levels that lose least on a normal distribution (Max 1960, "Quantizing for minimum distortion"), as
   integers of 127ths. A scale is FP8 E4M3 times one bfloat16 a row.
 - mxfp4: FP4 E2M1 in groups of 32, scales powers of two (OCP Microscaling Formats 1.0). nvfp4: groups of 16, scales
   FP8 E4M3 times one bfloat16 a row (NVIDIA's has one a tensor: all rows the same).
@@ -30,6 +30,10 @@ POSITIVE = {
     3: (14, 45, 79, 127),
     4: (6, 18, 31, 44, 58, 75, 96, 127),
     5: (3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127),
+    6: (
+        1, 3, 6, 8, 10, 13, 15, 17, 20, 22, 24, 27, 30, 32, 35, 38, 40, 43, 46, 49, 53, 56, 60, 64, 68, 73, 78, 84, 91,
+        99, 110, 127,
+    ),
 }
 NORMAL = {bits: (*(-float(x) for x in reversed(half)), *map(float, half)) for bits, half in POSITIVE.items()}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -157,7 +161,7 @@ def _integers(bits: int):
 
 SCHEMES = (
     *(scheme for bits in (4, 6, 5, 3, 2) for scheme in _integers(bits)),
-    *(Grouped(f"nl{bits}-g{g}", bits, g, NORMAL[bits], "e4m3") for bits in (5, 4, 3, 2) for g in (32, 64, 128, 16)),
+    *(Grouped(f"nl{bits}-g{g}", bits, g, NORMAL[bits], "e4m3") for bits in (6, 5, 4, 3, 2) for g in (32, 64, 128, 16)),
     Grouped("mxfp4", 4, 32, FP4, "e8m0"),
     Grouped("nvfp4", 4, 16, FP4, "e4m3"),
 )

@@ -1,11 +1,11 @@
-"""Dynamic blocks: a weight in tiles of `rows` x `cols`, each of them in 2 to 5 bits.
+"""Dynamic blocks: a weight in tiles of `rows` x `cols`, each of them in 2 to 6 bits.
 
 Every block of `rows` rows has the same number of tiles of each width, `counts`; which columns get which width is the
 block's own `order`. So the shapes follow from the name alone, a shard along "out" is a slice, and a kernel reads a
 block's tiles of one width as one run, without a branch: only the place in x comes from `order`. Sections do the same
 for a shard along "in": each of the weight's equal ranges of inputs has `counts` tiles.
 
-A tile's values are levels of a normal distribution (scheme/grouped.py, nl2 … nl5) times a scale for each of its rows,
+A tile's values are levels of a normal distribution (scheme/grouped.py, nl2 … nl6) times a scale for each of its rows,
 FP8 E4M3, times one bfloat16 a row of the weight. "tiles16x32-2x3-3x4-4x2": 9 tiles a section, 3 of them in 2 bits.
 N rows, K inputs, B blocks of rows, S sections, T tiles a section, R rows and C columns of a tile.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .base import Parts
 
-NAME = re.compile(r"tiles(\d+)x(\d+)((?:-[2-5]x\d+)+)")
+NAME = re.compile(r"tiles(\d+)x(\d+)((?:-[2-6]x\d+)+)")
 WIDTHS = tuple(NORMAL)
 
 

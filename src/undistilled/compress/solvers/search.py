@@ -16,7 +16,7 @@ CANDIDATES = 16
 NARROWEST, WIDEST = 0.45, 1.05  # of the whole range
 
 
-def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor) -> Parts:
+def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: int = CANDIDATES) -> Parts:
     """The parts beside `values` for [..., N, K]; importance >= 0 broadcasts with it (by input: [..., 1, K])."""
     groups = grouped(w.float(), scheme.group)
     h = grouped(importance.float().expand(*importance.shape[:-2], 1, w.shape[-1]) + 1e-12, scheme.group)
@@ -25,7 +25,7 @@ def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor) -> Parts:
     base, low = scheme.steps(scheme.fit(w.float()))
     best = torch.full(base.shape, float("inf"), device=w.device)
     scales, minimums = base.clone(), None if low is None else low.clone()
-    for factor in torch.linspace(NARROWEST, WIDEST, CANDIDATES).tolist():
+    for factor in torch.linspace(NARROWEST, WIDEST, candidates).tolist():
         s, m = base * factor, low
         if low is not None:
             m = low + base * (1 - factor) * scheme.levels[-1] / 2
@@ -68,7 +68,7 @@ def _error(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tens
     return (h * (groups - value).square()).sum(-1)
 
 
-def solve(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor) -> Parts:
+def solve(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: int = CANDIDATES) -> Parts:
     """The weight [..., N, K] with searched scales and the nearest codes."""
-    meta = fit(scheme, w, importance)
+    meta = fit(scheme, w, importance, candidates)
     return {"values": scheme.packed(scheme.codes(w.float(), meta)), **meta}

@@ -14,6 +14,9 @@ from ...scheme.tiles import WIDTHS, Tiles
 from . import gptq, search
 
 
+MEASURED = 5  # candidates for a scale where only the loss is wanted
+
+
 def normal(bits: int, group: int) -> Grouped:
     """The scheme that a tile row of this width is."""
     return Grouped(f"nl{bits}-g{group}", bits, group, NORMAL[bits], "e4m3")
@@ -26,7 +29,7 @@ def losses(
     found = {}
     for bits in widths:
         scheme = normal(bits, shape.cols)
-        parts = search.solve(scheme, w, inputs[..., None, :])
+        parts = search.solve(scheme, w, inputs[..., None, :], MEASURED)
         d = scheme.decompress(parts, tuple(w.shape), torch.float32) - w
         weighted = 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]
         found[bits] = shape.tiled(weighted).sum((-1, -2))
