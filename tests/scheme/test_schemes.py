@@ -7,13 +7,21 @@ from hypothesis import strategies as st
 
 from undistilled import scheme as schemes
 from undistilled.errors import UsageError
+from undistilled.scheme.grouped import NORMAL
+from undistilled.scheme.packing import pack, unpack
 
 # half a step of each format, relative to the largest value that shares a scale
-HALF_STEP = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "int8": 0.5 / 127, "int4": 0.55 / 7}
+HALF_STEP = {
+    "bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "int8": 0.5 / 127,
+    "int6": 0.55 / 31, "int5": 0.55 / 15, "int4": 0.55 / 7, "int3": 0.55 / 3, "int2": 0.55 / 2,
+    # half of the widest gap between levels, and what an FP8 scale that was rounded down cuts off
+    "nl6": 0.07, "nl5": 0.08, "nl4": 0.1, "nl3": 0.14, "nl2": 0.22, "mxfp4": 0.17, "nvfp4": 0.13, "tiles16x32": 0.22,
+}
+TILES = ["tiles16x32-2x3-3x4-4x5", "tiles16x32-6x12", "tiles16x32-3x6-5x6"]
 R1_SHAPES = [(576, 7168), (1536, 7168), (2048, 7168), (7168, 2048)]
 
 
-@pytest.mark.parametrize("name", list(schemes.SCHEMES))
+@pytest.mark.parametrize("name", [*schemes.SCHEMES, *TILES])
 @settings(max_examples=25, deadline=None)
 @given(out=st.integers(1, 300), into=st.integers(1, 300), experts=st.integers(0, 3), seed=st.integers(0, 99))
 def test_parts_bytes_and_error(name, out, into, experts, seed):
@@ -43,7 +51,23 @@ def test_a_slice_is_the_slice_of_the_whole(name):
     assert torch.equal(stored.expert(2).dense(torch.float32), dense[2])
 
 
-@pytest.mark.parametrize("name, axis, start", [("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32)])
+@pytest.mark.parametrize("name", TILES)
+def test_dynamic_blocks_are_cut_by_blocks_of_rows_and_by_sections(name):
+    scheme = schemes.get(name)
+    stored = schemes.Stored(scheme, (3, 300, 768), scheme.compress(torch.randn(3, 300, 768)))
+    dense = stored.dense(torch.float32)
+    assert torch.equal(stored.narrow("out", 128, 256).dense(torch.float32), dense[:, 128:256])
+    assert torch.equal(stored.narrow("out", 256, 300).dense(torch.float32), dense[:, 256:])
+    assert torch.equal(stored.narrow("in", 384, 768).dense(torch.float32), dense[..., 384:])
+    assert torch.equal(stored.narrow("expert", 1, 3).dense(torch.float32), dense[1:])
+    assert torch.equal(stored.expert(2).dense(torch.float32), dense[2])
+
+
+@pytest.mark.parametrize(
+    "name, axis, start",
+    [("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32), ("int3-g64", "in", 32), (TILES[0], "out", 8),
+     (TILES[0], "in", 32)],
+)
 def test_a_cut_quantum_is_refused(name, axis, start):
     scheme = schemes.get(name)
     stored = schemes.Stored(scheme, (256, 256), scheme.compress(torch.randn(256, 256)))
@@ -51,7 +75,34 @@ def test_a_cut_quantum_is_refused(name, axis, start):
         stored.narrow(axis, start, 256)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int8", "fp8_block"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
+def test_packed_codes_come_back(bits):
+    codes = torch.randint(0, 1 << bits, (3, 5, 96), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, 3, 4 * bits)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", sorted(NORMAL))
+def test_levels_of_a_normal_distribution_lose_least_on_one(bits):
+    """No level can move by 2% of the range and lose less: a fixed point of Lloyd's iteration, up to 127ths."""
+    x = torch.randn(200_000)
+    levels = torch.tensor(NORMAL[bits])
+
+    def lost(levels):
+        rank = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+        return (levels[rank] - x).square().mean()
+
+    best = min((torch.linspace(1.0, 4.5, 100) / 127).tolist(), key=lambda s: lost(levels * s))
+    base = lost(levels * best)
+    for at in range(len(levels) // 2, len(levels)):
+        for move in (-0.02, 0.02):
+            moved = levels * best
+            moved[at] += move * moved[-1]
+            assert lost(moved.sort().values) > base * 0.999
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "fp8_block", "nl3-g32", "mxfp4"])
 def test_compressing_rows_apart_is_compressing_them_together(name):
     scheme = schemes.get(name)
     w = torch.randn(300, 160)
@@ -74,7 +125,7 @@ def test_extremes_survive():
 
 def test_unknown_scheme_names_the_known_ones():
     with pytest.raises(UsageError, match="int8"):
-        schemes.get("int5")
+        schemes.get("int7")
 
 
 @pytest.mark.parametrize("shape", R1_SHAPES)

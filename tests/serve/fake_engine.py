@@ -7,30 +7,12 @@ import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from byte_tokens import byte_tokenizer
 
-from undistilled.checkpoint.tokenizer import Detokenizer, Tokenizer
+from undistilled.checkpoint.tokenizer import Detokenizer
 from undistilled.errors import BadArtefact, RequestError
 from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, TokenLogprob
-
-CONTROL = [
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>",
-    "<｜tool▁calls▁begin｜>",
-]
-
-
-def byte_tokenizer(chat_template: str | None = None, generation: dict | None = None) -> Tokenizer:
-    """A token a byte, and R1's control tokens from id 256 on: begin and end are special, the others are not."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(CONTROL[:2])
-    raw.add_tokens(CONTROL[2:])
-    return Tokenizer(raw, 256, (257,), True, chat_template, generation)
-
 
 @dataclass
 class Running:

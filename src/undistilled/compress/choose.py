@@ -14,7 +14,7 @@ from .. import scheme as schemes
 from ..checkpoint.resolve import Model
 from ..errors import DoesNotFit, UsageError
 from ..model.weights import Weight, weights
-from ..plan.recipes import parse, scheme_of
+from ..plan.recipes import MIXED, parse, scheme_of
 from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
@@ -28,7 +28,7 @@ from .solvers import tiles as tile_solver
 if TYPE_CHECKING:
     from .run import Request
 
-__all__ = ["AT_ONCE", "Choice", "choose"]
+__all__ = ["AT_ONCE", "Choice", "check", "choose"]
 
 SOLVERS = ("rtn", "search", "gptq")
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
@@ -64,12 +64,16 @@ class Choice:
         return (inputs[experts], outputs[experts]) if weight.experts else (inputs[None], outputs[None])
 
 
+def check(request: Request) -> None:
+    """UsageError where a name in it is not known."""
+    if request.solver not in SOLVERS:
+        raise UsageError(f"--solver {request.solver!r:.80} is not known.", f"Known: {', '.join(SOLVERS)}.")
+    if request.scheme is not None and parse(request.scheme)[0] == MIXED:
+        raise UsageError(f"{MIXED!r} is what a compressed checkpoint says of itself.", "Name a scheme.")
+
+
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
-    if request.solver not in SOLVERS:
-        raise UsageError(f"--solver {request.solver!r} is not known.", f"Known: {', '.join(SOLVERS)}.")
-    if request.scheme is not None:
-        parse(request.scheme)
     calibrated = request.solver != "rtn"
     moments = moments_of(model, request, folder / "moments.safetensors", say) if calibrated else {}
     choice = Choice(request.scheme or REST, request.solver, moments)

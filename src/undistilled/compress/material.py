@@ -20,7 +20,7 @@ from .calibrate import Moments, calibrate
 if TYPE_CHECKING:
     from .run import Request
 
-WINDOW = 512  # tokens
+WINDOW = 512  # tokens, or the model's longest context
 
 
 def moments_of(model: Model, request: Request, file: Path, say: Callable[[str], None]) -> dict[str, Moments]:
@@ -34,11 +34,16 @@ def moments_of(model: Model, request: Request, file: Path, say: Callable[[str], 
 
 
 def _measure(model: Model, request: Request, say: Callable[[str], None]) -> dict[str, Moments]:
-    plan = solve(model.name, model.config, model.spec, load_machine("this"), Ask("fp32", WINDOW, 1, False, "cpu"))
+    ask = Ask("fp32", window(model), 1, False, "cpu")
+    plan = solve(model.name, model.config, model.spec, load_machine("this"), ask)
     if not plan.fits:
         raise DoesNotFit(f"Calibration runs {model.name} in float32, which does not fit here.", "Use --solver rtn.")
     windows = cut(model, request)
     return calibrate(build(plan, model.spec, model.source()), windows, say=say)
+
+
+def window(model: Model) -> int:
+    return min(WINDOW, model.spec.max_context)
 
 
 def cut(model: Model, request: Request) -> list[list[int]]:
@@ -46,7 +51,8 @@ def cut(model: Model, request: Request) -> list[list[int]]:
     tokenizer = model.tokenizer()
     ids = tokenizer.encode(read(request.text)[: request.tokens * 8], control=False)[: request.tokens]
     head = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-    return [head + ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
+    size = window(model) - len(head)
+    return [head + ids[at : at + size] for at in range(0, len(ids), size)]
 
 
 def read(text: str | None) -> str:

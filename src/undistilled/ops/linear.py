@@ -105,7 +105,7 @@ def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 
 def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight as a plain tensor [N, K], by the C kernel where it serves; not a copy where it is one already."""
-    if weight.parts["values"].dtype == dtype:
+    if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
     if len(weight.shape) == 2 and not forced() and native_ready(weight, dtype):
         return native.dequantise(*native_arguments(weight))

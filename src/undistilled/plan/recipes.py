@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from .. import scheme as schemes
-from ..errors import UsageError
+from ..errors import BadArtefact, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import LINEAR_ROLES, Weight
 
@@ -76,7 +76,12 @@ def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:
 def _own(weight: Weight, spec: ModelSpec) -> str:
     if weight.name not in spec.stored:
         raise UsageError(f"{MIXED!r} is what a checkpoint says of itself; this one says nothing of {weight.name}.")
-    return spec.stored[weight.name]
+    scheme = spec.stored[weight.name]
+    try:
+        schemes.get(scheme)
+    except UsageError as error:
+        raise BadArtefact(f"config.json: {weight.name} is stored as {scheme!r:.80}: no scheme.", error.hint) from None
+    return scheme
 
 
 def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:

@@ -14,7 +14,12 @@ def get(name: str) -> Scheme:
     """The scheme of that name; UsageError names the known ones."""
     found = SCHEMES.get(name) or tiles.parse(name)
     if found is None:
-        raise UsageError(f"Unknown scheme {name!r}.", f"Known: {', '.join(SCHEMES)}, tiles16x32-2x3-3x4-4x2, ….")
+        known = ", ".join(dict.fromkeys(known.split("-")[0] for known in SCHEMES))
+        raise UsageError(
+            f"Unknown scheme {name!r:.80}.",
+            f"Known: {known}; some also by groups (int4-g32, -g64), without minimums (int4-sym), and dynamic blocks "
+            "(tiles16x32-2x3-3x4-4x2).",
+        )
     return found
 
 

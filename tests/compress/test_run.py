@@ -1,0 +1,149 @@
+"""`quantize` from a folder to a folder: what it writes loads and answers, and a kill or a full disk loses no work."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from byte_tokens import byte_tokenizer
+
+from logits import our_logits
+from tiny import CONFIGS, load, write_checkpoint
+from undistilled import scheme as schemes
+from undistilled.checkpoint import writer
+from undistilled.checkpoint.resolve import find
+from undistilled.compress.run import Request, quantize
+from undistilled.errors import BadArtefact, DoesNotFit, UsageError
+from undistilled.model.weights import weights
+
+TOKENS = torch.randint(2, 250, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+SMALL = {"tokens": 1024, "shard": 200_000}
+
+
+def folder(path, name="deepseek_v3", **changes):
+    made = write_checkpoint(path, CONFIGS[name] | changes)
+    byte_tokenizer().save(made)
+    return made
+
+
+def far(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def matrices(decoder):
+    return [m.stored.dense(torch.float32) for m in decoder.modules() if hasattr(m, "stored") and len(m.stored.shape) > 1]
+
+
+def test_rounding_to_nearest_is_what_loading_does(tmp_path):
+    source = folder(tmp_path / "m")
+    quantize(find(str(source)), tmp_path / "out", Request(scheme="int4", solver="rtn"))
+    made, plan = load(tmp_path / "out", scheme=None)
+    loaded, _ = load(source, scheme="int4")
+    assert torch.equal(our_logits(made, plan, TOKENS), our_logits(loaded, plan, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"scheme": "int8", "solver": "rtn"}, {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"}, {"bits": 6.0},
+     {"scheme": "nl3-g32", "solver": "search"}],
+)
+def test_what_is_written_is_the_model(name, asked, tmp_path):
+    source = folder(tmp_path / "m", name)
+    done = quantize(find(str(source)), tmp_path / "out", Request(**SMALL, **asked))
+    assert done["files"] > 1
+    model = find(str(tmp_path / "out"))
+    decoder, plan = load(tmp_path / "out", scheme=None)
+    assert {row.name: row.scheme for row in plan.rows} == model.spec.stored
+    truth, _ = load(source, scheme="fp32")
+    for one, other in zip(matrices(decoder), matrices(truth), strict=True):
+        assert far(one, other) < (0.6 if "bits" in asked else 0.3)  # what matters little may get 2 bits
+    assert our_logits(decoder, plan, TOKENS).isfinite().all()
+    assert sum(row.nbytes for row in plan.rows) == done["bytes"]
+    if "bits" in asked:
+        assert done["bits_per_weight"] <= asked["bits"]
+
+
+def test_a_compressed_model_is_planned_from_its_config_alone(tmp_path):
+    quantize(find(str(folder(tmp_path / "m"))), tmp_path / "out", Request(bits=5.0, **SMALL))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    model = find(str(tmp_path / "out"))
+    assert set(config["undistilled"]["schemes"]) == {w.name for w in weights(model.spec)}
+    assert any(s.startswith("tiles") for s in model.spec.stored.values())
+    again = find(str(tmp_path / "out" / "config.json"))
+    assert again.spec.stored == model.spec.stored
+
+
+def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
+    model = find(str(folder(tmp_path / "m")))
+    for request, word in (
+        (Request(), "one of"), (Request(scheme="int8", bits=4.0), "one of"), (Request(scheme="int9"), "int9"),
+        (Request(scheme="int8,expert"), "role=scheme"), (Request(scheme="int8", solver="magic"), "magic"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            quantize(model, tmp_path / "out", request)
+    with pytest.raises(DoesNotFit):
+        quantize(model, tmp_path / "low", Request(bits=0.5, solver="rtn"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        quantize(model, tmp_path / "there", Request(scheme="int8"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "low").exists()
+
+
+def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m")))
+    with monkeypatch.context() as patch, pytest.raises(writer.DiskFull, match="goes on"):
+        patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+    assert not list((tmp_path / "out.partial").glob("*.safetensors*"))
+    with pytest.raises(UsageError, match="another request"):
+        quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn"))
+    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+
+
+def test_a_disk_that_lies_is_caught(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m")))
+    monkeypatch.setattr(writer, "sha256", lambda _file: "0" * 64)
+    with pytest.raises(BadArtefact, match="gives back"):
+        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+
+
+def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path):
+    source = folder(tmp_path / "m")
+    quantize(find(str(source)), tmp_path / "whole", Request(bits=4.0, **SMALL))
+    code = (
+        "import sys; from pathlib import Path; from undistilled.checkpoint.resolve import find; "
+        "from undistilled.compress.run import Request, quantize; import torch; torch.set_num_threads(%d); "
+        f"print('begun', flush=True); quantize(find({str(source)!r}), Path({str(tmp_path / 'out')!r}), "
+        f"Request(bits=4.0, tokens={SMALL['tokens']}, shard={SMALL['shard']}))"
+    ) % torch.get_num_threads()
+    draw, kills = random.Random(0), 0
+    while not (tmp_path / "out").exists():
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+        if kills < 3:
+            time.sleep(draw.uniform(0.2, 3.0))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_schemes_named_by_a_checkpoint_are_checked(tmp_path):
+    quantize(find(str(folder(tmp_path / "m"))), tmp_path / "out", Request(scheme="int8", solver="rtn"))
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    name = next(n for n, s in config["undistilled"]["schemes"].items() if s == "int8")
+    for scheme, word in (("int99", "no scheme"), ("int4", "missing|implies")):
+        config["undistilled"]["schemes"][name] = scheme
+        file.write_text(json.dumps(config))
+        with pytest.raises((BadArtefact, UsageError), match=word):
+            load(tmp_path / "out", scheme=None)
+    assert schemes.get("int8")
