@@ -20,7 +20,7 @@ from .traces import TRACES
 
 LONGEST = 640  # tokens of a document; longer ones are left out
 PROSE_TOKENS = 512
-PROSE_SHARE = 0.003  # of the documents: reckoned as about seven times over the prose in 17 minutes on an H100
+PROSE_SHARE = 0.003  # of the documents: about five times over the prose in 14.5 minutes on an H100
 AT_ONCE_SHARE = 0.05  # of the questions: answered without thinking, so that suppressed thinking is no foreign text
 BEGIN, END, _ = vocabulary.FIRST
 THINKING, AT_ONCE = f"{THINK}\n", f"{THINK}\n\n{END_THINK}\n\n"
