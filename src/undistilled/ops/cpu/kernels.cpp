@@ -1,7 +1,7 @@
 // Linear layers on stored weights, and the per-row operations around them.
 #include <cmath>
 #include <cstdlib>
-#include "matrix.h"
+#include "product.h"
 
 namespace {
 
@@ -13,6 +13,9 @@ const char* const ISA =
 #endif
 #if defined(__AVX512VL__)
     " avx512vl"
+#endif
+#if HAS_PRODUCTS
+    " avx512bw avx512dq avx512_bf16"
 #endif
 #endif
     "";
@@ -59,7 +62,7 @@ void native_linear(int kind, const float* x, const uint8_t* values, const void* 
     xs[i] = x + i * k;
     ys[i] = y + i * n;
     sums[i] = buffer + i * groups;
-    if (buffer) group_sums(a, xs[i], buffer + i * groups);
+    if (buffer) group_sums<Fp32>(a, xs[i], buffer + i * groups);
   }
   long width = m <= 2 ? 4 : TILE;   // a wide tile reads x less often, a narrow one streams better
 #pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
