@@ -15,6 +15,8 @@ from ..model.weights import Weight
 # families of schemes for the large matrices -> scheme of the head; None: the same as the matrices
 HEAD = {"int8": "int8", "int4": "int8", "fp8_block": "bf16"}
 
+ROUNDED_OFF = ("fp16", "fp32")  # schemes with values that BF16 does not hold: they multiply in float32
+
 MIXED = "mixed"  # what a plan's rows are called where they follow no recipe
 
 
@@ -34,6 +36,15 @@ def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:
     if weight.role == "head" or (weight.role == "embed" and spec.tied):
         return HEAD.get(family(asked), asked)
     return wide
+
+
+def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
+    """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
+
+    A GPU's activations have the plan's dtype already. A router's product decides which experts run.
+    """
+    rounds = home == "cpu" and compute != "float32" and role != "router" and scheme not in ROUNDED_OFF
+    return compute if rounds else None
 
 
 def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:

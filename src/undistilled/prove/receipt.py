@@ -48,12 +48,13 @@ def prove(
     tokens: int = 2048,
     limit: int | None = None,
     context: int | None = None,
+    dtype: str | None = None,
     window: int = 512,
     suite: graded.Wanted | None = None,
     progress: Progress | None = None,
     command: measure.Command = measure.run_command,
 ) -> dict[str, Any]:
-    """The receipt of a plan, from a file or made here for `scheme` and `context` on this machine.
+    """The receipt of a plan, from a file or made here for `scheme`, `context` and `dtype` on this machine.
 
     tokens: of the text, in windows of `window`; limit: questions of each task (None: all of a file, 100 of each task
     of the reasoning suite, which is asked where `suite` says what).
@@ -62,7 +63,7 @@ def prove(
     """
     say = progress or (lambda _text: None)
     model = find(model_name)
-    plan = proven_plan(model, plan_file, scheme, context)
+    plan = proven_plan(model, plan_file, scheme, context, dtype)
     original = original_plan(model, plan)
     inputs = read_inputs(model, plan, original, Asked(text, tasks, tokens, limit, window, suite))
     say("measuring memory and speed in a fresh process")
