@@ -58,7 +58,7 @@ def plan(
     batch: BATCH = 1,
     mtp: MTP = False,
     device: DEVICE = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
     as_json: JSON = False,
 ) -> None:
@@ -68,7 +68,7 @@ def plan(
     from .plan.solve import Ask, solve
 
     found = find(model)
-    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype)
+    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto")
     made = solve(found.name, found.config, found.spec, load_machine(machine), ask)
     _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
@@ -77,11 +77,6 @@ def plan(
         from .errors import DoesNotFit
 
         raise DoesNotFit(f"{made.model} in {made.scheme} does not fit {made.machine}.", made.advice)
-
-
-def _asked(dtype: str) -> str | None:
-    """A plan file decides its own dtype, so that only one that was asked for is handed on."""
-    return None if dtype == "auto" else dtype
 
 
 def _engine(model: str, options: dict[str, Any]):
@@ -103,14 +98,14 @@ def generate(
     scheme: SCHEME = None,
     context: CONTEXT = None,
     device: DEVICE = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     as_json: JSON = False,
 ) -> None:
     """Continue a text."""
     from .generate.once import generate_text
     from .schedule.request import Sampling
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": _asked(dtype)}
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
     engine = _engine(model, options)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     result = generate_text(engine, prompt, sampling, on_text=None if as_json else show.stream)
@@ -124,7 +119,7 @@ def chat(
     scheme: SCHEME = None,
     context: CONTEXT = None,
     device: DEVICE = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
@@ -132,7 +127,7 @@ def chat(
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
     from .serve.terminal import converse
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": _asked(dtype)}
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
     engine = _engine(model, options)
     converse(
         engine,
@@ -156,7 +151,7 @@ def serve(
     scheme: SCHEME = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
     device: DEVICE = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
@@ -169,7 +164,7 @@ def serve(
         "context": max_model_len,
         "batch": batch or (None if plan_file else 8),
         "device": device,
-        "dtype": _asked(dtype),
+        "dtype": dtype,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
@@ -184,7 +179,7 @@ def bench(
     batch: BATCH = 1,
     repeat: Annotated[int, typer.Option(min=1)] = 3,
     device: DEVICE = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     as_json: JSON = False,
 ) -> None:
     """Measure prefill and decode speed and peak memory."""
@@ -192,7 +187,7 @@ def bench(
 
     room = None if plan_file else prompt_tokens + new_tokens
     wanted = None if plan_file else batch
-    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": _asked(dtype)}
+    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype}
     engine = _engine(model, {"plan": plan_file, **options})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
     _print_json(result) if as_json else show.bench(result)
@@ -211,7 +206,7 @@ def prove(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
     context: CONTEXT = None,
-    dtype: DTYPE = "auto",
+    dtype: DTYPE = None,
     limit: Annotated[
         int | None, typer.Option(help="Questions of each task; default: all of a file, 100 of each of the suite.")
     ] = None,
@@ -248,7 +243,7 @@ def prove(
             tokens=tokens,
             limit=limit,
             context=context,
-            dtype=_asked(dtype),
+            dtype=dtype,
             suite=asked,
             progress=progress,
         )

@@ -23,6 +23,5 @@ BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make roo
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
 MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 DTYPE = Annotated[
-    str,
-    typer.Option("--dtype", help="Of products: float32, bfloat16, or auto: what the device has fast ones for."),
+    str | None, typer.Option("--dtype", help="Of products: float32, bfloat16 or auto, which the device decides.")
 ]

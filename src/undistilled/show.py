@@ -122,7 +122,8 @@ def plan(made: Any, output: Path | None = None) -> None:
     p = made.predicted
     out.print(
         f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, "
-        f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/], products in {made.compute_dtype}"
+        f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] "
+        f"on [bold]{made.machine}[/], products in {made.compute_dtype}"
     )
     table = _table("device", "weights", "KV", "working", "runtime", "total", "free", "")
     for name, d in p.devices.items():
@@ -215,7 +216,7 @@ def _kernels(rows: list[dict[str, str]]) -> None:
 
 
 def bench(result: dict[str, Any]) -> None:
-    out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/], products in {result['compute_dtype']}")
+    out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/], {result['compute_dtype']} products")
     table = _table("tokens/s", "median", "min", "max", "predicted")
     for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         m = result[key]

@@ -66,7 +66,7 @@ def _native(
     return _native_rounded(x_TD, ids_Tk, weights_Tk, gate, up, down)
 
 
-@experts.register("native bf16", rounds_ready, "our C kernel: BF16 activations, each chosen expert's weights read once")
+@experts.register("native bf16", rounds_ready, "our C kernel: BF16 products, each chosen expert's weights read once")
 def _native_rounded(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:

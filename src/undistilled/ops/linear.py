@@ -119,7 +119,7 @@ def _checked(weight: Stored) -> native.Weight:
     return checked  # type: ignore[return-value]
 
 
-@linear.register("native bf16", rounds_ready, "our C kernel: BF16 activations, FP32 sums, one result whatever the batch")
+@linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear_stored(x_TK.contiguous(), _checked(weight))
 

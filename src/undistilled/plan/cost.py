@@ -129,7 +129,7 @@ def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int
 def activation_bytes(
     spec: ModelSpec, *, chunk: int, batch: int, context: int, compute: Dtype, kind: str, scheme: str
 ) -> int:
-    """The largest working set of a pass: rows of the widest layers, and a copy of a weight, or of rows, for products."""
+    """The largest working set of a pass: rows of the widest layers, and a copy for products, of a weight or of rows."""
     width = 4 if kind == "cpu" else WIDTH[compute]
     tokens = max(chunk, batch)
     attention = spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 3 * spec.head_dim)

@@ -71,6 +71,46 @@ void native_linear(int kind, const float* x, const uint8_t* values, const void* 
   free(xs);
 }
 
+// 1 where native_linear_rounded may be called, and native_experts_rows with matrices that round.
+int native_rounds(void) { return HAS_PRODUCTS; }
+
+// native_linear with x rounded to BF16.
+void native_linear_rounded(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
+                           float* y, long m, long n, long k, long group) {
+  Matrix a = {kind, values, scales, mins, n, k, group};
+  long groups = a.groups();
+  const uint16_t** xs = (const uint16_t**)malloc(m * 3 * sizeof(void*));
+  const float** sums = (const float**)(xs + m);
+  float** ys = (float**)(xs + 2 * m);
+  float* buffer = mins ? (float*)malloc(m * groups * 4) : nullptr;
+  uint16_t* rounded = (uint16_t*)malloc(m * k * 2);
+  // Rows of weights stay in a core's cache while a block of rows of x passes by.
+  long width = m < ROWS ? TILE : 4 * TILE, rows = m < PART ? m : PART;
+  long panels = (n + width - 1) / width, parts = (m + rows - 1) / rows;
+#pragma omp parallel for schedule(static) if (m >= ROWS)
+  for (long i = 0; i < m; i++) {
+    xs[i] = rounded + i * k;
+    ys[i] = y + i * n;
+    sums[i] = buffer + i * groups;
+    round_row(x + i * k, k, rounded + i * k);
+    if (buffer) group_sums<Bf16>(a, xs[i], buffer + i * groups);
+  }
+  auto task = [&](long at) {
+    long n0 = at / parts * width, m0 = at % parts * rows;
+    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, sums + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
+  };
+  if (parts == 1 && m < ROWS) {
+#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
+    for (long at = 0; at < panels; at++) task(at);
+  } else {
+#pragma omp parallel for schedule(dynamic)
+    for (long at = 0; at < panels * parts; at++) task(at);
+  }
+  free(rounded);
+  free(buffer);
+  free(xs);
+}
+
 // out [n1 - n0, k] = rows n0..n1 as float32.
 void native_dequantise(int kind, const uint8_t* values, const void* scales, const void* mins, float* out,
                        long n, long k, long group, long n0, long n1) {

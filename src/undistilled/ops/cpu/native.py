@@ -352,7 +352,10 @@ def rope_rows(x_RHD: Tensor, cos_RC: Tensor, sin_RC: Tensor, interleaved: bool) 
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("kind", _I), ("values", _P), ("scales", _P), ("mins", _P), ("n", _L), ("k", _L), ("group", _L), ("rounds", _I)]
+    _fields_ = [
+        *(("kind", _I), ("values", _P), ("scales", _P), ("mins", _P)),
+        *(("n", _L), ("k", _L), ("group", _L), ("rounds", _I)),
+    ]
 
 
 class Experts:

@@ -1,8 +1,9 @@
 // Products of rows of x, rounded to BF16, with a stored matrix, by AVX512_BF16's vdpbf16ps.
 //
 // Codes of int8, int4 and fp8 are exact in BF16, so a group is multiplied as codes and its float32 scale
-// meets the float32 sum. Lanes run along k, for which neither weights nor x are rearranged; a lane's order
-// depends on the matrix alone, so that a row has the same bits in a product of one row and of a thousand.
+// meets the float32 sum. A vector holds 8 codes of each of 4 outputs and meets 8 values of a row of x four times:
+// x stays as it lies, and sums of 16 outputs are folded together. What a lane sums, and in which order, depends on
+// the matrix alone: a row has the same bits in a product of one row and of a thousand, on any number of threads.
 #include <cstdlib>
 #include "product.h"
 
@@ -65,80 +66,164 @@ template <int LOWEST> struct Int4Codes {
   }
 };
 
-// The lane sums of four vectors, each in one fixed tree.
-INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  __m512 s = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
-                           (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
-  __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
-}
+constexpr long CHUNK = 8;      // codes of an output in a vector
+constexpr int OUTPUTS = TILE;  // of a panel: output 4c + j is lane c, of 128 bits, of the j-th of four vectors
 
-struct Panel {                 // up to 4 rows of a matrix
-  const uint8_t* w[4];
-  const float* scales[4];      // a factor for each group
+struct Panel {
   long k, group;
-  bool adds;                   // to what y holds, else in its place
+  const uint16_t* codes;       // for each group: [chunk][j][c][CHUNK], zeros behind the last
+  const float* scales;         // [group][j][c]
+  const float* mins;           // the same, or null
+  long n, count;               // its rows of the matrix
 };
 
-// y[m][0..NR) = x[m] . the panel's rows.
-template <class L, bool GROUPED, int MR, int NR>
-void block(const Panel& p, const uint16_t* const* x, float* const* y, long n) {
-  __m512 acc[MR][NR], total[MR][NR];
-  UNROLL for (int m = 0; m < MR; m++)
-    UNROLL for (int j = 0; j < NR; j++) total[m][j] = _mm512_setzero_ps();
-  for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
-    long end = p.k - k0 < p.group ? p.k : k0 + p.group, k = k0;
-    UNROLL for (int m = 0; m < MR; m++)
-      UNROLL for (int j = 0; j < NR; j++) acc[m][j] = _mm512_setzero_ps();
-    auto step = [&](auto&& weight, auto&& row) {
-      b32 w[NR];
-      UNROLL for (int j = 0; j < NR; j++) w[j] = weight(p.w[j]);
-      UNROLL for (int m = 0; m < MR; m++) {
-        b32 v = row((const uint8_t*)x[m]);
-        UNROLL for (int j = 0; j < NR; j++) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], v, w[j]);
+// The g-th scale of a row, or its minimum.
+INLINE float factor(const Matrix& a, const void* from, long row, long g) {
+  switch (a.kind) {
+    case FP8_BLOCK: return ((const float*)from)[row / 128 * a.groups() + g] * 256;
+    case INT8: return ((const float*)from)[row * a.groups() + g];
+    case INT4: return _cvtsh_ss(((const uint16_t*)from)[row * a.groups() + g]);
+  }
+  return 1;
+}
+
+// out[group][j][c] = the scales, or the minimums, of the rows n.., at most OUTPUTS.
+void panel_factors(const Matrix& a, const void* from, long n, long count, float* out) {
+  for (long g = 0; g < a.groups(); g++, out += OUTPUTS)
+    for (long i = 0; i < OUTPUTS; i++) out[i % 4 * 4 + i / 4] = i < count ? factor(a, from, n + i, g) : 0;
+}
+
+struct Rows { const uint8_t* at[OUTPUTS]; };
+
+// v[i] = the i-th chunk from k on of the outputs 4c + j, lane by lane, zeros from `end` on.
+template <class L> INLINE void chunks_of(const Rows& rows, int j, long k, long end, __m512i* v) {
+  UNROLL for (int c = 0; c < 4; c++) {
+    const uint8_t* w = rows.at[4 * c + j];
+    v[c] = (__m512i)(end - k < 32 ? L::load_part(w, k, end - k) : L::load(w, k));
+  }
+  __m512i ab = _mm512_shuffle_i32x4(v[0], v[1], 0x44), cd = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+  __m512i ef = _mm512_shuffle_i32x4(v[0], v[1], 0xee), gh = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_i32x4(ab, cd, 0x88);
+  v[1] = _mm512_shuffle_i32x4(ab, cd, 0xdd);
+  v[2] = _mm512_shuffle_i32x4(ef, gh, 0x88);
+  v[3] = _mm512_shuffle_i32x4(ef, gh, 0xdd);
+}
+
+template <class L> void pack(const Matrix& a, const Rows& rows, uint16_t* codes) {
+  long chunks = (a.group + CHUNK - 1) / CHUNK;
+  for (long start = 0, g = 0; start < a.k; start += a.group, g++)
+    for (long end = a.k - start < a.group ? a.k : start + a.group, k = start; k < end; k += 32)
+      for (int j = 0; j < 4; j++) {
+        __m512i v[4];
+        chunks_of<L>(rows, j, k, end, v);
+        uint16_t* to = codes + ((g * chunks + (k - start) / CHUNK) * 4 + j) * 32;
+        UNROLL for (int i = 0; i < 4; i++)
+          if (k + i * CHUNK < end) _mm512_store_si512(to + i * 128, v[i]);
       }
-    };
-    for (; k + 32 <= end; k += 32)
-      step([&](const uint8_t* w) { return L::load(w, k); }, [&](const uint8_t* v) { return AsBf16::load(v, k); });
-    if (k < end)
-      step([&](const uint8_t* w) { return L::load_part(w, k, end - k); },
-           [&](const uint8_t* v) { return AsBf16::load_part(v, k, end - k); });
-    UNROLL for (int j = 0; j < NR; j++) {
-      __m512 scale = _mm512_set1_ps(p.scales[j][g]);
+}
+
+// The sums of each vector's lanes of 128 bits, in one fixed tree: output 4c + j from lane c of v[j].
+INLINE __m512 folded(const __m512* v) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  return _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                       (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+}
+
+// 8 values of a row of x, of which `left` belong to the group, in each lane.
+INLINE b32 four_times(const uint16_t* x, long left) {
+  __m128i v = left >= CHUNK ? _mm_loadu_si128((const __m128i*)x)
+              : left > 0    ? _mm_maskz_loadu_epi16((1u << left) - 1, x)
+                            : _mm_setzero_si128();
+  return (b32)_mm512_broadcast_i32x4(v);
+}
+
+// Four factors [c], each in the four floats of its lane.
+INLINE __m512 spread(const float* factors) {
+  const __m512i LANE = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(LANE, _mm512_castps128_ps512(_mm_loadu_ps(factors)));
+}
+
+template <int MR> struct Sums {
+  __m512 acc[MR][4], total[MR][4];
+
+  INLINE void clear(__m512 (&v)[MR][4]) {
+    UNROLL for (int m = 0; m < MR; m++)
+      UNROLL for (int j = 0; j < 4; j++) v[m][j] = _mm512_setzero_ps();
+  }
+  // The end of group g. Its minimums meet the sum of x in one lane of each output.
+  template <bool GROUPED>
+  __attribute__((always_inline)) void scale(const Panel& p, long g, const float* const* sums) {
+    UNROLL for (int j = 0; j < 4; j++) {
+      __m512 f = spread(p.scales + g * OUTPUTS + j * 4);
       UNROLL for (int m = 0; m < MR; m++)
-        total[m][j] = GROUPED ? _mm512_fmadd_ps(acc[m][j], scale, total[m][j]) : _mm512_mul_ps(acc[m][j], scale);
+        total[m][j] = GROUPED ? _mm512_fmadd_ps(acc[m][j], f, total[m][j]) : _mm512_mul_ps(acc[m][j], f);
     }
-    if (!GROUPED) break;
+    if (!p.mins) return;
+    UNROLL for (int j = 0; j < 4; j++) {
+      __m512 low = spread(p.mins + g * OUTPUTS + j * 4);
+      UNROLL for (int m = 0; m < MR; m++)
+        total[m][j] = _mm512_fmadd_ps(low, _mm512_maskz_broadcastss_ps(0x1111, _mm_load_ss(sums[m] + g)), total[m][j]);
+    }
   }
-  UNROLL for (int m = 0; m < MR; m++) {
-    __m128 s = NR == 4 ? sums4(total[m][0], total[m][1 % NR], total[m][2 % NR], total[m][3 % NR])
-                       : sums4(total[m][0], total[m][0], total[m][0], total[m][0]);
-    float* to = y[m] + n;
-    constexpr int LANES = (1 << NR) - 1;
-    if (p.adds) s = _mm_add_ps(s, _mm_maskz_loadu_ps(LANES, to));
-    _mm_mask_storeu_ps(to, LANES, s);
+  __attribute__((always_inline)) void put(const Panel& p, float* const* y) {
+    __mmask16 outputs = (1u << p.count) - 1;
+    UNROLL for (int m = 0; m < MR; m++) {
+      _mm512_mask_storeu_ps(y[m] + p.n, outputs, folded(total[m]));
+    }
   }
+};
+
+// y[m][n..n+count) = x[m] . the panel's outputs.
+template <bool GROUPED, int MR>
+void block(const Panel& p, const uint16_t* const* x, const float* const* sums, float* const* y) {
+  Sums<MR> s;
+  s.clear(s.total);
+  for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
+    long end = p.k - k0 < p.group ? p.k : k0 + p.group;
+    const uint16_t* w = p.codes + g * ((p.group + CHUNK - 1) / CHUNK) * 128;
+    s.clear(s.acc);
+    for (long k = k0; k < end; k += CHUNK, w += 128)
+      UNROLL for (int m = 0; m < MR; m++) {
+        b32 v = four_times(x[m] + k, end - k);
+        UNROLL for (int j = 0; j < 4; j++)
+          s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v, (b32)_mm512_load_si512(w + j * 32));
+      }
+    s.template scale<GROUPED>(p, g, sums);
+  }
+  s.put(p, y);
+}
+
+// block() straight from the stored rows, for so few rows of x that packed weights would be read once.
+template <class L, bool GROUPED, int MR>
+void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, const float* const* sums, float* const* y) {
+  Sums<MR> s;
+  s.clear(s.total);
+  for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
+    long end = p.k - k0 < p.group ? p.k : k0 + p.group;
+    s.clear(s.acc);
+    for (long k = k0; k < end; k += 32) {
+      b32 v[MR][4];
+      UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int i = 0; i < 4; i++) v[m][i] = four_times(x[m] + k + i * CHUNK, end - k - i * CHUNK);
+      UNROLL for (int j = 0; j < 4; j++) {
+        __m512i w[4];
+        chunks_of<L>(rows, j, k, end, w);
+        UNROLL for (int i = 0; i < 4; i++)
+          UNROLL for (int m = 0; m < MR; m++) s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v[m][i], (b32)w[i]);
+      }
+    }
+    s.template scale<GROUPED>(p, g, sums);
+  }
+  s.put(p, y);
 }
 
 // Rows of x in blocks as large as the registers hold accumulators, and totals where there are groups.
-template <class L, bool GROUPED, int MR, int NR>
-void blocks(const Panel& p, const uint16_t* const* x, long rows, float* const* y, long n) {
-  for (; rows >= MR; rows -= MR, x += MR, y += MR) block<L, GROUPED, MR, NR>(p, x, y, n);
+template <bool GROUPED, int MR>
+void blocks(const Panel& p, const uint16_t* const* x, const float* const* sums, long rows, float* const* y) {
+  for (; rows >= MR; rows -= MR, x += MR, sums += MR, y += MR) block<GROUPED, MR>(p, x, sums, y);
   if constexpr (MR > 1)
-    if (rows) blocks<L, GROUPED, MR - 1, NR>(p, x, rows, y, n);
-}
-
-template <class L, int MR>
-void rows_of(const Panel& p, bool grouped, long count, const uint16_t* const* x, long rows, float* const* y, long n) {
-  constexpr int FEW = MR < 3 ? MR : 3;
-  if (count == 4)
-    return grouped ? blocks<L, true, FEW, 4>(p, x, rows, y, n) : blocks<L, false, MR, 4>(p, x, rows, y, n);
-  for (long j = 0; j < count; j++) {
-    Panel one = {{p.w[j]}, {p.scales[j]}, p.k, p.group, p.adds};
-    grouped ? blocks<L, true, FEW, 1>(one, x, rows, y, n + j) : blocks<L, false, MR, 1>(one, x, rows, y, n + j);
-  }
+    if (rows) blocks<GROUPED, MR - 1>(p, x, sums, rows, y);
 }
 
 // Grows to what a thread needs and stays for its next tile: fresh memory would be cleared each time.
@@ -147,43 +232,39 @@ struct Scratch {
   long size = 0;
   ~Scratch() { free(held); }
   void* of(long bytes) {
-    if (bytes > size) {
-      free(held);
-      held = aligned_alloc(64, size = (bytes + 4095) / 4096 * 4096);
-    }
-    return held;
+    if (bytes <= size) return held;
+    free(held);
+    return held = aligned_alloc(64, size = (bytes + 4095) / 4096 * 4096);
   }
 };
 thread_local Scratch scratch;
 
-template <class L> void unpack(const uint8_t* w, long k, uint16_t* out) {
-  long i = 0;
-  for (; i + 32 <= k; i += 32) _mm512_storeu_si512(out + i, (__m512i)L::load(w, i));
-  if (i < k) _mm512_mask_storeu_epi16(out + i, (1u << (k - i)) - 1, (__m512i)L::load_part(w, i, k - i));
-}
-
-template <class L>
-void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
-  long groups = a.groups(), stride = (a.k + 31) / 32 * 32;
-  bool grouped = groups > 1, direct = rows <= 2 || a.kind == BF16, adds = a.mins != nullptr;
-  float* scales = (float*)scratch.of(4 * groups * count + 64 + (direct ? 0 : 2 * stride * count));
-  uint16_t* codes = (uint16_t*)(((uintptr_t)(scales + groups * count) + 63) / 64 * 64);
-  for (long j = 0; j < count; j++) {
-    panel_scales(a, n + j, 0, a.k, scales + j * groups);
-    if (!direct) unpack<L>(a.row(n + j), a.k, codes + j * stride);
+template <class L, bool GROUPED>
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
+                float* const* y) {
+  constexpr long SOME = 12;   // rows of x that stay in the first cache while the panels pass by
+  bool few = rows <= 2;
+  long chunks = (a.group + CHUNK - 1) / CHUNK, panels = (count + OUTPUTS - 1) / OUTPUTS;
+  long codes = few ? 0 : a.groups() * chunks * CHUNK * OUTPUTS, factors = a.groups() * OUTPUTS;
+  uint16_t* packed = (uint16_t*)scratch.of(panels * (2 * codes + 8 * factors));
+  float *scales = (float*)(packed + panels * codes), *mins = a.mins ? scales + panels * factors : nullptr;
+  auto panel = [&](long i) {
+    long from = i * OUTPUTS, width = count - from < OUTPUTS ? count - from : OUTPUTS;
+    return Panel{a.k, a.group, packed + i * codes, scales + i * factors, mins ? mins + i * factors : nullptr,
+                 n + from, width};
+  };
+  for (long i = 0; i < panels; i++) {
+    Panel p = panel(i);
+    Rows from;
+    for (long r = 0; r < OUTPUTS; r++) from.at[r] = a.row(p.n + (r < p.count ? r : 0));
+    panel_factors(a, a.scales, p.n, p.count, (float*)p.scales);
+    if (mins) panel_factors(a, a.mins, p.n, p.count, (float*)p.mins);
+    if (!few) pack<L>(a, from, (uint16_t*)p.codes);
+    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, sums, y) : straight<L, GROUPED, 2>(p, from, x, sums, y);
   }
-  constexpr long SOME = 12;   // rows of x that stay in the first cache while the tile's weights pass by
-  for (long m = 0; m < rows; m += SOME)
-    for (long j = 0; j < count; j += 4) {
-      Panel p = {{}, {}, a.k, a.group, adds};
-      long width = count - j < 4 ? count - j : 4, part = rows - m < SOME ? rows - m : SOME;
-      for (long i = 0; i < width; i++) {
-        p.w[i] = direct ? a.row(n + j + i) : (const uint8_t*)(codes + (j + i) * stride);
-        p.scales[i] = scales + (j + i) * groups;
-      }
-      if (!direct || a.kind == BF16) rows_of<AsBf16, 6>(p, grouped, width, x + m, part, y + m, n + j);
-      else rows_of<L, 2>(p, grouped, width, x + m, part, y + m, n + j);
-    }
+  for (long m = 0; m < (few ? 0 : rows); m += SOME)
+    for (long i = 0; i < panels; i++)
+      blocks<GROUPED, GROUPED ? 3 : 6>(panel(i), x + m, sums + m, rows - m < SOME ? rows - m : SOME, y + m);
 }
 
 }  // namespace
@@ -197,16 +278,17 @@ void round_row(const float* x, long k, uint16_t* out) {
 
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
              float* const* y) {
-  if (a.mins)
-    for (long j = 0; j < count; j += TILE)
-      tile(offsets(a), n + j, count - j < TILE ? count - j : TILE, sums, nullptr, rows, y);
+  auto by = [&](auto loader) {
+    typedef decltype(loader) L;
+    a.groups() > 1 ? product_of<L, true>(a, n, count, x, sums, rows, y)
+                   : product_of<L, false>(a, n, count, x, sums, rows, y);
+  };
   switch (a.kind) {
-    case BF16: return product_of<AsBf16>(a, n, count, x, rows, y);
-    case FP8_BLOCK: return product_of<Fp8Codes>(a, n, count, x, rows, y);
-    case INT8: return product_of<Int8Codes>(a, n, count, x, rows, y);
-    default:
-      return a.mins ? product_of<Int4Codes<0>>(a, n, count, x, rows, y) : product_of<Int4Codes<-8>>(a, n, count, x, rows, y);
+    case BF16: return by(AsBf16());
+    case FP8_BLOCK: return by(Fp8Codes());
+    case INT8: return by(Int8Codes());
   }
+  a.mins ? by(Int4Codes<0>()) : by(Int4Codes<-8>());
 }
 
 #else
@@ -215,47 +297,3 @@ void round_row(const float*, long, uint16_t*) { abort(); }
 void product(const Matrix&, long, long, const uint16_t* const*, const float* const*, long, float* const*) { abort(); }
 
 #endif
-
-extern "C" {
-
-// 1 where native_linear_rounded may be called, and native_experts_rows with matrices that round.
-int native_rounds(void) { return HAS_PRODUCTS; }
-
-// native_linear with x rounded to BF16.
-void native_linear_rounded(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
-                           float* y, long m, long n, long k, long group) {
-  Matrix a = {kind, values, scales, mins, n, k, group};
-  long groups = a.groups();
-  const uint16_t** xs = (const uint16_t**)malloc(m * 3 * sizeof(void*));
-  const float** sums = (const float**)(xs + m);
-  float** ys = (float**)(xs + 2 * m);
-  float* buffer = mins ? (float*)malloc(m * groups * 4) : nullptr;
-  uint16_t* rounded = (uint16_t*)malloc(m * k * 2);
-  // Rows of weights stay in a core's cache while a block of rows of x passes by.
-  long width = m < ROWS ? TILE : 4 * TILE, rows = m < PART ? m : PART;
-  long panels = (n + width - 1) / width, parts = (m + rows - 1) / rows;
-#pragma omp parallel for schedule(static) if (m >= ROWS)
-  for (long i = 0; i < m; i++) {
-    xs[i] = rounded + i * k;
-    ys[i] = y + i * n;
-    sums[i] = buffer + i * groups;
-    round_row(x + i * k, k, rounded + i * k);
-    if (buffer) group_sums<Bf16>(a, xs[i], buffer + i * groups);
-  }
-  auto task = [&](long at) {
-    long n0 = at / parts * width, m0 = at % parts * rows;
-    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, sums + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
-  };
-  if (parts == 1 && m < ROWS) {
-#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
-    for (long at = 0; at < panels; at++) task(at);
-  } else {
-#pragma omp parallel for schedule(dynamic)
-    for (long at = 0; at < panels * parts; at++) task(at);
-  }
-  free(rounded);
-  free(buffer);
-  free(xs);
-}
-
-}  // extern "C"
