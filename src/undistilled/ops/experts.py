@@ -9,7 +9,7 @@ import torch
 
 from ..scheme import Stored
 from .cpu import native
-from .linear import LARGE, apply, native_arguments, native_ready, rounds_ready
+from .linear import LARGE, apply, native_ready, product_arguments, rounds_ready
 from .registry import op
 from .swiglu import silu_mul
 
@@ -80,5 +80,5 @@ def _native_rounded(
 def _stack(weight: Stored) -> native.Experts:
     found = weight.kernels.get("stack")
     if found is None:
-        found = weight.kernels["stack"] = native.Experts(*native_arguments(weight), rounded=bool(weight.products))
+        found = weight.kernels["stack"] = native.Experts(*product_arguments(weight))
     return found  # type: ignore[return-value]

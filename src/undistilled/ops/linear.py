@@ -89,6 +89,11 @@ def native_arguments(weight: Stored) -> tuple:
     return kind, parts["values"], parts.get("scales"), parts.get("minimums"), *weight.shape, group
 
 
+def product_arguments(weight: Stored) -> tuple:
+    """`native_arguments`, and whether activations are rounded: what `native.Weight` and `native.Experts` take."""
+    return *native_arguments(weight), weight.products is not None
+
+
 def native_ready(w: Stored, dtype: torch.dtype) -> bool:
     """Whether the C kernels serve this weight with these activations, which stay float32."""
     return not w.products and _native_reads(w, dtype)
@@ -115,7 +120,7 @@ def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 def _checked(weight: Stored) -> native.Weight:
     checked = weight.kernels.get("native")
     if checked is None:
-        checked = weight.kernels["native"] = native.Weight(*native_arguments(weight), rounded=bool(weight.products))
+        checked = weight.kernels["native"] = native.Weight(*product_arguments(weight))
     return checked  # type: ignore[return-value]
 
 

@@ -18,6 +18,7 @@ typedef __m512bh b32;   // 32 BF16
 // Loaders of 32 codes from the k-th of a row on, and of the first `count` < 32 of them, zeros behind.
 struct AsBf16 {
   typedef uint16_t Code;
+  static constexpr int BITS = 16;
   INLINE b32 wide(__m512i v) { return (b32)v; }
   INLINE b32 load(const uint8_t* w, long k) { return wide(_mm512_loadu_si512((const Code*)w + k)); }
   INLINE b32 load_part(const uint8_t* w, long k, long count) {
@@ -26,6 +27,7 @@ struct AsBf16 {
 };
 
 template <class B> struct Bytes {
+  static constexpr int BITS = 8;
   INLINE b32 load(const uint8_t* w, long k) { return B::wide(_mm256_loadu_si256((const __m256i*)(w + k))); }
   INLINE b32 load_part(const uint8_t* w, long k, long count) {
     return B::wide(_mm256_maskz_loadu_epi8((1u << count) - 1, w + k));
@@ -33,9 +35,13 @@ template <class B> struct Bytes {
 };
 
 struct Int8Codes : Bytes<Int8Codes> {
-  INLINE b32 wide(__m256i v) {
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(v)));
-    return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(v, 1))), low);
+  INLINE b32 wide(__m128i low, __m128i high) {
+    auto floats = [](__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); };
+    return _mm512_cvtne2ps_pbh(floats(high), floats(low));
+  }
+  INLINE b32 wide(__m256i v) { return wide(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
+  INLINE b32 load(const uint8_t* w, long k) {   // halves straight from memory: an instruction less of six
+    return wide(_mm_loadu_si128((const __m128i*)(w + k)), _mm_loadu_si128((const __m128i*)(w + k + 16)));
   }
 };
 
@@ -51,6 +57,7 @@ struct Fp8Codes : Bytes<Fp8Codes> {
 
 // Codes 0..15, or, where the scheme is symmetric, code - 8. A group begins with a block of 32.
 template <int LOWEST> struct Int4Codes {
+  static constexpr int BITS = 4;
   INLINE b32 load(const uint8_t* w, long k) {
     alignas(64) static constexpr float VALUES[32] = {
         LOWEST, LOWEST + 1, LOWEST + 2, LOWEST + 3, LOWEST + 4, LOWEST + 5, LOWEST + 6, LOWEST + 7,
@@ -197,12 +204,16 @@ void block(const Panel& p, const uint16_t* const* x, const float* const* sums, f
 // block() straight from the stored rows, for so few rows of x that packed weights would be read once.
 template <class L, bool GROUPED, int MR>
 void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, const float* const* sums, float* const* y) {
+  long ahead = rows.at[1] > rows.at[0] ? OUTPUTS * (rows.at[1] - rows.at[0]) : 0;
   Sums<MR> s;
   s.clear(s.total);
   for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
     long end = p.k - k0 < p.group ? p.k : k0 + p.group;
     s.clear(s.acc);
     for (long k = k0; k < end; k += 32) {
+      if (k * L::BITS / 8 % 64 == 0)   // the rows are too many and too short for the processor to foresee
+        UNROLL for (int r = 0; r < OUTPUTS; r++)
+          _mm_prefetch((const char*)rows.at[r] + k * L::BITS / 8 + ahead, _MM_HINT_T0);
       b32 v[MR][4];
       UNROLL for (int m = 0; m < MR; m++)
         UNROLL for (int i = 0; i < 4; i++) v[m][i] = four_times(x[m] + k + i * CHUNK, end - k - i * CHUNK);
