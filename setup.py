@@ -13,8 +13,8 @@ setup(
     ext_modules=[
         Extension(
             "undistilled.ops.cpu._kernels",
-            sources=[f"{CPU}/kernels.cpp", f"{CPU}/attend.cpp", f"{CPU}/experts.cpp"],
-            depends=[f"{CPU}/simd.h", f"{CPU}/matrix.h"],
+            sources=[f"{CPU}/kernels.cpp", f"{CPU}/attend.cpp", f"{CPU}/experts.cpp", f"{CPU}/product.cpp"],
+            depends=[f"{CPU}/simd.h", f"{CPU}/matrix.h", f"{CPU}/product.h"],
             language="c++",
             optional=True,
             extra_compile_args=[

@@ -36,8 +36,9 @@ def test_a_plan_takes_80_columns(shown, machine):
 
 def test_doctor_says_a_reason_once(shown):
     why = "our C kernel: FP32 activations, one result whatever the batch"
-    kernels = [{"device": "cpu", "scheme": f"int{n}", "kernel": "native", "why": why} for n in range(14)]
-    kernels.append({"device": "cpu", "scheme": "odd", "kernel": "reference", "why": "nothing faster"})
+    same = {"device": "cpu", "products": "float32"}
+    kernels = [same | {"scheme": f"int{n}", "kernel": "native", "why": why} for n in range(14)]
+    kernels.append(same | {"scheme": "odd", "kernel": "reference", "why": "nothing faster"})
     show.doctor({"rows": [("cpu", "some")], "native_kernels": True, "kernels": kernels, "presets": ["h100"]})
     text = " ".join(shown())
     assert text.count("our C kernel") == text.count("native") == 1
@@ -61,8 +62,8 @@ def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
     show._suite({"tasks": {"fraction_simplification": task}, "mean": task, "unfinished": {"original": 0, "plan": 0},
                  "thinking": True, "max_tokens": 1024})  # fmt: skip
     speed = {"median": 12345.0, "min": 12000.0, "max": 13000.0}
-    show.bench({"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "scheme": "int4-g32-sym", "prefill_tokens_per_s": speed,
-                "decode_tokens_per_s": speed, "peak_bytes": 1e9, "threads": 2,
+    show.bench({"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "scheme": "int4-g32-sym", "compute_dtype": "bfloat16",
+                "prefill_tokens_per_s": speed, "decode_tokens_per_s": speed, "peak_bytes": 1e9, "threads": 2,
                 "predicted": {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e5, "bytes": {"cpu": 1e9}}})
     lines = shown()
     assert any("-2.0 (-10.2 to +3.1)  1012 to 998" in line for line in lines)

@@ -154,11 +154,12 @@ def load(
     mtp: bool = False,
     kv=None,
     device="cpu",
+    dtype="auto",
 ):
     """(decoder, plan) of a checkpoint; `device` None leaves the choice to the planner."""
     model = find(str(folder))
     machine = load_machine("this")
-    plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, context, batch, mtp, device, kv))
+    plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, context, batch, mtp, device, kv, dtype))
     return build(plan, model.spec, model.source()), plan
 
 

@@ -12,6 +12,7 @@ import typer
 from . import show, verbs
 from .errors import UndistilledError
 from .events import subscribed
+from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME
 
 app = typer.Typer(
     add_completion=False,
@@ -19,21 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan, run and prove the whole DeepSeek-R1 (and its smaller relatives) on the hardware you have.",
 )
-MODEL = Annotated[
-    str,
-    typer.Argument(
-        help="A folder, a .gguf file, a hub id (owner/name) or a built-in name (r1-nano, smollm2, deepseek-r1 to plan)"
-    ),
-]
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-PLAN = Annotated[Path | None, typer.Option("--plan", help="A plan file; it decides schemes, homes and limits.")]
-SCHEME = Annotated[
-    str | None, typer.Option("--scheme", help="bf16, fp16, fp32, fp8_block, int8, int4, … Default: as released.")
-]
-CONTEXT = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of context to make room for.")]
-BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make room for at once.")]
-DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
-MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 
 
 def _print_json(value: Any) -> None:
@@ -72,6 +58,7 @@ def plan(
     batch: BATCH = 1,
     mtp: MTP = False,
     device: DEVICE = None,
+    dtype: DTYPE = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
     as_json: JSON = False,
 ) -> None:
@@ -81,7 +68,8 @@ def plan(
     from .plan.solve import Ask, solve
 
     found = find(model)
-    made = solve(found.name, found.config, found.spec, load_machine(machine), Ask(scheme, context, batch, mtp, device))
+    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto")
+    made = solve(found.name, found.config, found.spec, load_machine(machine), ask)
     _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
         made.write(output)
@@ -110,13 +98,15 @@ def generate(
     scheme: SCHEME = None,
     context: CONTEXT = None,
     device: DEVICE = None,
+    dtype: DTYPE = None,
     as_json: JSON = False,
 ) -> None:
     """Continue a text."""
     from .generate.once import generate_text
     from .schedule.request import Sampling
 
-    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
+    engine = _engine(model, options)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     result = generate_text(engine, prompt, sampling, on_text=None if as_json else show.stream)
     _print_json(result) if as_json else show.usage(result)
@@ -129,6 +119,7 @@ def chat(
     scheme: SCHEME = None,
     context: CONTEXT = None,
     device: DEVICE = None,
+    dtype: DTYPE = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
@@ -136,7 +127,8 @@ def chat(
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
     from .serve.terminal import converse
 
-    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": context, "device": device})
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
+    engine = _engine(model, options)
     converse(
         engine,
         system=system,
@@ -159,6 +151,7 @@ def serve(
     scheme: SCHEME = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
     device: DEVICE = None,
+    dtype: DTYPE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
@@ -171,6 +164,7 @@ def serve(
         "context": max_model_len,
         "batch": batch or (None if plan_file else 8),
         "device": device,
+        "dtype": dtype,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
@@ -185,6 +179,7 @@ def bench(
     batch: BATCH = 1,
     repeat: Annotated[int, typer.Option(min=1)] = 3,
     device: DEVICE = None,
+    dtype: DTYPE = None,
     as_json: JSON = False,
 ) -> None:
     """Measure prefill and decode speed and peak memory."""
@@ -192,7 +187,8 @@ def bench(
 
     room = None if plan_file else prompt_tokens + new_tokens
     wanted = None if plan_file else batch
-    engine = _engine(model, {"plan": plan_file, "scheme": scheme, "context": room, "batch": wanted, "device": device})
+    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype}
+    engine = _engine(model, {"plan": plan_file, **options})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
     _print_json(result) if as_json else show.bench(result)
 
@@ -213,6 +209,7 @@ def prove(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
     context: CONTEXT = None,
+    dtype: DTYPE = None,
     limit: Annotated[
         int | None, typer.Option(help="Questions of each task; default: all of a file, 100 of each of the suite.")
     ] = None,
@@ -250,6 +247,7 @@ def prove(
             tokens=tokens,
             limit=limit,
             context=context,
+            dtype=dtype,
             suite=asked,
             progress=progress,
         )

@@ -122,7 +122,8 @@ def plan(made: Any, output: Path | None = None) -> None:
     p = made.predicted
     out.print(
         f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, "
-        f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] on [bold]{made.machine}[/]"
+        f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] "
+        f"on [bold]{made.machine}[/], products in {made.compute_dtype}"
     )
     table = _table("device", "weights", "KV", "working", "runtime", "total", "free", "")
     for name, d in p.devices.items():
@@ -203,19 +204,19 @@ def doctor(report: dict[str, Any]) -> None:
 
 def _kernels(rows: list[dict[str, str]]) -> None:
     """A line for the schemes that one kernel serves for one reason."""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
+    grouped: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        grouped.setdefault((row["device"], row["kernel"], row["why"]), []).append(row["scheme"])
-    table = _table("device", "kernel", "why", "schemes")
-    for (device, kernel, why), served in grouped.items():
-        table.add_row(device, kernel, escape(why), ", ".join(served))
+        grouped.setdefault((row["device"], row["products"], row["kernel"], row["why"]), []).append(row["scheme"])
+    table = _table("device", "products", "kernel", "why", "schemes")
+    for (device, products, kernel, why), served in grouped.items():
+        table.add_row(device, products, kernel, escape(why), ", ".join(served))
     for column in table.columns:
         column.justify = "left"
     out.print(table)
 
 
 def bench(result: dict[str, Any]) -> None:
-    out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/]")
+    out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/], {result['compute_dtype']} products")
     table = _table("tokens/s", "median", "min", "max", "predicted")
     for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         m = result[key]

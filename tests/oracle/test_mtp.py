@@ -47,7 +47,7 @@ def theirs(folder, h_TD, tokens):
 
 def test_the_mtp_layer_agrees(tmp_path):
     folder = write_checkpoint(tmp_path / "m", CONFIG)
-    decoder, plan = load(folder, mtp=True)
+    decoder, plan = load(folder, mtp=True, dtype="float32")
     runner = Runner(decoder, plan)
     tokens = torch.randint(2, 300, (40,)).tolist()
     sequence = Sequence(Request("r", tokens, Sampling()), tokens, list(range(plan.kv.blocks)))

@@ -25,7 +25,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     """Ours in FP8 blocks as released, with a float32 cache, as transformers keeps one."""
-    ask = Ask(None, 1024, 31, False, "cpu", "float32")
+    ask = Ask(None, 1024, 31, False, "cpu", "float32", dtype="float32")
     plan = solve(model.name, model.config, model.spec, load_machine("this"), ask)
     return Engine(build(plan, model.spec, model.source()), plan, model.tokenizer(), model.name)
 

@@ -51,7 +51,8 @@ def theirs(model):
 
 
 def ours(model, kv):
-    plan = solve(model.name, model.config, model.spec, load_machine("this"), Ask(None, 1024, 4, False, "cpu", kv))
+    ask = Ask(None, 1024, 4, False, "cpu", kv, dtype="float32")
+    plan = solve(model.name, model.config, model.spec, load_machine("this"), ask)
     return build(plan, model.spec, model.source()), plan
 
 

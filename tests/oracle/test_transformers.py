@@ -14,7 +14,7 @@ CASES = [(name, False) for name in CONFIGS if name != "deepseek_v3-mtp"] + [("de
 def test_logits_and_greedy_tokens(name, fp8, tmp_path):
     config = CONFIGS[name]
     folder = write_checkpoint(tmp_path / "model", config, fp8=fp8, dtype=torch.bfloat16 if fp8 else torch.float32)
-    decoder, plan = load(folder, kv="float32")
+    decoder, plan = load(folder, kv="float32", dtype="float32")
     assert decoder.layers[0].self_attn.o_proj.stored.scheme.name == ("fp8_block" if fp8 else "fp32")
     theirs = twin(folder, config)
     tokens = torch.randint(2, config["vocab_size"], (150,)).tolist()  # past YaRN's original 64

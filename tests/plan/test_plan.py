@@ -191,3 +191,35 @@ def test_mtp_is_counted_and_loaded_only_when_asked_for(r1):
         d.bytes.weights for d in without.predicted.devices.values()
     )
     assert with_mtp.predicted.decode_bytes_per_token == without.predicted.decode_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    "ask, here, elsewhere",
+    [
+        ({}, "bfloat16", "float32"),
+        ({"scheme": "int8"}, "bfloat16", "float32"),
+        ({"scheme": "fp16"}, "float32", "float32"),
+        ({"scheme": "fp32"}, "float32", "float32"),
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_cpu_multiplies_in_bf16_where_its_kernels_do(ask, here, elsewhere):
+    model = find("r1-nano")
+    machine = load_machine("laptop-16gb")
+    cpu = machine.device("cpu").model_copy(update={"bf16_products": True})
+    for found, expected in ((machine, elsewhere), (machine.model_copy(update={"devices": (cpu,)}), here)):
+        plan = solve(model.name, model.config, model.spec, found, Ask(device="cpu", **ask))
+        assert (plan.compute_dtype, plan.activation_dtype) == (expected, "float32")
+        check(plan, model.spec, model.config)
+
+
+def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
+    model = find("r1-nano")
+    for dtype, scheme in (("float8", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")):
+        with pytest.raises(UsageError, match=r"float8|float32"):
+            make(model, "laptop-16gb", dtype=dtype, scheme=scheme)
+    plan = make(model, "laptop-16gb", scheme="fp16")
+    for dtype in ("float16", "bfloat16"):
+        with pytest.raises(BadArtefact, match=r"float32|float16"):
+            check(plan.model_copy(update={"compute_dtype": dtype}), model.spec, model.config)

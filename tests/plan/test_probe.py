@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -173,3 +174,15 @@ def test_integrated_gpu_shares_memory(monkeypatch):
     machine = probe.probe()
     assert [d.unified for d in machine.devices] == [True, True]
     assert machine.free_bytes() == machine.device("cpu").free_bytes
+
+
+def test_bf16_products_need_every_instruction(tmp_path):
+    from undistilled.ops.cpu import native
+    from undistilled.plan.probe import PRODUCTS, bf16_products
+
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"flags : fpu {' '.join(sorted(PRODUCTS))}\n")
+    assert bf16_products(file) == bool(list(Path(native.__file__).parent.glob("_kernels*")))
+    file.write_text("flags : fpu avx512f avx512_bf16\n")
+    assert not bf16_products(file)
+    assert not bf16_products(tmp_path / "missing")

@@ -58,7 +58,7 @@ def test_bounds_are_of_one_number_and_never_longer_than_promised():
 
 
 def test_packed_documents_see_themselves_alone(tmp_path):
-    decoder, plan = load(write_checkpoint(tmp_path / "m", CONFIG), kv="float32")
+    decoder, plan = load(write_checkpoint(tmp_path / "m", CONFIG), kv="float32", dtype="float32")
     pair = documents(2)
     sample = pack(pair, 48)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_packed_documents_see_themselves_alone(tmp_path):
 
 
 def test_the_bank_to_train_computes_what_the_served_one_does_and_counts(tmp_path):
-    decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIG))
+    decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIG), dtype="float32")
     moe = next(m for m in decoder.modules() if isinstance(m, MoeLayer))
     served, trained = moe.banks[0], TrainBank(moe.banks[0])
     x, weights = torch.randn(40, 256), torch.rand(40, 4)
@@ -141,7 +141,7 @@ def test_exports_load_in_both_formats_and_fp8_is_the_bf16_one_compressed(tmp_pat
     with torch.no_grad():
         expected = student.decoder.logits(student.hidden(sample.packed()))
         for name, tolerance in (("bf16", 0.02), ("fp8", 0.4)):  # random routers flip
-            decoder, plan = load(tmp_path / name, kv="float32", mtp=True)
+            decoder, plan = load(tmp_path / name, kv="float32", mtp=True, dtype="float32")
             found = our_logits(decoder, plan, ids)
             assert (found - expected).norm() / expected.norm() < tolerance, name
 

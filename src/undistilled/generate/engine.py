@@ -161,7 +161,7 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
     """The plan that a run is held to: from a file, or made now for this machine. Checked either way."""
     machine = load_machine("this")
     if options.get("plan"):
-        given = [name for name in ("scheme", "context", "batch", "device", "mtp") if options.get(name)]
+        given = [name for name in ("scheme", "context", "batch", "device", "mtp", "dtype") if options.get(name)]
         if given:
             raise UsageError(f"A plan file decides {', '.join(given)}.", "Give --plan alone, or the options alone.")
         plan = read_plan(Path(options["plan"]))
@@ -172,6 +172,7 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
             options.get("batch") or 1,
             bool(options.get("mtp")),
             options.get("device"),
+            dtype=options.get("dtype") or "auto",
         )
         plan = solve(model.name, model.config, model.spec, machine, ask)
     check(plan, model.spec, model.config)
@@ -180,7 +181,7 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
 
 
 def open_engine(options: dict[str, Any], progress: Progress | None = None) -> Engine:
-    """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp."""
+    """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp, dtype."""
     model = find(options["model"])
     plan = plan_for(model, options)
     tokenizer = model.tokenizer()

@@ -24,6 +24,7 @@ from ..model.weights import Weight, weights
 from ..ops.linear import dense
 from ..plan.cost import RANGE
 from ..plan.plan import Plan, Row
+from ..plan.recipes import products_of
 from ..scheme import Stored
 from ..scheme.base import Parts
 
@@ -50,6 +51,7 @@ class Memory:
     """Gives each weight its memory, as the plan's row says, and remembers it by name."""
 
     def __init__(self, plan: Plan) -> None:
+        self.compute = plan.compute_dtype
         self.rows: dict[str, Row] = {row.name: row for row in plan.rows}
         self.held: dict[str, Stored] = {}
 
@@ -65,7 +67,8 @@ class Memory:
                 }
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 raise DoesNotFit(f"No memory for {name} ({row.nbytes} bytes) on {row.store}: {error}") from None
-            self.held[name] = Stored(scheme, shape, parts)
+            products = products_of(row.role, row.scheme, row.compute, self.compute)
+            self.held[name] = Stored(scheme, shape, parts, products)
         return self.held[name]
 
 
@@ -76,7 +79,7 @@ def build(plan: Plan, spec: ModelSpec, source: Source, *, progress: Progress | N
     memory = Memory(plan)
     mtp = any(known[row.name].mtp and row.store != "unloaded" for row in plan.rows)
     with torch.no_grad():
-        decoder = Decoder(memory, spec, DTYPE[plan.compute_dtype], mtp=mtp).eval()
+        decoder = Decoder(memory, spec, DTYPE[plan.activation_dtype], mtp=mtp).eval()
         _check_names(spec, source, [known[name] for name in memory.held])
         total = sum(stored.nbytes for stored in memory.held.values())
         done, began = 0, perf_counter()

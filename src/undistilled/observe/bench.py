@@ -83,6 +83,7 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
     return {
         "model": engine.name,
         "scheme": engine.plan.scheme,
+        "compute_dtype": engine.plan.compute_dtype,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

@@ -8,6 +8,7 @@ from typing import Any
 from .. import __version__
 from .. import scheme as schemes
 from ..plan.hardware import describe, known_machines, load_machine
+from ..plan.recipes import products_of
 
 
 def examine(measure: bool = False, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -34,9 +35,13 @@ def examine(measure: bool = False, progress: Callable[[str], None] | None = None
 
 
 def kernels(kind: str) -> list[dict[str, str]]:
-    """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself."""
+    """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself.
+
+    On a CPU with BF16 products a scheme has a row for them too; `products` says what a row's activations are.
+    """
     import torch
 
+    from ..ops.cpu import native
     from ..ops.linear import linear
 
     if kind == "cuda" and not torch.cuda.is_available():
@@ -44,8 +49,10 @@ def kernels(kind: str) -> list[dict[str, str]]:
     rows = []
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
     for name, scheme in schemes.SCHEMES.items():
-        parts = scheme.compress(torch.zeros(64, 64))
-        stored = schemes.Stored(scheme, (64, 64), {k: v.to(kind) for k, v in parts.items()})
-        kernel = linear.resolve(stored, dtype)
-        rows.append({"device": kind, "scheme": name, "kernel": kernel.name, "why": kernel.why})
+        parts = {k: v.to(kind) for k, v in scheme.compress(torch.zeros(64, 64)).items()}
+        rounded = products_of("attention.o", name, kind, "bfloat16") if native.rounds() else None
+        for products in (None, rounded) if rounded else (None,):
+            kernel = linear.resolve(schemes.Stored(scheme, (64, 64), parts, products), dtype)
+            made = products or str(dtype).removeprefix("torch.")
+            rows.append({"device": kind, "products": made, "scheme": name, "kernel": kernel.name, "why": kernel.why})
     return rows

@@ -31,13 +31,27 @@ def causal(q_LHD: torch.Tensor, k_CHD: torch.Tensor, v_CHV: torch.Tensor, scale:
     if k_CHD.shape[1] != q_LHD.shape[1]:
         times = q_LHD.shape[1] // k_CHD.shape[1]
         k_CHD, v_CHV = k_CHD.repeat_interleave(times, 1), v_CHV.repeat_interleave(times, 1)
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_LHD, k_CHD, v_CHV))
+    if q_LHD.device.type == "cpu" and fresh > QUERIES:
+        pieces = enumerate(q_LHD.split(QUERIES))
+        done = [_fused(q, k_CHD, v_CHV, seen - fresh + i * QUERIES, scale) for i, q in pieces]
+        return torch.cat(done)[..., :width]
+    return _fused(q_LHD, k_CHD, v_CHV, seen - fresh, scale)[..., :width]
+
+
+QUERIES = 128  # of a prompt that attend together on a CPU, so that keys which none of them sees cost nothing
+
+
+def _fused(q_LHD: torch.Tensor, k_CHD: torch.Tensor, v_CHD: torch.Tensor, before: int, scale: float) -> torch.Tensor:
+    """PyTorch's kernel on queries behind `before` cached tokens; keys past the last query are left out."""
+    fresh = q_LHD.shape[0]
+    seen = before + fresh
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_LHD, k_CHD[:seen], v_CHD[:seen]))
     mask = None
-    if fresh != seen and fresh > 1:
-        last = torch.arange(seen - fresh, seen, device=q.device)
+    if before and fresh > 1:
+        last = torch.arange(before, seen, device=q.device)
         mask = torch.arange(seen, device=q.device)[None] <= last[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=fresh == seen and fresh > 1, scale=scale)
-    return out[0].transpose(0, 1)[..., :width]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before and fresh > 1, scale=scale)
+    return out[0].transpose(0, 1)
 
 
 @op

@@ -9,7 +9,7 @@ import torch
 
 from ..scheme import Stored
 from .cpu import native
-from .linear import LARGE, apply, native_arguments, native_ready
+from .linear import LARGE, apply, native_ready, product_arguments, rounds_ready
 from .registry import op
 from .swiglu import silu_mul
 
@@ -61,9 +61,17 @@ def _one(weight: Stored, expert: int) -> Stored:
 def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    pairs = ids_Tk.numel()
-    scratch = 4 * pairs * (2 * gate.shape[1] + gate.shape[2])  # bytes
-    if pairs >= LARGE * gate.shape[0] or scratch > SCRATCH:
+    if ids_Tk.numel() >= LARGE * gate.shape[0]:
+        return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
+    return _native_rounded(x_TD, ids_Tk, weights_Tk, gate, up, down)
+
+
+@experts.register("native bf16", rounds_ready, "our C kernel: BF16 products, each chosen expert's weights read once")
+def _native_rounded(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    scratch = 4 * ids_Tk.numel() * (2 * gate.shape[1] + gate.shape[2])  # bytes
+    if scratch > SCRATCH:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
     return native.experts_rows(x_TD.contiguous(), _stack(gate), _stack(up), _stack(down), chosen, shares)
@@ -72,5 +80,5 @@ def _native(
 def _stack(weight: Stored) -> native.Experts:
     found = weight.kernels.get("stack")
     if found is None:
-        found = weight.kernels["stack"] = native.Experts(*native_arguments(weight))
+        found = weight.kernels["stack"] = native.Experts(*product_arguments(weight))
     return found  # type: ignore[return-value]

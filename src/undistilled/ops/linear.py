@@ -17,7 +17,9 @@ LARGE = 32  # tokens from which a matrix product on a dense copy beats the kerne
 
 @op
 def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    """Decompress to the activations' dtype, multiply."""
+    """Round the activations where the weight's products ask for it, decompress to their dtype, multiply."""
+    if weight.products:
+        x_TK = x_TK.to(getattr(torch, weight.products)).to(x_TK.dtype)
     return F.linear(x_TK, weight.dense(x_TK.dtype))
 
 
@@ -32,14 +34,15 @@ def apply(x_TK: torch.Tensor, weight: Stored, bias_N: torch.Tensor | None = None
 
 def _choose(x_TK: torch.Tensor, weight: Stored) -> Kernel:
     kernel = linear.resolve(weight, x_TK.dtype)
-    if kernel is linear.reference and not isinstance(weight.scheme, plain.Plain):
-        say_fallback("linear", weight.scheme.name, weight.device.type)
+    if kernel is linear.reference and (weight.products or not isinstance(weight.scheme, plain.Plain)):
+        rounded = f" with {weight.products} products" if weight.products else ""
+        say_fallback("linear", weight.scheme.name + rounded, weight.device.type)
     return kernel
 
 
 @linear.register(
     "dense",
-    lambda w, dtype: isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
+    lambda w, dtype: not w.products and isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
     "PyTorch's own product: weights and activations have one dtype",
 )
 def _dense(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
@@ -48,7 +51,8 @@ def _dense(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 
 def _int8pack(w: Stored, dtype: torch.dtype) -> bool:
     return (
-        isinstance(w.scheme, int8.Int8)
+        not w.products
+        and isinstance(w.scheme, int8.Int8)
         and w.scheme.group == 0
         and w.device.type == "cpu"
         and dtype == torch.float32
@@ -87,26 +91,50 @@ def native_arguments(weight: Stored) -> tuple:
     return kind, parts["values"], parts.get("scales"), parts.get("minimums"), *weight.shape, group
 
 
+def product_arguments(weight: Stored) -> tuple:
+    """`native_arguments`, and whether activations are rounded: what `native.Weight` and `native.Experts` take."""
+    return *native_arguments(weight), weight.products is not None
+
+
 def native_ready(w: Stored, dtype: torch.dtype) -> bool:
-    """Whether the C kernels serve this weight with these activations."""
+    """Whether the C kernels serve this weight with these activations, which stay float32."""
+    return not w.products and _native_reads(w, dtype)
+
+
+def _native_reads(w: Stored, dtype: torch.dtype) -> bool:
     here = w.device.type == "cpu" and dtype == torch.float32
     return here and native.library() is not None and native_kind(w.scheme) is not None
+
+
+def rounds_ready(w: Stored, dtype: torch.dtype) -> bool:
+    """Whether the C kernels serve this weight's products with activations rounded to BF16."""
+    exact = native_kind(w.scheme) not in (None, native.KIND["fp32"], native.KIND["fp16"])
+    return w.products == "bfloat16" and exact and native.rounds() and _native_reads(w, dtype)
 
 
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if x_TK.shape[0] < LARGE:
-        checked = weight.kernels.get("native")
-        if checked is None:
-            checked = weight.kernels["native"] = native.Weight(*native_arguments(weight))
-        return native.linear_stored(x_TK.contiguous(), checked)  # type: ignore[arg-type]
+        return native.linear_stored(x_TK.contiguous(), _checked(weight))
     return F.linear(x_TK, dense(weight, x_TK.dtype))
+
+
+def _checked(weight: Stored) -> native.Weight:
+    checked = weight.kernels.get("native")
+    if checked is None:
+        checked = weight.kernels["native"] = native.Weight(*product_arguments(weight))
+    return checked  # type: ignore[return-value]
+
+
+@linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
+def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    return native.linear_stored(x_TK.contiguous(), _checked(weight))
 
 
 def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight as a plain tensor [N, K], by the C kernel where it serves; not a copy where it is one already."""
     if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
-    if len(weight.shape) == 2 and not forced() and native_ready(weight, dtype):
+    if len(weight.shape) == 2 and not forced() and _native_reads(weight, dtype):
         return native.dequantise(*native_arguments(weight))
     return weight.dense(dtype)

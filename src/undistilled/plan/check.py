@@ -12,7 +12,7 @@ from . import cost
 from .cost import Placed
 from .layout import Layouts
 from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
-from .recipes import label
+from .recipes import ROUNDED_OFF, label
 
 
 def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
@@ -91,8 +91,15 @@ def _check_totals(plan: Plan, spec: ModelSpec) -> None:
             f"one context of {plan.limits.context}."
         )
     _check_same("kv.bytes_per_token", plan.kv.bytes_per_token, spec.kv_bytes_per_token(cost.WIDTH[plan.kv.dtype]))
-    if plan.compute_dtype != "float32" and list(plan.predicted.devices) == ["cpu"]:
-        raise BadArtefact(f"The plan computes in {plan.compute_dtype} on a CPU.", "There, compute_dtype is float32.")
+    _check_compute(plan)
+
+
+def _check_compute(plan: Plan) -> None:
+    said, cpu = plan.compute_dtype, list(plan.predicted.devices) == ["cpu"]
+    if cpu and said == "float16":
+        raise BadArtefact("The plan computes in float16 on a CPU.", "There, compute_dtype is float32 or bfloat16.")
+    if said != "float32" and (plan.scheme == "fp32" or (cpu and plan.scheme in ROUNDED_OFF)):
+        raise BadArtefact(f"The plan computes in {said}; {plan.scheme} multiplies in float32.", "Was the plan edited?")
 
 
 def _placed(plan: Plan, spec: ModelSpec) -> list[Placed]:
@@ -109,7 +116,7 @@ def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
         chunk=plan.limits.chunk,
         batch=plan.limits.batch,
         context=plan.limits.context,
-        width=cost.WIDTH[plan.compute_dtype],
+        compute=plan.compute_dtype,
         kind=kind,
         scheme=plan.scheme,
     )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import scheme as schemes
 from ..model.spec import ModelSpec
-from ..model.weights import Weight
+from ..model.weights import Weight, weights
 from .plan import Bytes, Row
+from .recipes import MIXED
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -97,7 +98,8 @@ def seconds(
         share = _flop_share(placed, spec, name)
         rate = device.ceilings.fp32_flops if compute == "float32" else device.ceilings.bf16_flops
         prompt += share * flops * chunk / rate
-        prompt += _unpack_bytes(placed, spec, name, chunk) / device.ceilings.read_bytes_per_s
+        rounded = device.bf16_products and compute == "bfloat16"
+        prompt += _unpack_bytes(placed, spec, name, chunk, rounded) / device.ceilings.read_bytes_per_s
     prompt += launches(spec, chunk) * max(d.ceilings.launch_s for d in devices.values())
     return chunk / prompt, batch / step
 
@@ -111,20 +113,24 @@ def _flop_share(placed: list[Placed], spec: ModelSpec, device: str) -> float:
     return sum(work(p) for p in placed if p.row.compute == device) / total
 
 
-def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int) -> float:
-    """Bytes moved to read each touched weight and, where it is not dense already, to write and read it dense."""
+def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int, rounded: bool) -> float:
+    """Bytes moved to read each touched weight and, where it is not dense already, to write and read it dense.
+
+    Products of `rounded` activations unpack a weight in the caches.
+    """
     moved = 0.0
     for p in placed:
         if p.row.compute == device and p.weight.is_linear:
-            dense = 0 if p.row.scheme == "fp32" else 8 * p.weight.params
+            dense = 0 if p.row.scheme == "fp32" or (rounded and p.row.scheme != "fp16") else 8 * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
 
 
 def activation_bytes(
-    spec: ModelSpec, *, chunk: int, batch: int, context: int, width: int, kind: str, scheme: str
+    spec: ModelSpec, *, chunk: int, batch: int, context: int, compute: Dtype, kind: str, scheme: str
 ) -> int:
-    """The largest working set of a pass: `width` bytes a value; rows of the widest layers, and a dense copy."""
+    """The largest working set of a pass: rows of the widest layers, and a copy for products, of a weight or of rows."""
+    width = 4 if kind == "cpu" else WIDTH[compute]
     tokens = max(chunk, batch)
     attention = spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 3 * spec.head_dim)
     mlp = 3 * max(spec.intermediate if not spec.moe or spec.moe.first_dense else 0, 0)
@@ -134,13 +140,19 @@ def activation_bytes(
     heads = 2 * spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 2 * spec.head_dim)
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
+    if kind == "cpu" and compute == "bfloat16" and scheme != MIXED:
+        return rows + lifted + logits + _rounded_bytes(spec, tokens)
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
     return rows + lifted + logits + dense
 
 
-def _largest_linear(spec: ModelSpec, kind: str) -> int:
-    from ..model.weights import weights
+def _rounded_bytes(spec: ModelSpec, tokens: int) -> int:
+    """The widest rows in BF16, and MLA's lift, which is not multiplied in BF16 and made dense."""
+    lift = spec.heads * (spec.mla.qk_nope_head_dim + spec.mla.v_head_dim) * spec.mla.kv_lora_rank if spec.mla else 0
+    return 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear) + 4 * lift
 
+
+def _largest_linear(spec: ModelSpec, kind: str) -> int:
     # on a GPU the reference also makes the head dense; the CPU's kernels for few rows do not
     return max(
         w.shape[0] * w.shape[1] for w in weights(spec) if w.is_linear or (kind != "cpu" and w.role in ("head", "embed"))

@@ -50,6 +50,7 @@ class Device(_Frozen):
     cores: int = Field(gt=0)  # a CPU's logical cores that this process may use; a GPU's CUDA cores, 1 if unknown
     numa_nodes: int = Field(default=1, gt=0)
     unified: bool = False
+    bf16_products: bool = False  # whether our CPU kernels have products of BF16 activations there
     ceilings: Ceilings
     note: str = ""
 

@@ -73,7 +73,7 @@ class Layouts:
             chunk=limits.chunk,
             batch=batch,
             context=context,
-            width=WIDTH[self.compute],
+            compute=self.compute,
             kind=self.kind,
             scheme=self.scheme,
         )

@@ -92,7 +92,7 @@ class Plan(Frozen):
     architecture: str
     machine: str
     scheme: str  # the recipe that every row follows, else MIXED
-    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    compute_dtype: Literal["float32", "bfloat16", "float16"]  # of products; on a CPU activations are float32 between
     parameters: int
     active_parameters: int
     tensors: int
@@ -104,6 +104,11 @@ class Plan(Frozen):
     fits: bool
     advice: str = ""  # where it does not fit: what would
     notes: list[str] = []
+
+    @property
+    def activation_dtype(self) -> str:
+        """The dtype of the tensors between layers."""
+        return "float32" if list(self.predicted.devices) == ["cpu"] else self.compute_dtype
 
     def digest(self) -> str:
         """SHA-256 of the plan as written."""

@@ -24,6 +24,9 @@ MAC = {"hw.optional.neon": "neon", "hw.optional.arm.FEAT_DotProd": "dotprod", "h
        "hw.optional.arm.FEAT_BF16": "bf16", "hw.optional.avx2_0": "avx2"}  # fmt: skip
 
 
+PRODUCTS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}  # flags that ops/cpu/product.cpp needs
+
+
 def probe() -> Machine:
     """This machine, its rates estimated. A part that cannot be read is left out."""
     total, free = memory()
@@ -63,8 +66,15 @@ def _cpu(total: int, free: int, unified: bool) -> Device:
         cores=cores,
         numa_nodes=nodes,
         unified=unified,
+        bf16_products=bf16_products(),
         ceilings=_estimate(cores, features, nodes),
     )
+
+
+def bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether our kernels multiply in BF16 here: they are built, and the processor has the instructions."""
+    built = any((Path(__file__).parents[1] / "ops" / "cpu").glob("_kernels*"))
+    return built and set(_cpuinfo(cpuinfo).get("flags", "").split()) >= PRODUCTS
 
 
 def usable_cores() -> int:
@@ -82,19 +92,25 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ..
     """(model, the instruction sets that kernels choose by)."""
     if sys.platform == "darwin":
         return _mac_cpu()
-    fields: dict[str, str] = {}
-    try:
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip().lower(), value.strip())
-    except OSError as error:
-        log.debug("no cpuinfo: %s", error)
+    fields = _cpuinfo(cpuinfo)
     flags = set(fields.get("flags", "").split())
     features = [name for name in X86 if name in flags]
     arm = set(fields.get("features", "").split())
     features += [name for flag, name in ARM.items() if flag in arm]
     model = fields.get("model name") or platform.processor() or platform.machine() or "CPU"
     return model, tuple(features)
+
+
+def _cpuinfo(file: Path) -> dict[str, str]:
+    """The fields of the first processor; none where the file cannot be read."""
+    fields: dict[str, str] = {}
+    try:
+        for line in file.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip().lower(), value.strip())
+    except OSError as error:
+        log.debug("no cpuinfo: %s", error)
+    return fields
 
 
 def _mac_cpu() -> tuple[str, tuple[str, ...]]:

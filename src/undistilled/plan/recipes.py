@@ -21,6 +21,8 @@ from ..model.weights import LINEAR_ROLES, Weight
 HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp8_channel": "bf16"}
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
+ROUNDED_OFF = ("fp16", "fp32")  # schemes with values that BF16 does not hold: they multiply in float32
+
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {
     "experts-int4": "int8,expert=int4",
@@ -82,6 +84,15 @@ def _own(weight: Weight, spec: ModelSpec) -> str:
     except UsageError as error:
         raise BadArtefact(f"config.json: {weight.name} is stored as {scheme!r:.80}: no scheme.", error.hint) from None
     return scheme
+
+
+def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
+    """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
+
+    A GPU's activations have the plan's dtype already. A router's product decides which experts run.
+    """
+    rounds = home == "cpu" and compute != "float32" and role != "router" and scheme not in ROUNDED_OFF
+    return compute if rounds else None
 
 
 def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:

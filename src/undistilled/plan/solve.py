@@ -16,7 +16,7 @@ from .cost import Dtype, Placed
 from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .plan import Plan, Predicted, Row, config_hash
-from .recipes import scheme_of
+from .recipes import ROUNDED_OFF, scheme_of
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
@@ -33,6 +33,7 @@ class Ask:
     mtp: bool = False
     device: str | None = None  # "cpu" keeps GPUs out
     kv_dtype: Dtype | None = None  # None: float32 where the scheme is fp32, else bfloat16
+    dtype: str = "auto"  # of products: float32, bfloat16, or what the device has its fast ones in
 
 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
@@ -47,6 +48,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
     if context > spec.max_context:
         raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")
     scheme = ask.scheme or spec.native
+    _check_dtype(ask, scheme)
     layouts = _layouts(spec, machine, ask, scheme)
     layout = layouts.at(context, ask.batch)
     homes = {p.weight.name: p.row for p in layout.placed}
@@ -80,9 +82,28 @@ def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layout
         [Placed(_row(w, spec, scheme, devices[0].name), w) for w in wanted],
         {d.name: d.free_bytes for d in devices},
         scheme=scheme,
-        compute="float32" if devices[0].kind == "cpu" or scheme == "fp32" else "bfloat16",
+        compute=_compute(ask, scheme, devices[0]),
         cache=ask.kv_dtype or ("float32" if scheme == "fp32" else "bfloat16"),
     )
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _check_dtype(ask: Ask, scheme: str) -> None:
+    if ask.dtype not in DTYPES:
+        raise UsageError(f"--dtype {ask.dtype!r} is not known.", f"Known: {', '.join(DTYPES)}.")
+    if ask.dtype == "bfloat16" and scheme in ROUNDED_OFF:
+        raise UsageError(f"{scheme} weights multiply in float32.", "Leave --dtype out, or ask for another --scheme.")
+
+
+def _compute(ask: Ask, scheme: str, device: Device) -> Dtype:
+    """Of products. A CPU's activations are float32 between them, whatever it is."""
+    if ask.dtype == "float32" or scheme == "fp32":
+        return "float32"
+    if ask.dtype == "bfloat16" or device.kind != "cpu":
+        return "bfloat16"
+    return "bfloat16" if device.bf16_products and scheme not in ROUNDED_OFF else "float32"
 
 
 def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> Predicted:

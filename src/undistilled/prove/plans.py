@@ -19,17 +19,19 @@ ORIGINAL_CONTEXT = 4096  # tokens; the original only ever scores windows and que
 AT_ONCE = {"cpu": ROWS["cpu"], "cuda": 256}  # questions in one pass: more rows are no faster
 
 
-def proven_plan(model: Model, plan_file: Path | None, scheme: str | None, context: int | None) -> Plan:
-    """The plan of a file, or one made now for `scheme` and `context`; on one device, for a model with weights."""
-    if plan_file and (scheme or context):
-        raise UsageError("A plan file decides scheme and context.", "Give --plan alone, or --scheme and --context.")
+def proven_plan(
+    model: Model, plan_file: Path | None, scheme: str | None, context: int | None, dtype: str | None = None
+) -> Plan:
+    """The plan of a file, or one made now for the other options; on one device, for a model with weights."""
+    if plan_file and (scheme or context or dtype):
+        raise UsageError("A plan file decides scheme, context and dtype.", "Give --plan alone, or the options alone.")
     if not model.has_weights:
         raise BadArtefact(f"{model.path} has no weights to prove anything about.")
     if plan_file:
         plan = plan_for(model, {"plan": plan_file})
     else:
         context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
-        plan = plan_for(model, {"scheme": scheme, "context": context})
+        plan = plan_for(model, {"scheme": scheme, "context": context, "dtype": dtype})
     device_of(plan)
     return plan
 
@@ -63,12 +65,16 @@ def device_of(plan: Plan) -> str:
 
 
 def original_plan(model: Model, plan: Plan) -> Plan:
-    """The weights as released on this machine: where the plan runs, else on the CPU. DoesNotFit where on neither."""
+    """The weights as released on this machine: where the plan runs, else on the CPU. DoesNotFit where on neither.
+
+    On a CPU its products are float32, so that a receipt shows what BF16 products cost too.
+    """
     machine = load_machine("this")
     free = {d.name: d.free_bytes for d in machine.devices}
     context = min(plan.limits.context, ORIGINAL_CONTEXT)
     for device in ("cpu",) if device_of(plan) == "cpu" else (None, "cpu"):
-        made = solve(model.name, model.config, model.spec, machine, Ask(None, context, 1, False, device))
+        ask = Ask(None, context, 1, False, device, dtype="float32" if device == "cpu" else "auto")
+        made = solve(model.name, model.config, model.spec, machine, ask)
         if made.fits and len({row.store for row in made.rows} - {"unloaded"}) == 1:
             check(made, model.spec, model.config)
             check_devices(made, free)

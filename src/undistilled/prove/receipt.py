@@ -49,12 +49,13 @@ def prove(
     tokens: int = 2048,
     limit: int | None = None,
     context: int | None = None,
+    dtype: str | None = None,
     window: int = 512,
     suite: graded.Wanted | None = None,
     progress: Progress | None = None,
     command: measure.Command = measure.run_command,
 ) -> dict[str, Any]:
-    """The receipt of a plan, from a file or made here for `scheme` and `context` on this machine.
+    """The receipt of a plan, from a file or made here for `scheme`, `context` and `dtype` on this machine.
 
     original: the model that it is compared with; None: the same, or what a compressed one was made from.
     tokens: of the text, in windows of `window`; limit: questions of each task (None: all of a file, 100 of each task
@@ -64,7 +65,7 @@ def prove(
     """
     say = progress or (lambda _text: None)
     model = find(model_name)
-    plan = proven_plan(model, plan_file, scheme, context)
+    plan = proven_plan(model, plan_file, scheme, context, dtype)
     base = original_of(model, original)
     first = original_plan(base, plan)
     inputs = read_inputs(model, plan, first, Asked(text, tasks, tokens, limit, window, suite))

@@ -107,6 +107,7 @@ class Stored:
     scheme: Scheme
     shape: tuple[int, ...]
     parts: Parts
+    products: str | None = None  # the dtype that a product rounds its activations to; None: they stay as they are
     kernels: dict[object, object] = field(default_factory=dict, repr=False)  # what each op resolved to
 
     def narrow(self, axis: str, start: int, stop: int) -> Stored:
@@ -118,11 +119,11 @@ class Stored:
             index = tuple(cut(d, start, stop, self.shape[at]) if d.axis == axis else slice(None) for d in spec.dims)
             parts[name] = self.parts[name][index]
         shape = (*self.shape[:at], stop - start, *self.shape[at + 1 :])
-        return Stored(self.scheme, shape, parts)
+        return Stored(self.scheme, shape, parts, self.products)
 
     def expert(self, index: int) -> Stored:
         """One expert of a stacked weight, without its expert axis."""
-        return Stored(self.scheme, self.shape[1:], {n: p[index] for n, p in self.parts.items()})
+        return Stored(self.scheme, self.shape[1:], {n: p[index] for n, p in self.parts.items()}, self.products)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a plain tensor of `dtype`."""

@@ -3,7 +3,7 @@
 // The (row, choice) pairs are sorted by expert, so that an expert's weights are read once for
 // all rows that chose it. A row's result is summed in the order of its choices.
 #include <cstdlib>
-#include "matrix.h"
+#include "product.h"
 
 namespace {
 
@@ -17,11 +17,24 @@ Matrix expert(Matrix a, long e) {
   return a;
 }
 
-// tile() for a width up to TILE; few rows take narrow tiles.
-void wide_tile(const Matrix& a, long n, long width, const float* const* x, const float* const* sums, long rows,
-               float* const* y) {
+// Rows of x as floats, where a matrix rounds them as BF16, and their sums over its groups.
+struct Input {
+  const float** x;
+  const uint16_t** rounded;
+  const float** sums;
+
+  void take(const Matrix& a, long i) {
+    if (!has_offsets(a)) return;
+    a.rounds ? group_sums<Bf16>(a, rounded[i], (float*)sums[i]) : group_sums<Fp32>(a, x[i], (float*)sums[i]);
+  }
+};
+
+// y[r] = the rows i.. of `in` times the outputs n..n+width, at most TILE; few rows take narrow tiles.
+void wide_tile(const Matrix& a, long n, long width, const Input& in, long i, long rows, float* const* y) {
+  const float **x = in.x + i, **sums = in.sums + i;
+  if (a.rounds) return product(a, n, width, in.rounded + i, sums, rows, y);
   long step = rows <= 2 ? 4 : TILE;
-  for (long i = 0; i < width; i += step) tile(a, n + i, width - i < step ? width - i : step, x, sums, rows, y);
+  for (long j = 0; j < width; j += step) tile(a, n + j, width - j < step ? width - j : step, x, sums, rows, y);
 }
 
 template <class T> T* make(long count) { return (T*)malloc((count + 1) * sizeof(T)); }
@@ -58,21 +71,27 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
   long gs = gate->groups(), us = up->groups(), ds = down->groups();
   float *h = make<float>(used * inner), *u = make<float>(used * inner), *o = make<float>(used * d);
   float* sums = make<float>(used * (gs + us + ds));
+  bool rounds = gate->rounds || up->rounds;
+  uint16_t *xr = make<uint16_t>(rounds ? rows * gate->k : 0), *hr = make<uint16_t>(down->rounds ? used * inner : 0);
   const float **xs = make<const float*>(used), **hs = make<const float*>(used);
-  const float **gate_sums = make<const float*>(used), **up_sums = make<const float*>(used),
-              **down_sums = make<const float*>(used);
+  const uint16_t **xrs = make<const uint16_t*>(used), **hrs = make<const uint16_t*>(used);
+  Input to_gate = {xs, xrs, make<const float*>(used)}, to_up = {xs, xrs, make<const float*>(used)},
+        to_down = {hs, hrs, make<const float*>(used)};
   float **hy = make<float*>(used), **uy = make<float*>(used), **oy = make<float*>(used);
+  for (long r = 0; rounds && r < rows; r++) round_row(x + r * gate->k, gate->k, xr + r * gate->k);
   for (long i = 0; i < used; i++) {
     float* s = sums + i * (gs + us + ds);
     xs[i] = x + pair[i] / top * gate->k;
+    xrs[i] = xr + pair[i] / top * gate->k;
     hs[i] = hy[i] = h + i * inner;
+    hrs[i] = hr + i * inner;
     uy[i] = u + i * inner;
     oy[i] = o + i * d;
-    gate_sums[i] = s;
-    up_sums[i] = s + gs;
-    down_sums[i] = s + gs + us;
-    if (gate->kind == INT4) group_sums(*gate, xs[i], s);
-    if (up->kind == INT4) group_sums(*up, xs[i], s + gs);
+    to_gate.sums[i] = s;
+    to_up.sums[i] = s + gs;
+    to_down.sums[i] = s + gs + us;
+    to_gate.take(*gate, i);
+    to_up.take(*up, i);
   }
 
   long inner_tiles = (inner + TILE - 1) / TILE, tiles = (d + TILE - 1) / TILE;
@@ -82,8 +101,8 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
     for (long task = 0; task < groups * inner_tiles; task++) {
       long g = task / inner_tiles, n = task % inner_tiles * TILE, i = start[g], m = start[g + 1] - i;
       long width = inner - n < TILE ? inner - n : TILE;
-      wide_tile(expert(*gate, id[g]), n, width, xs + i, gate_sums + i, m, hy + i);
-      wide_tile(expert(*up, id[g]), n, width, xs + i, up_sums + i, m, uy + i);
+      wide_tile(expert(*gate, id[g]), n, width, to_gate, i, m, hy + i);
+      wide_tile(expert(*up, id[g]), n, width, to_up, i, m, uy + i);
       for (long r = i; r < i + m; r++)
         for (long j = 0; j < width; j += 8) {
           long part = width - j < 8 ? width - j : 8;
@@ -91,14 +110,17 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
           store_part(to, silu8(load_part(to, part)) * load_part(uy[r] + n + j, part), part);
         }
     }
-    if (down->kind == INT4) {
+    if (down->rounds || has_offsets(*down)) {
 #pragma omp for schedule(static)
-      for (long i = 0; i < used; i++) group_sums(*down, hs[i], (float*)down_sums[i]);
+      for (long i = 0; i < used; i++) {
+        if (down->rounds) round_row(hs[i], inner, hr + i * inner);
+        to_down.take(*down, i);
+      }
     }
 #pragma omp for schedule(dynamic, 4)
     for (long task = 0; task < groups * tiles; task++) {
       long g = task / tiles, n = task % tiles * TILE, i = start[g];
-      wide_tile(expert(*down, id[g]), n, d - n < TILE ? d - n : TILE, hs + i, down_sums + i, start[g + 1] - i, oy + i);
+      wide_tile(expert(*down, id[g]), n, d - n < TILE ? d - n : TILE, to_down, i, start[g + 1] - i, oy + i);
     }
 #pragma omp for schedule(static)
     for (long task = 0; task < rows * tiles; task++) {
@@ -112,7 +134,8 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
       }
     }
   }
-  void* all[] = {pair, place, start, id, count, h, u, o, sums, xs, hs, gate_sums, up_sums, down_sums, hy, uy, oy};
+  void* all[] = {pair, place, start, id, count, h, u, o, sums, xr, hr, xs, hs, xrs, hrs, to_gate.sums, to_up.sums,
+                 to_down.sums, hy, uy, oy};
   for (void* p : all) free(p);
 }
 

@@ -1,7 +1,7 @@
 // Linear layers on stored weights, and the per-row operations around them.
 #include <cmath>
 #include <cstdlib>
-#include "matrix.h"
+#include "product.h"
 
 namespace {
 
@@ -13,6 +13,9 @@ const char* const ISA =
 #endif
 #if defined(__AVX512VL__)
     " avx512vl"
+#endif
+#if HAS_PRODUCTS
+    " avx512bw avx512dq avx512_bf16"
 #endif
 #endif
     "";
@@ -59,11 +62,51 @@ void native_linear(int kind, const float* x, const uint8_t* values, const void* 
     xs[i] = x + i * k;
     ys[i] = y + i * n;
     sums[i] = buffer + i * groups;
-    if (buffer) group_sums(a, xs[i], buffer + i * groups);
+    if (buffer) group_sums<Fp32>(a, xs[i], buffer + i * groups);
   }
   long width = m <= 2 ? 4 : TILE;   // a wide tile reads x less often, a narrow one streams better
 #pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
   for (long n0 = 0; n0 < n; n0 += width) tile(a, n0, n - n0 < width ? n - n0 : width, xs, sums, m, ys);
+  free(buffer);
+  free(xs);
+}
+
+// 1 where native_linear_rounded may be called, and native_experts_rows with matrices that round.
+int native_rounds(void) { return HAS_PRODUCTS; }
+
+// native_linear with x rounded to BF16.
+void native_linear_rounded(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
+                           float* y, long m, long n, long k, long group) {
+  Matrix a = {kind, values, scales, mins, n, k, group};
+  long groups = a.groups();
+  const uint16_t** xs = (const uint16_t**)malloc(m * 3 * sizeof(void*));
+  const float** sums = (const float**)(xs + m);
+  float** ys = (float**)(xs + 2 * m);
+  float* buffer = mins ? (float*)malloc(m * groups * 4) : nullptr;
+  uint16_t* rounded = (uint16_t*)malloc(m * k * 2);
+  // Rows of weights stay in a core's cache while a block of rows of x passes by.
+  long width = m < ROWS ? TILE : 4 * TILE, rows = m < PART ? m : PART;
+  long panels = (n + width - 1) / width, parts = (m + rows - 1) / rows;
+#pragma omp parallel for schedule(static) if (m >= ROWS)
+  for (long i = 0; i < m; i++) {
+    xs[i] = rounded + i * k;
+    ys[i] = y + i * n;
+    sums[i] = buffer + i * groups;
+    round_row(x + i * k, k, rounded + i * k);
+    if (buffer) group_sums<Bf16>(a, xs[i], buffer + i * groups);
+  }
+  auto task = [&](long at) {
+    long n0 = at / parts * width, m0 = at % parts * rows;
+    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, sums + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
+  };
+  if (parts == 1 && m < ROWS) {
+#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
+    for (long at = 0; at < panels; at++) task(at);
+  } else {
+#pragma omp parallel for schedule(dynamic)
+    for (long at = 0; at < panels * parts; at++) task(at);
+  }
+  free(rounded);
   free(buffer);
   free(xs);
 }

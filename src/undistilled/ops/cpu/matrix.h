@@ -10,6 +10,7 @@ struct Matrix {          // [n, k], row-major
   const void* scales;    // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]
   const void* mins;      // int4: f16 [n, g], or null for the symmetric scheme
   long n, k, group;      // group: elements along k that share a scale
+  int rounds = 0;        // whether its products are of x rounded to BF16
 
   long groups() const { return (k + group - 1) / group; }
   long row_bytes() const {
@@ -166,17 +167,25 @@ static void add_tile(const Matrix& a, long n, int count, const float* const* x, 
 }
 
 // int4's offsets as a second product: its mins (or scales) with the sums of x over groups.
+INLINE bool has_offsets(const Matrix& a) { return a.mins || (a.kind == INT4 && !a.rounds); }
 INLINE Matrix offsets(const Matrix& a) {
   return {FP16, (const uint8_t*)(a.mins ? a.mins : a.scales), nullptr, nullptr, a.n, a.groups(), a.groups()};
 }
 
-// sums[g] = the sum of x over group g, times the factor of offsets()' weights.
-INLINE void group_sums(const Matrix& a, const float* x, float* sums) {
+// sums[g] = the sum of x, which X loads, over group g, times the factor of offsets()' weights.
+template <class X> INLINE void group_sums(const Matrix& a, const void* row, float* sums) {
+  const uint8_t* x = (const uint8_t*)row;
   for (long k = 0; k < a.k; k += a.group) {
     long end = k + a.group < a.k ? k + a.group : a.k, i = k;
-    v8 s = splat(0);
-    for (; i + 8 <= end; i += 8) s = s + load(x + i);
-    if (i < end) s = s + load_part(x + i, end - i);
+    v8 s = splat(0), v[1];
+    for (; i + 8 <= end; i += 8) {
+      X::load(x + at<X>(i), v);
+      s = s + v[0];
+    }
+    if (i < end) {
+      load_tail<X>(x + at<X>(i), end - i, v);
+      s = s + v[0];
+    }
     *sums++ = sum(s) * (a.mins ? 1 : -8);
   }
 }

@@ -43,6 +43,7 @@ _SCALES = {3: torch.float32, 4: torch.float32, 5: torch.float16}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "native_linear": [_I, *[_P] * 5, *[_L] * 4],
+    "native_linear_rounded": [_I, *[_P] * 5, *[_L] * 4],
     "native_dequantise": [_I, *[_P] * 4, *[_L] * 5],
     "native_attend_rows": [_I, *[_P] * 6, *[_L] * 6, _F],
     "native_mla_rows": [_I, *[_P] * 5, *[_L] * 6, _F],
@@ -93,6 +94,13 @@ def library() -> ctypes.CDLL | None:
     return _load()[0]
 
 
+@cache
+def rounds() -> bool:
+    """Whether the kernels have products of activations rounded to BF16: `rounded` below."""
+    lib = library()
+    return lib is not None and bool(lib.native_rounds())
+
+
 def why_missing() -> str:
     """Why `library()` is None; empty where it is not."""
     return _load()[1]
@@ -113,6 +121,7 @@ def _lazy(name: str):
 
 
 _native_linear = _lazy("native_linear")
+_native_linear_rounded = _lazy("native_linear_rounded")
 _native_dequantise = _lazy("native_dequantise")
 _native_attend_rows = _lazy("native_attend_rows")
 _native_mla_rows = _lazy("native_mla_rows")
@@ -160,30 +169,37 @@ def linear(
     n: int,
     k: int,
     group: int,
+    rounded: bool = False,
 ) -> Tensor:
-    """y [..., N] = x [..., K] @ W^T for a weight [N, K] stored as `kind` (see KIND)."""
-    x = _pointer(x_MK, torch.float32, "x")
-    _check(x_MK.shape[-1] == k, "x: wrong width")
-    group = 128 if kind == 3 else group if kind > 3 else k
-    v, s, z = _weight(kind, values, scales, mins, n, k, group)
-    m = x_MK.numel() // k
-    y_MN = x_MK.new_empty(m, n)
-    _native_linear(kind, x, v, s, z, y_MN.data_ptr(), m, n, k, group)
-    return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
+    """y [..., N] = x [..., K] @ W^T for a weight [N, K] stored as `kind` (see KIND); x `rounded` to BF16 first."""
+    return linear_stored(x_MK, Weight(kind, values, scales, mins, n, k, group, rounded))
 
 
 class Weight:
     """A stored weight [N, K], checked once: `linear_stored` then checks only x."""
 
-    __slots__ = ("arguments", "k", "kind", "n", "parts")
+    __slots__ = ("arguments", "k", "kind", "n", "parts", "rounded")
 
     def __init__(
-        self, kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, n: int, k: int, group: int
+        self,
+        kind: int,
+        values: Tensor,
+        scales: Tensor | None,
+        mins: Tensor | None,
+        n: int,
+        k: int,
+        group: int,
+        rounded: bool = False,
     ):
+        _check_rounded(kind, rounded)
         group = 128 if kind == 3 else group if kind > 3 else k
         self.parts = values, scales, mins  # keeps the storage alive
-        self.kind, self.n, self.k = kind, n, k
+        self.kind, self.n, self.k, self.rounded = kind, n, k, rounded
         self.arguments = *_weight(kind, values, scales, mins, n, k, group), group
+
+
+def _check_rounded(kind: int, rounded: bool) -> None:
+    _check(not rounded or (rounds() and kind > 1), "rounded: not in this build, or not for fp32 and fp16")
 
 
 def linear_stored(x_MK: Tensor, weight: Weight) -> Tensor:
@@ -194,7 +210,8 @@ def linear_stored(x_MK: Tensor, weight: Weight) -> Tensor:
     v, s, z, group = weight.arguments
     m = x_MK.numel() // k
     y_MN = x_MK.new_empty(m, n)
-    _native_linear(weight.kind, x_MK.data_ptr(), v, s, z, y_MN.data_ptr(), m, n, k, group)
+    run = _native_linear_rounded if weight.rounded else _native_linear
+    run(weight.kind, x_MK.data_ptr(), v, s, z, y_MN.data_ptr(), m, n, k, group)
     return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
 
 
@@ -335,15 +352,28 @@ def rope_rows(x_RHD: Tensor, cos_RC: Tensor, sin_RC: Tensor, interleaved: bool) 
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("kind", _I), ("values", _P), ("scales", _P), ("mins", _P), ("n", _L), ("k", _L), ("group", _L)]
+    _fields_ = [
+        *(("kind", _I), ("values", _P), ("scales", _P), ("mins", _P)),
+        *(("n", _L), ("k", _L), ("group", _L), ("rounds", _I)),
+    ]
 
 
 class Experts:
-    """One projection of all experts: a weight [E, N, K], each expert stored as KIND describes."""
+    """One projection of all experts: a weight [E, N, K], each expert stored as KIND describes; x `rounded` or not."""
 
     def __init__(
-        self, kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, e: int, n: int, k: int, group: int
+        self,
+        kind: int,
+        values: Tensor,
+        scales: Tensor | None,
+        mins: Tensor | None,
+        e: int,
+        n: int,
+        k: int,
+        group: int,
+        rounded: bool = False,
     ):
+        _check_rounded(kind, rounded)
         group = 128 if kind == 3 else group if kind > 3 else k
         for part in (values, scales, mins):
             _check(part is None or part.shape[0] == e, f"want {e} experts along the first axis")
@@ -353,7 +383,7 @@ class Experts:
         _check(all(p is None or p.is_contiguous() for p in (values, scales, mins)), "want contiguous tensors")
         self.parts = values, scales, mins  # keeps the storage alive
         self.experts, self.n, self.k = e, n, k
-        self.matrix = _Matrix(kind, *(None if p is None else p.data_ptr() for p in self.parts), n, k, group)
+        self.matrix = _Matrix(kind, *(None if p is None else p.data_ptr() for p in self.parts), n, k, group, rounded)
         self.pointer = ctypes.addressof(self.matrix)
 
 

@@ -1,0 +1,310 @@
+// Products of rows of x, rounded to BF16, with a stored matrix, by AVX512_BF16's vdpbf16ps.
+//
+// Codes of int8, int4 and fp8 are exact in BF16, so a group is multiplied as codes and its float32 scale
+// meets the float32 sum. A vector holds 8 codes of each of 4 outputs and meets 8 values of a row of x four times:
+// x stays as it lies, and sums of 16 outputs are folded together. What a lane sums, and in which order, depends on
+// the matrix alone: a row has the same bits in a product of one row and of a thousand, on any number of threads.
+#include <cstdlib>
+#include "product.h"
+
+#if HAS_PRODUCTS
+#pragma GCC diagnostic ignored "-Wuninitialized"   // GCC 12 sees both inside its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace {
+
+typedef __m512bh b32;   // 32 BF16
+
+// Loaders of 32 codes from the k-th of a row on, and of the first `count` < 32 of them, zeros behind.
+struct AsBf16 {
+  typedef uint16_t Code;
+  static constexpr int BITS = 16;
+  INLINE b32 wide(__m512i v) { return (b32)v; }
+  INLINE b32 load(const uint8_t* w, long k) { return wide(_mm512_loadu_si512((const Code*)w + k)); }
+  INLINE b32 load_part(const uint8_t* w, long k, long count) {
+    return wide(_mm512_maskz_loadu_epi16((1u << count) - 1, (const Code*)w + k));
+  }
+};
+
+template <class B> struct Bytes {
+  static constexpr int BITS = 8;
+  INLINE b32 load(const uint8_t* w, long k) { return B::wide(_mm256_loadu_si256((const __m256i*)(w + k))); }
+  INLINE b32 load_part(const uint8_t* w, long k, long count) {
+    return B::wide(_mm256_maskz_loadu_epi8((1u << count) - 1, w + k));
+  }
+};
+
+struct Int8Codes : Bytes<Int8Codes> {
+  INLINE b32 wide(__m128i low, __m128i high) {
+    auto floats = [](__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); };
+    return _mm512_cvtne2ps_pbh(floats(high), floats(low));
+  }
+  INLINE b32 wide(__m256i v) { return wide(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
+  INLINE b32 load(const uint8_t* w, long k) {   // halves straight from memory: an instruction less of six
+    return wide(_mm_loadu_si128((const __m128i*)(w + k)), _mm_loadu_si128((const __m128i*)(w + k + 16)));
+  }
+};
+
+// As simd.h's Fp8: through float16, the value times 2^-8.
+struct Fp8Codes : Bytes<Fp8Codes> {
+  INLINE b32 wide(__m256i v) {
+    __m512i half = _mm512_slli_epi16(_mm512_cvtepi8_epi16(v), 7);
+    half = _mm512_and_si512(half, _mm512_set1_epi16((short)0xbfff));
+    __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    return _mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), low);
+  }
+};
+
+// Codes 0..15, or, where the scheme is symmetric, code - 8. A group begins with a block of 32.
+template <int LOWEST> struct Int4Codes {
+  static constexpr int BITS = 4;
+  INLINE b32 load(const uint8_t* w, long k) {
+    alignas(64) static constexpr float VALUES[32] = {
+        LOWEST, LOWEST + 1, LOWEST + 2, LOWEST + 3, LOWEST + 4, LOWEST + 5, LOWEST + 6, LOWEST + 7,
+        LOWEST + 8, LOWEST + 9, LOWEST + 10, LOWEST + 11, LOWEST + 12, LOWEST + 13, LOWEST + 14, LOWEST + 15};
+    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(VALUES + 16), _mm512_load_ps(VALUES));
+    __m128i both = _mm_loadu_si128((const __m128i*)(w + k / 2));
+    __m256i codes = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
+    __m512i index = _mm512_cvtepu8_epi16(_mm256_and_si256(codes, _mm256_set1_epi8(15)));
+    return (b32)_mm512_permutexvar_epi16(index, table);
+  }
+  INLINE b32 load_part(const uint8_t* w, long k, long count) {
+    return (b32)_mm512_maskz_mov_epi16((1u << count) - 1, (__m512i)load(w, k));
+  }
+};
+
+constexpr long CHUNK = 8;      // codes of an output in a vector
+constexpr int OUTPUTS = TILE;  // of a panel: output 4c + j is lane c, of 128 bits, of the j-th of four vectors
+
+struct Panel {
+  long k, group;
+  const uint16_t* codes;       // for each group: [chunk][j][c][CHUNK], zeros behind the last
+  const float* scales;         // [group][j][c]
+  const float* mins;           // the same, or null
+  long n, count;               // its rows of the matrix
+};
+
+// The g-th scale of a row, or its minimum.
+INLINE float factor(const Matrix& a, const void* from, long row, long g) {
+  switch (a.kind) {
+    case FP8_BLOCK: return ((const float*)from)[row / 128 * a.groups() + g] * 256;
+    case INT8: return ((const float*)from)[row * a.groups() + g];
+    case INT4: return _cvtsh_ss(((const uint16_t*)from)[row * a.groups() + g]);
+  }
+  return 1;
+}
+
+// out[group][j][c] = the scales, or the minimums, of the rows n.., at most OUTPUTS.
+void panel_factors(const Matrix& a, const void* from, long n, long count, float* out) {
+  for (long g = 0; g < a.groups(); g++, out += OUTPUTS)
+    for (long i = 0; i < OUTPUTS; i++) out[i % 4 * 4 + i / 4] = i < count ? factor(a, from, n + i, g) : 0;
+}
+
+struct Rows { const uint8_t* at[OUTPUTS]; };
+
+// v[i] = the i-th chunk from k on of the outputs 4c + j, lane by lane, zeros from `end` on.
+template <class L> INLINE void chunks_of(const Rows& rows, int j, long k, long end, __m512i* v) {
+  UNROLL for (int c = 0; c < 4; c++) {
+    const uint8_t* w = rows.at[4 * c + j];
+    v[c] = (__m512i)(end - k < 32 ? L::load_part(w, k, end - k) : L::load(w, k));
+  }
+  __m512i ab = _mm512_shuffle_i32x4(v[0], v[1], 0x44), cd = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+  __m512i ef = _mm512_shuffle_i32x4(v[0], v[1], 0xee), gh = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_i32x4(ab, cd, 0x88);
+  v[1] = _mm512_shuffle_i32x4(ab, cd, 0xdd);
+  v[2] = _mm512_shuffle_i32x4(ef, gh, 0x88);
+  v[3] = _mm512_shuffle_i32x4(ef, gh, 0xdd);
+}
+
+template <class L> void pack(const Matrix& a, const Rows& rows, uint16_t* codes) {
+  long chunks = (a.group + CHUNK - 1) / CHUNK;
+  for (long start = 0, g = 0; start < a.k; start += a.group, g++)
+    for (long end = a.k - start < a.group ? a.k : start + a.group, k = start; k < end; k += 32)
+      for (int j = 0; j < 4; j++) {
+        __m512i v[4];
+        chunks_of<L>(rows, j, k, end, v);
+        uint16_t* to = codes + ((g * chunks + (k - start) / CHUNK) * 4 + j) * 32;
+        UNROLL for (int i = 0; i < 4; i++)
+          if (k + i * CHUNK < end) _mm512_store_si512(to + i * 128, v[i]);
+      }
+}
+
+// The sums of each vector's lanes of 128 bits, in one fixed tree: output 4c + j from lane c of v[j].
+INLINE __m512 folded(const __m512* v) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  return _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                       (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+}
+
+// 8 values of a row of x, of which `left` belong to the group, in each lane.
+INLINE b32 four_times(const uint16_t* x, long left) {
+  __m128i v = left >= CHUNK ? _mm_loadu_si128((const __m128i*)x)
+              : left > 0    ? _mm_maskz_loadu_epi16((1u << left) - 1, x)
+                            : _mm_setzero_si128();
+  return (b32)_mm512_broadcast_i32x4(v);
+}
+
+// Four factors [c], each in the four floats of its lane.
+INLINE __m512 spread(const float* factors) {
+  const __m512i LANE = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(LANE, _mm512_castps128_ps512(_mm_loadu_ps(factors)));
+}
+
+template <int MR> struct Sums {
+  __m512 acc[MR][4], total[MR][4];
+
+  INLINE void clear(__m512 (&v)[MR][4]) {
+    UNROLL for (int m = 0; m < MR; m++)
+      UNROLL for (int j = 0; j < 4; j++) v[m][j] = _mm512_setzero_ps();
+  }
+  // The end of group g. Its minimums meet the sum of x in one lane of each output.
+  template <bool GROUPED>
+  __attribute__((always_inline)) void scale(const Panel& p, long g, const float* const* sums) {
+    UNROLL for (int j = 0; j < 4; j++) {
+      __m512 f = spread(p.scales + g * OUTPUTS + j * 4);
+      UNROLL for (int m = 0; m < MR; m++)
+        total[m][j] = GROUPED ? _mm512_fmadd_ps(acc[m][j], f, total[m][j]) : _mm512_mul_ps(acc[m][j], f);
+    }
+    if (!p.mins) return;
+    UNROLL for (int j = 0; j < 4; j++) {
+      __m512 low = spread(p.mins + g * OUTPUTS + j * 4);
+      UNROLL for (int m = 0; m < MR; m++)
+        total[m][j] = _mm512_fmadd_ps(low, _mm512_maskz_broadcastss_ps(0x1111, _mm_load_ss(sums[m] + g)), total[m][j]);
+    }
+  }
+  __attribute__((always_inline)) void put(const Panel& p, float* const* y) {
+    __mmask16 outputs = (1u << p.count) - 1;
+    UNROLL for (int m = 0; m < MR; m++) {
+      _mm512_mask_storeu_ps(y[m] + p.n, outputs, folded(total[m]));
+    }
+  }
+};
+
+// y[m][n..n+count) = x[m] . the panel's outputs.
+template <bool GROUPED, int MR>
+void block(const Panel& p, const uint16_t* const* x, const float* const* sums, float* const* y) {
+  Sums<MR> s;
+  s.clear(s.total);
+  for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
+    long end = p.k - k0 < p.group ? p.k : k0 + p.group;
+    const uint16_t* w = p.codes + g * ((p.group + CHUNK - 1) / CHUNK) * 128;
+    s.clear(s.acc);
+    for (long k = k0; k < end; k += CHUNK, w += 128)
+      UNROLL for (int m = 0; m < MR; m++) {
+        b32 v = four_times(x[m] + k, end - k);
+        UNROLL for (int j = 0; j < 4; j++)
+          s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v, (b32)_mm512_load_si512(w + j * 32));
+      }
+    s.template scale<GROUPED>(p, g, sums);
+  }
+  s.put(p, y);
+}
+
+// block() straight from the stored rows, for so few rows of x that packed weights would be read once.
+template <class L, bool GROUPED, int MR>
+void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, const float* const* sums, float* const* y) {
+  long ahead = rows.at[1] > rows.at[0] ? OUTPUTS * (rows.at[1] - rows.at[0]) : 0;
+  Sums<MR> s;
+  s.clear(s.total);
+  for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
+    long end = p.k - k0 < p.group ? p.k : k0 + p.group;
+    s.clear(s.acc);
+    for (long k = k0; k < end; k += 32) {
+      if (k * L::BITS / 8 % 64 == 0)   // the rows are too many and too short for the processor to foresee
+        UNROLL for (int r = 0; r < OUTPUTS; r++)
+          _mm_prefetch((const char*)rows.at[r] + k * L::BITS / 8 + ahead, _MM_HINT_T0);
+      b32 v[MR][4];
+      UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int i = 0; i < 4; i++) v[m][i] = four_times(x[m] + k + i * CHUNK, end - k - i * CHUNK);
+      UNROLL for (int j = 0; j < 4; j++) {
+        __m512i w[4];
+        chunks_of<L>(rows, j, k, end, w);
+        UNROLL for (int i = 0; i < 4; i++)
+          UNROLL for (int m = 0; m < MR; m++) s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v[m][i], (b32)w[i]);
+      }
+    }
+    s.template scale<GROUPED>(p, g, sums);
+  }
+  s.put(p, y);
+}
+
+// Rows of x in blocks as large as the registers hold accumulators, and totals where there are groups.
+template <bool GROUPED, int MR>
+void blocks(const Panel& p, const uint16_t* const* x, const float* const* sums, long rows, float* const* y) {
+  for (; rows >= MR; rows -= MR, x += MR, sums += MR, y += MR) block<GROUPED, MR>(p, x, sums, y);
+  if constexpr (MR > 1)
+    if (rows) blocks<GROUPED, MR - 1>(p, x, sums, rows, y);
+}
+
+// Grows to what a thread needs and stays for its next tile: fresh memory would be cleared each time.
+struct Scratch {
+  void* held = nullptr;
+  long size = 0;
+  ~Scratch() { free(held); }
+  void* of(long bytes) {
+    if (bytes <= size) return held;
+    free(held);
+    return held = aligned_alloc(64, size = (bytes + 4095) / 4096 * 4096);
+  }
+};
+thread_local Scratch scratch;
+
+template <class L, bool GROUPED>
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
+                float* const* y) {
+  constexpr long SOME = 12;   // rows of x that stay in the first cache while the panels pass by
+  bool few = rows <= 2;
+  long chunks = (a.group + CHUNK - 1) / CHUNK, panels = (count + OUTPUTS - 1) / OUTPUTS;
+  long codes = few ? 0 : a.groups() * chunks * CHUNK * OUTPUTS, factors = a.groups() * OUTPUTS;
+  uint16_t* packed = (uint16_t*)scratch.of(panels * (2 * codes + 8 * factors));
+  float *scales = (float*)(packed + panels * codes), *mins = a.mins ? scales + panels * factors : nullptr;
+  auto panel = [&](long i) {
+    long from = i * OUTPUTS, width = count - from < OUTPUTS ? count - from : OUTPUTS;
+    return Panel{a.k, a.group, packed + i * codes, scales + i * factors, mins ? mins + i * factors : nullptr,
+                 n + from, width};
+  };
+  for (long i = 0; i < panels; i++) {
+    Panel p = panel(i);
+    Rows from;
+    for (long r = 0; r < OUTPUTS; r++) from.at[r] = a.row(p.n + (r < p.count ? r : 0));
+    panel_factors(a, a.scales, p.n, p.count, (float*)p.scales);
+    if (mins) panel_factors(a, a.mins, p.n, p.count, (float*)p.mins);
+    if (!few) pack<L>(a, from, (uint16_t*)p.codes);
+    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, sums, y) : straight<L, GROUPED, 2>(p, from, x, sums, y);
+  }
+  for (long m = 0; m < (few ? 0 : rows); m += SOME)
+    for (long i = 0; i < panels; i++)
+      blocks<GROUPED, GROUPED ? 3 : 6>(panel(i), x + m, sums + m, rows - m < SOME ? rows - m : SOME, y + m);
+}
+
+}  // namespace
+
+void round_row(const float* x, long k, uint16_t* out) {
+  for (long i = 0; i < k; i += 16) {
+    __mmask16 lanes = k - i < 16 ? (1u << (k - i)) - 1 : 0xffff;
+    _mm256_mask_storeu_epi16(out + i, lanes, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, x + i)));
+  }
+}
+
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
+             float* const* y) {
+  auto by = [&](auto loader) {
+    typedef decltype(loader) L;
+    a.groups() > 1 ? product_of<L, true>(a, n, count, x, sums, rows, y)
+                   : product_of<L, false>(a, n, count, x, sums, rows, y);
+  };
+  switch (a.kind) {
+    case BF16: return by(AsBf16());
+    case FP8_BLOCK: return by(Fp8Codes());
+    case INT8: return by(Int8Codes());
+  }
+  a.mins ? by(Int4Codes<0>()) : by(Int4Codes<-8>());
+}
+
+#else
+
+void round_row(const float*, long, uint16_t*) { abort(); }
+void product(const Matrix&, long, long, const uint16_t* const*, const float* const*, long, float* const*) { abort(); }
+
+#endif
