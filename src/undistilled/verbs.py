@@ -29,7 +29,7 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help="A scheme or recipe for all, and what departs: int8,expert=int4,head=bf16.")
     ] = None,
-    bits: Annotated[float | None, typer.Option(help="Bits a weight on average, shared out by what each is worth.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits a weight on average, shared out by worth.")] = None,
     size_: Annotated[str | None, typer.Option("--bytes", help="The same, for the whole checkpoint: 200GB.")] = None,
     solver: Annotated[str, typer.Option(help="rtn (no calibration), search or gptq.")] = "gptq",
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from byte_tokens import byte_tokenizer
 
+from byte_tokens import byte_tokenizer
 from logits import our_logits
 from tiny import CONFIGS, load, write_checkpoint
 from undistilled import scheme as schemes
@@ -35,7 +35,8 @@ def far(a, b):
 
 
 def matrices(decoder):
-    return [m.stored.dense(torch.float32) for m in decoder.modules() if hasattr(m, "stored") and len(m.stored.shape) > 1]
+    held = (module.stored for module in decoder.modules() if hasattr(module, "stored"))
+    return [stored.dense(torch.float32) for stored in held if len(stored.shape) > 1]
 
 
 def test_rounding_to_nearest_is_what_loading_does(tmp_path):

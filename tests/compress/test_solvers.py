@@ -1,4 +1,4 @@
-"""Solvers lose less than rounding to nearest, by the measure that they are given; and what they give is the scheme's."""
+"""Solvers lose less than rounding to nearest, by the measure that they are given, and give parts of the scheme."""
 
 import pytest
 import torch

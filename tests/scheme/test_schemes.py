@@ -65,8 +65,10 @@ def test_dynamic_blocks_are_cut_by_blocks_of_rows_and_by_sections(name):
 
 @pytest.mark.parametrize(
     "name, axis, start",
-    [("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32), ("int3-g64", "in", 32), (TILES[0], "out", 8),
-     (TILES[0], "in", 32)],
+    [
+        ("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32), ("int3-g64", "in", 32),
+        (TILES[0], "out", 8), (TILES[0], "in", 32),
+    ],
 )
 def test_a_cut_quantum_is_refused(name, axis, start):
     scheme = schemes.get(name)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from byte_tokens import byte_tokenizer
-
 from undistilled.checkpoint.tokenizer import Detokenizer
 from undistilled.errors import BadArtefact, RequestError
 from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, TokenLogprob
+
 
 @dataclass
 class Running:

@@ -133,7 +133,8 @@ class SafetensorsSource:
             )
         if not 1 <= len(entry.shape) <= self.LONGEST or 0 in entry.shape:
             raise BadArtefact(
-                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}.", f"Expected 1 to {self.LONGEST} positive sizes."
+                f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}.",
+                f"Expected 1 to {self.LONGEST} positive sizes.",
             )
         return entry
 

@@ -83,7 +83,7 @@ def _blocks(tensors: list[Tensor], values: Iterable[torch.Tensor]):
     for tensor, value in zip(tensors, values, strict=True):
         if tuple(value.shape) != tensor.shape or str(value.dtype) != f"torch.{tensor.dtype}":
             raise ValueError(f"{tensor}: got {list(value.shape)} {value.dtype}")
-        yield memoryview(value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+        yield value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
 
 
 def sha256(file: Path) -> str:

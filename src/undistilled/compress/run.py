@@ -151,7 +151,7 @@ def _values(model: Model, table: dict[str, str], content: list, choice: Choice) 
         scheme = schemes.get(table[weight.name])
         names = [weight.tensor_names[at] for at in experts]
         if source.scheme(names[0]) == scheme.name:
-            found = (source.parts(name, 0, weight.shape[0]) for name in names)
+            found = iter([source.parts(name, 0, weight.shape[0]) for name in names])
         else:
             found = _solved(weight, experts, scheme, source, choice)
         for parts in found:
@@ -188,7 +188,8 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
         for tensor in _tensors(table, content):
             mapping[tensor.name] = f"model-{at:05d}-of-{len(files):05d}.safetensors"
             total += tensor.nbytes
-    config = {k: v for k, v in model.config.items() if k not in ("quantization_config", OURS) and not k.startswith("gguf")}
+    dropped = ("quantization_config", OURS)  # what said how the weights were stored before
+    config = {k: v for k, v in model.config.items() if k not in dropped and not k.startswith("gguf")}
     config[OURS] = {
         "format": 1, "model": model.said, "fingerprint": model.fingerprint(), "request": asdict(request),
         "schemes": table,

@@ -44,6 +44,7 @@ def original_of(model: Model, name: str | None) -> Model:
     made = model.config.get(OURS)
     if name is None and made is None:
         return model
+    made = made or {}
     said = name or str(made.get("model"))
     try:
         base = find(said)

@@ -48,7 +48,8 @@ class PartSpec:
 class Scheme(Protocol):
     """A storage format. Instances are immutable and equal by name."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def layout(self) -> dict[str, tuple[str, tuple[Dim, ...]]]:
         """Part name -> (dtype, dims) for a weight of axes (out, in)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LARGEST = 448.0  # of float8_e4m3fn
 
 
-@dataclass(frozen=True)
+@dataclass
 class Float16:
     dtype: str = "float16"
     by_row: bool = False
@@ -25,7 +25,7 @@ class Float16:
         return parts["scales"].float()
 
 
-@dataclass(frozen=True)
+@dataclass
 class E4m3:
     """FP8 times one bfloat16 a row of the weight, which makes the row's largest scale 448 or a little less."""
 
@@ -44,7 +44,7 @@ class E4m3:
         return parts["scales"].float() * parts["multipliers"].float()[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class E8m0:
     """2^(code - 127): the power of two that holds the group's largest value with the least loss of range."""
 
@@ -63,4 +63,19 @@ class E8m0:
         return torch.exp2(parts["scales"].float() - 127)
 
 
-FORMATS = {"float16": Float16(), "e4m3": E4m3(), "e8m0": E8m0()}
+class Format(Protocol):
+    """`by_row`: each row of the weight has a multiplier too."""
+
+    dtype: str
+    by_row: bool
+
+    def compress(self, scales: torch.Tensor) -> Parts:
+        """Scales [..., out, groups] in float32, rounded, as parts."""
+        ...
+
+    def decompress(self, parts: Parts) -> torch.Tensor:
+        """The parts as float32 [..., out, groups]."""
+        ...
+
+
+FORMATS: dict[str, Format] = {"float16": Float16(), "e4m3": E4m3(), "e8m0": E8m0()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .base import Dim
@@ -158,7 +159,7 @@ def parse(name: str) -> Tiles | None:
     pairs = [tuple(map(int, pair.split("x"))) for pair in found[3][1:].split("-")]
     rows, cols = int(found[1]), int(found[2])
     counts = tuple((b, n) for b, n in pairs)
-    ascending = all(a < b for (a, _), (b, _) in zip(counts, counts[1:], strict=False))
+    ascending = all(a < b for (a, _), (b, _) in pairwise(counts))
     if not rows or not cols or cols % QUANTUM or not ascending or not all(n for _, n in counts):
         return None
     return Tiles(rows, cols, counts)

@@ -13,7 +13,6 @@ from ...scheme.grouped import NORMAL, Grouped
 from ...scheme.tiles import WIDTHS, Tiles
 from . import gptq, search
 
-
 MEASURED = 5  # candidates for a scale where only the loss is wanted
 
 
