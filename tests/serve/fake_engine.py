@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the engine's process does not read conftest.py
 
 from byte_tokens import byte_tokenizer
 from undistilled.checkpoint.tokenizer import Detokenizer
