@@ -14,7 +14,7 @@ setup(
         Extension(
             "undistilled.ops.cpu._kernels",
             sources=[f"{CPU}/kernels.cpp", f"{CPU}/attend.cpp", f"{CPU}/experts.cpp", f"{CPU}/product.cpp"],
-            depends=[f"{CPU}/simd.h", f"{CPU}/matrix.h", f"{CPU}/product.h"],
+            depends=[f"{CPU}/simd.h", f"{CPU}/matrix.h", f"{CPU}/product.h", f"{CPU}/codes.h"],
             language="c++",
             optional=True,
             extra_compile_args=[

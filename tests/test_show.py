@@ -67,7 +67,7 @@ def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
                 "predicted": {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e5, "bytes": {"cpu": 1e9}}})
     lines = shown()
     assert any("-2.0 (-10.2 to +3.1)  1012 to 998" in line for line in lines)
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf as int4-g32-sym" in lines
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf as int4-g32-sym, bfloat16 products" in lines
     assert "prefill   12,345  12,000  13,000    100,000" in lines
 
 

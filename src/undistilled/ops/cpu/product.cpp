@@ -10,68 +10,9 @@
 #if HAS_PRODUCTS
 #pragma GCC diagnostic ignored "-Wuninitialized"   // GCC 12 sees both inside its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "codes.h"
 
 namespace {
-
-typedef __m512bh b32;   // 32 BF16
-
-// Loaders of 32 codes from the k-th of a row on, and of the first `count` < 32 of them, zeros behind.
-struct AsBf16 {
-  typedef uint16_t Code;
-  static constexpr int BITS = 16;
-  INLINE b32 wide(__m512i v) { return (b32)v; }
-  INLINE b32 load(const uint8_t* w, long k) { return wide(_mm512_loadu_si512((const Code*)w + k)); }
-  INLINE b32 load_part(const uint8_t* w, long k, long count) {
-    return wide(_mm512_maskz_loadu_epi16((1u << count) - 1, (const Code*)w + k));
-  }
-};
-
-template <class B> struct Bytes {
-  static constexpr int BITS = 8;
-  INLINE b32 load(const uint8_t* w, long k) { return B::wide(_mm256_loadu_si256((const __m256i*)(w + k))); }
-  INLINE b32 load_part(const uint8_t* w, long k, long count) {
-    return B::wide(_mm256_maskz_loadu_epi8((1u << count) - 1, w + k));
-  }
-};
-
-struct Int8Codes : Bytes<Int8Codes> {
-  INLINE b32 wide(__m128i low, __m128i high) {
-    auto floats = [](__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); };
-    return _mm512_cvtne2ps_pbh(floats(high), floats(low));
-  }
-  INLINE b32 wide(__m256i v) { return wide(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
-  INLINE b32 load(const uint8_t* w, long k) {   // halves straight from memory: an instruction less of six
-    return wide(_mm_loadu_si128((const __m128i*)(w + k)), _mm_loadu_si128((const __m128i*)(w + k + 16)));
-  }
-};
-
-// As simd.h's Fp8: through float16, the value times 2^-8.
-struct Fp8Codes : Bytes<Fp8Codes> {
-  INLINE b32 wide(__m256i v) {
-    __m512i half = _mm512_slli_epi16(_mm512_cvtepi8_epi16(v), 7);
-    half = _mm512_and_si512(half, _mm512_set1_epi16((short)0xbfff));
-    __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
-    return _mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), low);
-  }
-};
-
-// Codes 0..15, or, where the scheme is symmetric, code - 8. A group begins with a block of 32.
-template <int LOWEST> struct Int4Codes {
-  static constexpr int BITS = 4;
-  INLINE b32 load(const uint8_t* w, long k) {
-    alignas(64) static constexpr float VALUES[32] = {
-        LOWEST, LOWEST + 1, LOWEST + 2, LOWEST + 3, LOWEST + 4, LOWEST + 5, LOWEST + 6, LOWEST + 7,
-        LOWEST + 8, LOWEST + 9, LOWEST + 10, LOWEST + 11, LOWEST + 12, LOWEST + 13, LOWEST + 14, LOWEST + 15};
-    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(VALUES + 16), _mm512_load_ps(VALUES));
-    __m128i both = _mm_loadu_si128((const __m128i*)(w + k / 2));
-    __m256i codes = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
-    __m512i index = _mm512_cvtepu8_epi16(_mm256_and_si256(codes, _mm256_set1_epi8(15)));
-    return (b32)_mm512_permutexvar_epi16(index, table);
-  }
-  INLINE b32 load_part(const uint8_t* w, long k, long count) {
-    return (b32)_mm512_maskz_mov_epi16((1u << count) - 1, (__m512i)load(w, k));
-  }
-};
 
 constexpr long CHUNK = 8;      // codes of an output in a vector
 constexpr int OUTPUTS = TILE;  // of a panel: output 4c + j is lane c, of 128 bits, of the j-th of four vectors
@@ -101,7 +42,6 @@ void panel_factors(const Matrix& a, const void* from, long n, long count, float*
 }
 
 struct Rows { const uint8_t* at[OUTPUTS]; };
-
 // v[i] = the i-th chunk from k on of the outputs 4c + j, lane by lane, zeros from `end` on.
 template <class L> INLINE void chunks_of(const Rows& rows, int j, long k, long end, __m512i* v) {
   UNROLL for (int c = 0; c < 4; c++) {
