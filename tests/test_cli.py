@@ -47,7 +47,7 @@ def test_inspect_r1():
     [
         (["plan"], 2),
         (["plan", "deepseek-r1", "--machine", "nowhere"], 2),
-        (["plan", "deepseek-r1", "--scheme", "int5"], 2),
+        (["plan", "deepseek-r1", "--scheme", "int7"], 2),
         (["plan", "deepseek-r1", "--context", "999999999"], 2),
         (["plan", "/no/such/model"], 3),
         (["inspect", "nobody/nothing"], 3),

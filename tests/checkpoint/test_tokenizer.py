@@ -88,7 +88,9 @@ def test_streams_are_whole_and_complete(tokenizer, text):
         ids = tokenizer.encode(text, control=control)
         detokenizer = Detokenizer(tokenizer, skip_special=False)
         parts = [detokenizer.push([id]) for id in ids]
-        assert "".join(parts) + detokenizer.flush() == text
+        # a control token begins a word of pieces anew, with a space of its own: there the library says what is whole
+        whole = tokenizer._tokenizer.decode(ids, skip_special_tokens=False) if control else text
+        assert "".join(parts) + detokenizer.flush() == whole
         for part in parts:
             assert "\ufffd" not in part or "\ufffd" in text
 
