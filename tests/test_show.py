@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from undistilled import show
+from undistilled import show, show_quality
 from undistilled.checkpoint.resolve import find
 from undistilled.observe.inspect import inspect
 from undistilled.plan.hardware import load_machine
@@ -59,8 +59,9 @@ def test_the_demo_compares_in_80_columns(shown, right):
 def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
     task = {"n": 100, "original": 1.0, "plan": 0.98, "difference": -0.02, "difference_interval": (-0.102, 0.031),
             "tokens_per_answer": {"original": 1012, "plan": 998}}  # fmt: skip
-    show._suite({"tasks": {"fraction_simplification": task}, "mean": task, "unfinished": {"original": 0, "plan": 0},
-                 "thinking": True, "max_tokens": 1024})  # fmt: skip
+    nothing = {"original": 0, "plan": 0}
+    show_quality._suite({"tasks": {"fraction_simplification": task}, "mean": task, "unfinished": nothing,
+                         "thinking": True, "max_tokens": 1024})  # fmt: skip
     speed = {"median": 12345.0, "min": 12000.0, "max": 13000.0}
     show.bench({"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "scheme": "int4-g32-sym", "compute_dtype": "bfloat16",
                 "prefill_tokens_per_s": speed, "decode_tokens_per_s": speed, "peak_bytes": 1e9, "threads": 2,

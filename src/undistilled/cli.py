@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import show, verbs
+from . import show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
 from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME
@@ -253,33 +253,12 @@ def prove(
         )
     if output:
         write_receipt(receipt, output)
-    _print_json(receipt) if as_json else show.receipt(receipt, output)
+    _print_json(receipt) if as_json else show_quality.receipt(receipt, output)
 
 
-@app.command()
-def train(
-    folder: Annotated[Path, typer.Argument(help="Where the run lives: a second run there goes on.")],
-    prose: Annotated[Path, typer.Option(help="English text to learn beside the questions (.txt, .txt.gz).")],
-    budget: Annotated[float, typer.Option(help="Minutes of the whole training; the rate ends at 0.")] = 17.0,
-    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a batch.")] = 65536,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    stop_after: Annotated[float, typer.Option(help="Minutes until this run saves and stops; the next resumes.")] = 1e6,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make questions.")] = 0,
-    activations: Annotated[str, typer.Option(help="keep, recompute, or offload to the CPU's memory.")] = "keep",
-    zero: Annotated[bool, typer.Option("--zero", help="Optimizer states in shards over torchrun's ranks.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-) -> None:
-    """Train r1-nano, a small reasoning model of R1's architecture, from scratch."""
-    from .tune.loop import Recipe
-    from .tune.train import Options
-    from .tune.train import train as run
-
-    recipe = Recipe(60 * budget, tokens, rate, seed=seed)
-    run(folder, Options(recipe, prose, stop_after, workers, activations, zero, compiled), show.note)
-
-
+app.command()(verbs.train)
 app.command()(verbs.quantize)
+app.command()(verbs.compare)
 
 
 @app.command(hidden=True)

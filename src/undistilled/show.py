@@ -109,7 +109,7 @@ def event(happened: Event) -> None:
         note(f"{f['op']} for {f['subject']} on {f['device']} has no fast kernel here: the PyTorch reference runs")
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     """A caller keeps it within 80 columns: bytes take 8 of them ("203.1 GB"), a space between columns 2."""
     table = Table(header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
@@ -125,7 +125,7 @@ def plan(made: Any, output: Path | None = None) -> None:
         f"{count(made.active_parameters)} active) as [bold]{made.scheme}[/] "
         f"on [bold]{made.machine}[/], products in {made.compute_dtype}"
     )
-    table = _table("device", "weights", "KV", "working", "runtime", "total", "free", "")
+    table = table_of("device", "weights", "KV", "working", "runtime", "total", "free", "")
     for name, d in p.devices.items():
         b = d.bytes
         table.add_row(
@@ -155,7 +155,7 @@ def _contexts(made: Any) -> None:
     gpus = [n for n in names if n != "cpu"]
     folded = {f"fullest of {len(gpus)} GPUs" if len(gpus) > 1 else n: gpus for n in gpus}
     folded |= {n: [n] for n in names if n == "cpu"}
-    table = _table("context", *folded, "")
+    table = table_of("context", *folded, "")
     for c in made.predicted.contexts:
         most = [size(max(c.total_bytes.get(n, 0) for n in group)) for group in folded.values()]
         table.add_row(f"{c.context:,}", *most, _fits(c.fits))
@@ -177,7 +177,7 @@ def inspection(report: dict[str, Any]) -> None:
     ]
     if report["experts"]:
         rows.insert(2, ("experts", f"{report['experts']['total']}, {report['experts']['per_token']} for a token"))
-    table = _table(report["model"], "")
+    table = table_of(report["model"], "")
     for name, value in rows:
         table.add_row(name, value)
     table.columns[1].justify = "left"
@@ -191,7 +191,7 @@ def _released(report: dict[str, Any]) -> str:
 
 
 def doctor(report: dict[str, Any]) -> None:
-    table = _table("this machine", "")
+    table = table_of("this machine", "")
     table.columns[1].justify = "left"
     for name, value in report["rows"]:
         table.add_row(escape(name), escape(value))
@@ -207,7 +207,7 @@ def _kernels(rows: list[dict[str, str]]) -> None:
     grouped: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         grouped.setdefault((row["device"], row["products"], row["kernel"], row["why"]), []).append(row["scheme"])
-    table = _table("device", "products", "kernel", "why", "schemes")
+    table = table_of("device", "products", "kernel", "why", "schemes")
     for (device, products, kernel, why), served in grouped.items():
         table.add_row(device, products, kernel, escape(why), ", ".join(served))
     for column in table.columns:
@@ -217,7 +217,7 @@ def _kernels(rows: list[dict[str, str]]) -> None:
 
 def bench(result: dict[str, Any]) -> None:
     out.print(f"[bold]{escape(result['model'])}[/] as [bold]{result['scheme']}[/], {result['compute_dtype']} products")
-    table = _table("tokens/s", "median", "min", "max", "predicted")
+    table = table_of("tokens/s", "median", "min", "max", "predicted")
     for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         m = result[key]
         table.add_row(name, *(number(x) for x in (m["median"], m["min"], m["max"], result["predicted"][key])))
@@ -230,7 +230,7 @@ def comparison(rows: list[dict[str, Any]]) -> None:
     """Schemes of one model beside its original: bytes, divergence, questions answered right, speed."""
     right = ("answers\nright",) if any(row["right"] is not None for row in rows) else ()
     measures = ("KL to original,\nnats", "same\nchoice", *right, "tokens/s\nprefill", "\ndecode")
-    table = _table("scheme", "weights", "peak\nmemory", *measures)
+    table = table_of("scheme", "weights", "peak\nmemory", *measures)
     for row in rows:
         kl = row["kl_nats"]
         table.add_row(
@@ -254,55 +254,4 @@ def usage(result: dict[str, Any]) -> None:
     u = result["usage"]
     out.print(
         f"\n[dim]{u['prompt_tokens']} + {u['completion_tokens']} tokens, finished by {result['finish_reason']}[/]"
-    )
-
-
-def receipt(r: dict[str, Any], output: Path | None = None) -> None:
-    kl, ppl = r["kl_nats"], r["perplexity"]
-    out.print(f"[bold]{r['model']['name']}[/]: {r['plan']['scheme']} against its original ({r['original']['scheme']})")
-    table = _table("measure", "original", "plan")
-    table.add_row("perplexity", f"{ppl['original']:.3f}", f"{ppl['plan']:.3f}")
-    table.add_row("KL divergence", "", f"{kl['mean']:.5f} ± {kl['se']:.5f} nats")
-    table.add_row("same first choice", "", f"{r['top1_agreement']:.1%}")
-    for name, task in r["tasks"].items():
-        table.add_row(f"{name} ({task['n']} questions)", f"{task['original']:.1%}", f"{task['plan']:.1%}")
-    out.print(table)
-    if r["suite"]:
-        _suite(r["suite"])
-    speeds = _table("measure", "predicted", "measured")
-    speeds.add_row("memory", size(r["memory"]["predicted"]), size(r["memory"]["measured"]))
-    for name in ("prefill", "decode"):
-        key = f"{name}_tokens_per_s"
-        speeds.add_row(name, rate(r["speed"]["predicted"][key]), rate(r["speed"]["measured"][key]["median"]))
-    out.print(speeds)
-    if output:
-        out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
-
-
-def _suite(s: dict[str, Any]) -> None:
-    """Accuracy by task of both models' answers, and how long these were."""
-    table = _table("reasoning task (questions)", "original", "plan", "difference, points", "tokens an\nanswer")
-    for name, t in [*s["tasks"].items(), ("all", s["mean"])]:
-        low, high = (100 * x for x in t["difference_interval"])
-        length = t["tokens_per_answer"]
-        table.add_row(
-            f"{name} ({t['n']})",
-            f"{t['original']:.1%}",
-            f"{t['plan']:.1%}",
-            f"{100 * t['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
-            f"{length['original']:.0f} to {length['plan']:.0f}",
-        )
-    out.print(table)
-    cut = s["unfinished"]
-    out.print(
-        f"answered {'after' if s['thinking'] else 'without'} reasoning; "
-        f"cut at {s['max_tokens']} tokens: {cut['original']:.1%} to {cut['plan']:.1%} of the answers"
-    )
-
-
-def quantized(done: dict[str, Any]) -> None:
-    kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
-    out.print(
-        f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} files, "
-        f"{done['bits_per_weight']:.2f} bits a weight, {done['seconds']:.0f} s\n[dim]{kinds}[/]"
     )

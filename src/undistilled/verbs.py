@@ -1,4 +1,4 @@
-"""The verbs that make a smaller model; see cli.py."""
+"""The verbs that make models and compare them; see cli.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import show
+from . import show, show_quality
 from .errors import UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -47,4 +47,40 @@ def quantize(
     if as_json:
         print(json.dumps(done, indent=1))
     else:
-        show.quantized(done)
+        show_quality.quantized(done)
+
+
+def compare(
+    receipts: Annotated[list[Path], typer.Argument(help="Receipts that `prove -o` wrote, of forms of one model.")],
+    picture: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it (.svg, .png).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Quality over bytes of several receipts of one model, as a table and a picture."""
+    from .prove.compare import draw, rows
+
+    found = rows(receipts)
+    if picture:
+        draw(found, picture)
+    print(json.dumps(found, indent=1)) if as_json else show_quality.compared(found, picture)
+
+
+def train(
+    folder: Annotated[Path, typer.Argument(help="Where the run lives: a second run there goes on.")],
+    prose: Annotated[Path, typer.Option(help="English text to learn beside the questions (.txt, .txt.gz).")],
+    budget: Annotated[float, typer.Option(help="Minutes of the whole training; the rate ends at 0.")] = 17.0,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a batch.")] = 65536,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    stop_after: Annotated[float, typer.Option(help="Minutes until this run saves and stops; the next resumes.")] = 1e6,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make questions.")] = 0,
+    activations: Annotated[str, typer.Option(help="keep, recompute, or offload to the CPU's memory.")] = "keep",
+    zero: Annotated[bool, typer.Option("--zero", help="Optimizer states in shards over torchrun's ranks.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train r1-nano, a small reasoning model of R1's architecture, from scratch."""
+    from .tune.loop import Recipe
+    from .tune.train import Options
+    from .tune.train import train as run
+
+    recipe = Recipe(60 * budget, tokens, rate, seed=seed)
+    run(folder, Options(recipe, prose, stop_after, workers, activations, zero, compiled), show.note)

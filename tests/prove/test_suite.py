@@ -212,7 +212,7 @@ def test_the_original_against_itself(suite_receipt):
 
 
 def test_page_and_terminal_show_it(suite_receipt, receipt, capsys):
-    from undistilled import show
+    from undistilled import show_quality
 
     page = render(suite_receipt)
     assert not parsed(page).fetched  # and every tag closes
@@ -220,7 +220,7 @@ def test_page_and_terminal_show_it(suite_receipt, receipt, capsys):
                  "chain_sum", "Not established that accuracy differs", suite_receipt["suite"]["questions_sha256"]):
         assert text in page, text
     assert page.count('class="whisker"') == 4 + 2 and "The id matches the content" in page
-    show.receipt(suite_receipt)
+    show_quality.receipt(suite_receipt)
     printed = capsys.readouterr().out
     assert "gcd (4" in printed and "all (8" in printed and "answered without reasoning" in printed
     assert receipt["suite"] is None and "Reasoning, on the same" not in render(receipt)

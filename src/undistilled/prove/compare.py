@@ -1,0 +1,87 @@
+"""Receipts side by side: what each form of a model costs in quality, beside its bytes, as rows and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadArtefact, UsageError
+from .receipt import verify_receipt
+
+SAME = ("text", "tasks asked", "reasoning questions", "original")  # what must be one for figures to be compared
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A receipt; BadArtefact where it is none, or where it was edited."""
+    try:
+        receipt = json.loads(file.read_text())
+    except OSError as error:
+        raise BadArtefact(f"{file}: {error.strerror}.", "Make one with `undistilled prove MODEL -o FILE`.") from None
+    except ValueError as error:
+        raise BadArtefact(f"{file} is no receipt: {error}.") from None
+    if not verify_receipt(receipt):
+        raise BadArtefact(f"{file} is no receipt, or was edited since it was made.")
+    return receipt
+
+
+def rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """One row a receipt, smallest first. UsageError where two are not about the same questions."""
+    receipts = {file: read(file) for file in files}
+    first, *rest = receipts
+    for file in rest:
+        for what, one, other in zip(SAME, _about(receipts[first]), _about(receipts[file]), strict=True):
+            if one != other:
+                raise UsageError(f"{first} and {file} differ in their {what}.", "Prove both with the same options.")
+    return sorted((_row(file, r) for file, r in receipts.items()), key=lambda row: row["bytes"])
+
+
+def _about(receipt: dict[str, Any]) -> tuple[Any, ...]:
+    suite, original = receipt["suite"], receipt["original"]
+    return (
+        receipt["text"]["sha256"], sorted(receipt["tasks"]), suite and suite["questions_sha256"],
+        original.get("fingerprint") or original["digest"],
+    )
+
+
+def _row(file: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+    plan, suite = receipt["plan"], receipt["suite"]
+    return {
+        "name": file.stem, "scheme": plan["scheme"], "bytes": plan["bytes"], "bits_per_weight": plan["bits_per_weight"],
+        "kl_nats": receipt["kl_nats"]["mean"] if isinstance(receipt["kl_nats"], dict) else receipt["kl_nats"],
+        "top1_agreement": receipt["top1_agreement"],
+        "suite": suite["mean"]["plan"] if suite else None,
+        "suite_original": suite["mean"]["original"] if suite else None,
+        "decode_tokens_per_s": receipt["speed"]["measured"]["decode_tokens_per_s"]["median"],
+    }
+
+
+def draw(found: list[dict[str, Any]], to: Path) -> None:
+    """Divergence (and accuracy, where asked) over bytes, as SVG or PNG. UsageError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("A picture needs matplotlib.", "Run `pip install 'undistilled[tune]'`.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    asked = [row for row in found if row["suite"] is not None]
+    figure, all_axes = pyplot.subplots(1, 1 + bool(asked), figsize=(6 * (1 + bool(asked)), 4.5), squeeze=False)
+    _scatter(all_axes[0][0], found, "kl_nats", "KL divergence from the original, nats a token")
+    all_axes[0][0].set_yscale("log")
+    if asked:
+        _scatter(all_axes[0][1], asked, "suite", "reasoning questions answered right")
+        all_axes[0][1].axhline(asked[0]["suite_original"], color="grey", linewidth=0.8, label="original")
+        all_axes[0][1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _scatter(axes: Any, found: list[dict[str, Any]], key: str, label: str) -> None:
+    axes.scatter([row["bytes"] / 1e6 for row in found], [row[key] for row in found], s=18)
+    for row in found:
+        at = (row["bytes"] / 1e6, row[key])
+        axes.annotate(row["name"], at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set(xlabel="weights, MB", ylabel=label)

@@ -1,0 +1,74 @@
+"""What a person sees of receipts and of compressed models; see show.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from .show import out, rate, size, table_of
+
+
+def receipt(r: dict[str, Any], output: Path | None = None) -> None:
+    kl, ppl = r["kl_nats"], r["perplexity"]
+    out.print(f"[bold]{r['model']['name']}[/]: {r['plan']['scheme']} against its original ({r['original']['scheme']})")
+    table = table_of("measure", "original", "plan")
+    table.add_row("perplexity", f"{ppl['original']:.3f}", f"{ppl['plan']:.3f}")
+    table.add_row("KL divergence", "", f"{kl['mean']:.5f} ± {kl['se']:.5f} nats")
+    table.add_row("same first choice", "", f"{r['top1_agreement']:.1%}")
+    for name, task in r["tasks"].items():
+        table.add_row(f"{name} ({task['n']} questions)", f"{task['original']:.1%}", f"{task['plan']:.1%}")
+    out.print(table)
+    if r["suite"]:
+        _suite(r["suite"])
+    speeds = table_of("measure", "predicted", "measured")
+    speeds.add_row("memory", size(r["memory"]["predicted"]), size(r["memory"]["measured"]))
+    for name in ("prefill", "decode"):
+        key = f"{name}_tokens_per_s"
+        speeds.add_row(name, rate(r["speed"]["predicted"][key]), rate(r["speed"]["measured"][key]["median"]))
+    out.print(speeds)
+    if output:
+        out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
+
+
+def _suite(s: dict[str, Any]) -> None:
+    """Accuracy by task of both models' answers, and how long these were."""
+    table = table_of("reasoning task (questions)", "original", "plan", "difference, points", "tokens an\nanswer")
+    for name, t in [*s["tasks"].items(), ("all", s["mean"])]:
+        low, high = (100 * x for x in t["difference_interval"])
+        length = t["tokens_per_answer"]
+        table.add_row(
+            f"{name} ({t['n']})",
+            f"{t['original']:.1%}",
+            f"{t['plan']:.1%}",
+            f"{100 * t['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{length['original']:.0f} to {length['plan']:.0f}",
+        )
+    out.print(table)
+    cut = s["unfinished"]
+    out.print(
+        f"answered {'after' if s['thinking'] else 'without'} reasoning; "
+        f"cut at {s['max_tokens']} tokens: {cut['original']:.1%} to {cut['plan']:.1%} of the answers"
+    )
+
+
+def quantized(done: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
+    out.print(
+        f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} files, "
+        f"{done['bits_per_weight']:.2f} bits a weight, {done['seconds']:.0f} s\n[dim]{kinds}[/]"
+    )
+
+
+def compared(found: list[dict[str, Any]], picture: Path | None) -> None:
+    table = table_of("form", "weights", "bits", "KL, nats", "same choice", "questions")
+    for row in found:
+        right = "" if row["suite"] is None else f"{row['suite']:.1%}"
+        table.add_row(
+            row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{row['kl_nats']:.5f}",
+            f"{row['top1_agreement']:.1%}", right,
+        )
+    out.print(table)
+    if picture:
+        out.print(f"picture: {escape(str(picture))}")
