@@ -1,6 +1,6 @@
 """An R1-wide slice (one dense and two MoE layers, FP8 blocks, random weights) on one GPU, beside transformers in BF16.
 
-    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--json OUT]
+    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--json OUT] [--alone]
 
 Prints milliseconds a decode step and for the prefill, each beside the time that the bytes touched would take
 at the measured memory bandwidth, and how far our logits are from transformers' on the same weights.
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", action="store_true", help="ours only")
     args = parser.parse_args()
     torch.manual_seed(0)
     config = slice_config(args.config)
@@ -164,6 +165,8 @@ def main() -> None:
     floor = mine["decode_bytes"] / bandwidth * 1e3
     report = {"gpu": torch.cuda.get_device_name(), "read_bytes_per_s": bandwidth, "floor_ms": floor, "ours": mine}
     print(json.dumps(report, indent=1), flush=True)
+    if args.alone:
+        return
     gc.collect()
     torch.cuda.empty_cache()
     other, their_first, their_second = theirs(config, held, prompt, args.steps)
