@@ -168,7 +168,7 @@ def show(row: dict) -> dict:
     extra = "".join(f"  {k} {row[k]:.0f}" for k in ("eager_us", "tflops") if k in row)
     print(
         f"{row['scheme']:10} {row['what']:14} {row['batch']:5} {row['us']:9.1f} us"
-        f" ({row['least']:.1f} to {row['most']:.1f})  {row['share']:6.1%} of bandwidth, {row["error"]:.1e} off{extra}",
+        f" ({row['least']:.1f} to {row['most']:.1f})  {row['share']:6.1%} of bandwidth, {row['error']:.1e} off{extra}",
         flush=True,
     )
     return row

@@ -64,7 +64,9 @@ def milliseconds(run, repeat: int) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
-def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, Stored], torch.Tensor, torch.Tensor]:
+def ours(
+    config: dict, prompt: list[int], steps: int, alone: bool
+) -> tuple[dict, dict[str, Stored], torch.Tensor, torch.Tensor]:
     """(figures, our weights in host memory, logits after the prompt, logits after one more token)."""
     spec = spec_from_config(config)
     plan = solve("r1-slice", config, spec, load_machine("this"), Ask("fp8_block", len(prompt) + 256, 1))
@@ -79,8 +81,7 @@ def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, S
         whole, one = Work(sequence, 0, len(prompt)), Work(sequence, len(prompt), len(tokens))
 
         def run(work: Work, prefill: bool) -> torch.Tensor:
-            hidden = decoder(runner.batch([work], prefill), runner.caches)
-            return decoder.logits(hidden[-1:])[0]
+            return decoder.logits(runner.hidden([work], prefill)[-1:])[0]
 
         after_prompt, after_one = run(whole, True), run(one, False)
         figures = {
@@ -90,6 +91,8 @@ def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, S
             "predicted_bytes": plan.predicted.devices["cuda:0"].bytes.model_dump(),
             "decode_bytes": plan.predicted.decode_bytes_per_token,
         }
+    if alone:
+        return figures, {}, after_prompt, after_one
     held = {n: Stored(w.scheme, w.shape, {k: v.data.cpu() for k, v in w.parts.items()}) for n, w in memory.held.items()}
     return figures, held, after_prompt, after_one
 
@@ -161,7 +164,7 @@ def main() -> None:
     config = slice_config(args.config)
     prompt = torch.randint(0, config["vocab_size"], (args.prompt,)).tolist()
     bandwidth = read_bandwidth()
-    mine, held, first, second = ours(config, prompt, args.steps)
+    mine, held, first, second = ours(config, prompt, args.steps, args.alone)
     floor = mine["decode_bytes"] / bandwidth * 1e3
     report = {"gpu": torch.cuda.get_device_name(), "read_bytes_per_s": bandwidth, "floor_ms": floor, "ours": mine}
     print(json.dumps(report, indent=1), flush=True)

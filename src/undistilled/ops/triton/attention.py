@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 SPAN = 256  # tokens
-HEADS = 16
+HEADS, BT, WARPS = 64, 32, 8  # query heads and tokens at once
 
 
 @triton.jit
 def _spans(
     q, keys, values, tables, contexts, out, logs, scale, B, size, H, TIMES, Z, P, V, KH, VH, SPANS,
     ZP: tl.constexpr, PP: tl.constexpr, VP: tl.constexpr, BT: tl.constexpr, SPAN: tl.constexpr,
-    SHARED: tl.constexpr, TAIL: tl.constexpr,
+    HB: tl.constexpr, SHARED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """out [R, SPANS, H, V], logs [R, SPANS, H] (log of the sum of exponentials, base 2). KH, VH: slot strides."""
     r, block, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -27,9 +27,9 @@ def _spans(
     begin = span * SPAN
     if begin >= context:
         return
-    per = tl.cdiv(TIMES, 16)
+    per = tl.cdiv(TIMES, HB)
     kv = block // per
-    inner = block % per * 16 + tl.arange(0, 16)
+    inner = block % per * HB + tl.arange(0, HB)
     h = kv * TIMES + inner
     real = inner < TIMES
     z, p, v = tl.arange(0, ZP), tl.arange(0, PP), tl.arange(0, VP)
@@ -37,9 +37,9 @@ def _spans(
     main = tl.load(q_at + z[None, :], mask=real[:, None] & (z < Z)[None, :], other=0.0)
     if TAIL:
         tail = tl.load(q_at + Z + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
-    top = tl.full([16], float("-inf"), tl.float32)
-    total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, VP], tl.float32)
+    top = tl.full([HB], float("-inf"), tl.float32)
+    total = tl.zeros([HB], tl.float32)
+    acc = tl.zeros([HB, VP], tl.float32)
     for first in tl.range(begin, tl.minimum(begin + SPAN, context), BT):
         t = first + tl.arange(0, BT)
         seen = t < context
@@ -93,16 +93,18 @@ def _attend(q, keys, values, tables, contexts, size, scale, main, tail, width, s
     y = q.new_empty(R, H, width)
     if R == 0:
         return y
-    spans = -(-int(contexts.max()) // SPAN)  # contexts are in host memory: nobody waits for the GPU
-    seen = contexts.to(q.device, non_blocking=True)
+    # contexts in host memory: nobody waits for the GPU. On the device (in a graph): as many as the tables can hold
+    longest = int(contexts.max()) if contexts.device.type == "cpu" else tables.shape[1] * size
+    spans, seen = -(-longest // SPAN), contexts.to(q.device, non_blocking=True)
     out = torch.empty(R, spans, H, width, dtype=torch.float32, device=q.device)
     logs = torch.empty(R, spans, H, dtype=torch.float32, device=q.device)
     times = H // kv_heads
+    heads = HEADS if times >= HEADS else 16
     padded = [max(16, triton.next_power_of_2(n)) for n in (main, tail, width)]
-    _spans[(R, kv_heads * -(-times // HEADS), spans)](
+    _spans[(R, kv_heads * -(-times // heads), spans)](
         q, keys, values, tables, seen, out, logs, scale, tables.shape[1], size, H, times, main, tail, width,
-        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=32, SPAN=SPAN,
-        SHARED=shared, TAIL=tail > 0, num_warps=4, num_stages=2,
+        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=BT, SPAN=SPAN,
+        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=WARPS if heads == HEADS else 4, num_stages=2,
     )  # fmt: skip
     _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, num_warps=4)
     return y

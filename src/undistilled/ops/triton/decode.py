@@ -36,7 +36,7 @@ def program(form, piece):
 
 @triton.jit
 def codes(w, v, S: tl.constexpr, piece: tl.constexpr):
-    """bfloat16 codes of a piece from its bytes `w`, and those of the second plane, `v`."""
+    """bfloat16 codes of a piece from its bytes `w`, and those of the second plane, `v`. Affine ones: 128 more."""
     if ASM:
         if get(S, "second"):
             return tl.inline_asm_elementwise(program(S, piece), "=r,=r,r,r", [w, v], tl.bfloat16, True, 4)
@@ -47,13 +47,13 @@ def codes(w, v, S: tl.constexpr, piece: tl.constexpr):
 
 
 @triton.jit
-def ones_like(w):
-    """Ones in the place and order that `codes` of the same bytes have, for a product that shares its operand."""
+def ones_like(c):
+    """Ones in the place and order of codes, so that two products share their other operand."""
     if ASM:
         text: tl.constexpr = "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;"
-        return tl.inline_asm_elementwise(text, "=r,=r,r", [w], tl.bfloat16, True, 4)
+        return tl.inline_asm_elementwise(text, "=r,=r,r,r", [c], tl.bfloat16, True, 4)
     else:
-        return (w.to(tl.float32) * 0 + 1).to(CODE)
+        return (c.to(tl.float32) * 0 + 1).to(CODE)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _plain(w, v, S: tl.constexpr, piece: tl.constexpr):
         if get(S, "second"):
             code |= ((v.to(tl.int32) >> taken(S, piece, 2)) << taken(S, piece, 3)) & taken(S, piece, 4)
         if get(S, "kind") == "codes":
-            return (code + get(S, "offset")).to(CODE)
+            return (code + (128 if get(S, "affine") else get(S, "offset"))).to(CODE)
         else:
             value = tl.zeros_like(code)
             for i in tl.static_range(get(S, "levels")):
@@ -92,3 +92,9 @@ def scale(raw, S: tl.constexpr):
     else:
         value = raw.to(tl.float32)
     return value * get(S, "factor")
+
+
+@triton.jit
+def lifted(low, by_group):
+    """The value of code -128: what an affine form adds to its codes times their scale."""
+    return low.to(tl.float32) - 128.0 * by_group

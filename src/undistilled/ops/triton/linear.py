@@ -2,7 +2,8 @@
 
 Up to FEW tokens one kernel decodes and multiplies. The inputs are split among programs where N alone would not fill
 the GPU; the last program of a tile adds the parts in their order, so that the sum is the same every time, and the
-split depends on the weight's shape alone, so that a row is computed alike in any company.
+split depends on the weight's shape alone. Rows are computed alike in any company of up to 8, of 9 to 16, and so on:
+wider tiles run other instructions of the tensor cores and round otherwise.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
-from .decode import codes, get, scale
-from .form import Arguments, arguments
+from .decode import codes, get, lifted, scale
+from .form import arguments
 from .tile import multiplied, piece_scales, product, run_of
 
 FEW = 64  # tokens; above, a product on a dense copy is faster
-BN, BK = 64, 128
+BK = 128
+ROWS = (64, 4, 4)  # rows of the weight in a program, warps, depth of the pipeline
 PROGRAMS = 132 * 5  # that a split aims at
 _counters: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -35,7 +37,10 @@ def _linear(
     m = tl.arange(0, G * BM) % BM
     steps = tl.cdiv(K, BK)
     first, last = steps * part // SPLIT, steps * (part + 1) // SPLIT
-    acc = product(x, m * K, m < T, w, scales, lows, n, first, last, K, WR, GR, S, BN, BM, BK, EVEN, True)
+    live = m < T
+    acc, _ = product(
+        x, m * K, live, w, scales, lows, w, scales, lows, n, first, last, K, WR, GR, S, BN, BM, BK, EVEN, True, False
+    )
     t = tl.arange(0, BM)
     at = t[None, :] * N + rows[:, None]
     mask = (t[None, :] < T) & (rows[:, None] < N)
@@ -68,24 +73,21 @@ def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     y = x_TK.new_empty(T, N)
     if T == 0:
         return y
-    tiles, split = -(-N // BN), splits(N, K)
+    (rows, warps, depth), split = ROWS, splits(N, K)
+    tiles = -(-N // rows)
     parts = torch.empty(split * T * N if split > 1 else 0, dtype=torch.float32, device=y.device)
     bm = max(8, triton.next_power_of_2(T))
     _linear[(tiles, split)](
         x_TK, y, parts, counters(y.device, tiles), *a.parts, T, N, K, a.row_bytes, a.groups, split,
-        S=a.form, BN=BN, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0, **tuning(a, bm),
+        S=a.form, BN=rows, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0,
+        num_warps=warps, num_stages=depth if bm * a.form.columns(BK) <= 32 else 3,
     )  # fmt: skip
     return y
 
 
-def tuning(a: Arguments, bm: int) -> dict[str, int]:
-    """Warps and depth of the pipeline: deep while shared memory allows two programs on a multiprocessor."""
-    return {"num_warps": 4, "num_stages": 4 if bm * a.form.columns(BK) <= 32 else 3}
-
-
 def splits(outputs: int, inputs: int) -> int:
     """Parts that the inputs are cut into: of the weight's shape alone."""
-    return max(1, min(PROGRAMS // -(-outputs // BN), inputs // BK // 2))
+    return max(1, min(PROGRAMS // -(-outputs // ROWS[0]), inputs // BK // 2))
 
 
 def counters(device: torch.device, tiles: int) -> torch.Tensor:
@@ -118,9 +120,10 @@ def _dense(
         upper = run_of(at, R * U, there, False) if get(S, "second") else bytes_
         f = codes(bytes_, upper, S, p).to(tl.float32)
         if get(S, "group"):
-            f = f * scale(piece_scales(scales, n, k, GR, S, p, PER), S)
+            by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
+            f = f * by_group
             if get(S, "affine"):
-                f += piece_scales(lows, n, k, GR, S, p, PER).to(tl.float32)
+                f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
         f = multiplied(f, multipliers, n, S)
         mask = (rows[:, None] < N) & (k + inside[None, :] + p * U < K)
         tl.store(out + rows[:, None] * K + (k + inside + p * U)[None, :], f.to(out.dtype.element_ty), mask=mask)

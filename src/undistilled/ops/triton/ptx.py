@@ -33,6 +33,11 @@ fma.rn.bf16x2 $1, u, m, c;
 """  # the exponent and mantissa in their places, times 2^120 for the other bias; right for subnormals too
 
 
+_BIASED = """
+mov.b32 m, 0x43434343; prmt.b32 $0, t, m, 0x4140; prmt.b32 $1, t, m, 0x4342;
+"""  # 128 stays; the minimum makes up for it
+
+
 def _codes(offset: int) -> str:
     return f"""
 mov.b32 m, 0x43434343; mov.b32 c, {_pair(offset - 128)}; mov.b32 a, {_pair(1)};
@@ -65,6 +70,8 @@ def program(form: Form, piece: int) -> str:
     if mask2:
         move = f"shr.u32 u, $3, {right};" if right else f"shl.b32 u, $3, {left};"
         text += move + f" and.b32 u, u, {mask2 * 0x01010101}; or.b32 t, t, u;"
+    if form.affine:
+        return text + _BIASED + "}"
     if form.kind == "codes":
         return text + _codes(form.offset) + "}"
     body = {"int8": _SIGNED, "fp8": _E4M3}.get(form.kind)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import CODE, codes, get, ones_like, scale
+from .decode import CODE, codes, get, lifted, ones_like, scale
 
 
 @triton.constexpr_function
@@ -61,11 +61,48 @@ def piece_scales(part, n, k, GR, S: tl.constexpr, p: tl.constexpr, PER: tl.const
 
 
 @triton.jit
+def coded(at, scales, lows, n, k, there, GR, S: tl.constexpr, p: tl.constexpr, PER: tl.constexpr,
+          EVEN: tl.constexpr, AFTER: tl.constexpr):  # fmt: skip
+    """A piece [BN, PER] of the step at input k: codes, or with `AFTER` false weights, in bfloat16."""
+    U: tl.constexpr = get(S, "unit")
+    R: tl.constexpr = get(S, "runs")
+    bytes_ = run_of(at, (p % R) * U, there, EVEN)
+    upper = run_of(at, R * U, there, EVEN) if get(S, "second") else bytes_
+    c = codes(bytes_, upper, S, p)
+    if get(S, "group") > 0 and not AFTER:
+        by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
+        f = c.to(tl.float32) * by_group
+        if get(S, "affine"):
+            f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
+        c = f.to(CODE)
+    return c
+
+
+@triton.jit
+def scaled(acc, part, sums, raw, low, S: tl.constexpr, G: tl.constexpr):
+    """acc + a step's groups, each times its scale, and its minimum times the activations' sum."""
+    by_group = scale(raw, S)
+    if G == 1:
+        acc += part * by_group
+        if get(S, "affine"):
+            acc += sums * lifted(low, by_group)
+    else:
+        shape: tl.constexpr = [part.shape[0], G, part.shape[1] // G]
+        each = tl.reshape(part, shape) * by_group[:, :, None]
+        if get(S, "affine"):
+            each += tl.reshape(sums, shape) * lifted(low, by_group)[:, :, None]
+        acc += tl.sum(each, 1)
+    return acc
+
+
+@triton.jit
 def product(
-    x, row, live, w, scales, lows, n, first, last, K, WR, GR,
+    x, row, live, w, scales, lows, w2, scales2, lows2, n, first, last, K, WR, GR,
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, AFTER: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BM] in float32 over steps [first, last) of BK inputs, without the rows' multipliers.
+    """[BN, BM] in float32 over steps [first, last) of BK inputs, without the rows' multipliers; with `TWO` also the
+    second weight's.
 
     x: activations; row, live [COLS]: where each column's row starts, and whether it is there. n [BN]: rows of the
     weight, all within it. WR: bytes of a row, GR: scales of a row.
@@ -73,19 +110,20 @@ def product(
     U: tl.constexpr = get(S, "unit")
     NP: tl.constexpr = get(S, "pieces")
     QB: tl.constexpr = get(S, "quantum_bytes")
-    R: tl.constexpr = get(S, "runs")
     PER: tl.constexpr = BK // NP
     G: tl.constexpr = columns(S, BK, AFTER)
-    SCALED: tl.constexpr = get(S, "group") > 0
+    SCALES: tl.constexpr = get(S, "group") > 0 and AFTER
     kk = tl.arange(0, PER)
     inside = kk // U * 32 + kk % U  # of a step: the input of each code of piece 0
     group = tl.arange(0, G * BM) // BM
-    w_at = w + (n[:, None] * WR + (kk // U * QB + kk % U)[None, :])
+    w_at = n[:, None] * WR + (kk // U * QB + kk % U)[None, :]
     x_at = x + row[None, :] + inside[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
-    SCALES: tl.constexpr = SCALED and AFTER
+    acc2 = acc
     if SCALES:
         raw, low = next_scales(scales, lows, n, first * BK, K, GR, S, G)
+        if TWO:
+            raw2, low2 = next_scales(scales2, lows2, n, first * BK, K, GR, S, G)
     for step in tl.range(first, last):
         k = step * BK
         there = (k + (inside if NP == 1 else kk // U * 32))[None, :] < K
@@ -93,11 +131,13 @@ def product(
         if SCALES:
             raw_now, low_now = raw, low
             raw, low = next_scales(scales, lows, n, k + BK, K, GR, S, G)
-        part = tl.zeros([BN, G * BM], tl.float32)
-        sums = tl.zeros([BN, G * BM], tl.float32)
+            part = tl.zeros([BN, G * BM], tl.float32)
+            sums = part
+            part2 = part
+            if TWO:
+                raw2_now, low2_now = raw2, low2
+                raw2, low2 = next_scales(scales2, lows2, n, k + BK, K, GR, S, G)
         for p in tl.static_range(NP):
-            bytes_ = run_of(at, (p % R) * U, there, EVEN)
-            upper = run_of(at, R * U, there, EVEN) if get(S, "second") else bytes_
             wanted = live[None, :]
             if not EVEN:
                 wanted = wanted & (k + inside[:, None] + p * U < K)
@@ -107,30 +147,24 @@ def product(
                 else:
                     wanted = wanted & ((kk // U * 2 + p * U // 16)[:, None] == group[None, :])
             xs = tl.load(x_at + k + p * U, mask=wanted, other=0.0)
-            c = codes(bytes_, upper, S, p)
-            if SCALED and not AFTER:
-                f = c.to(tl.float32) * scale(piece_scales(scales, n, k, GR, S, p, PER), S)
-                if get(S, "affine"):
-                    f += piece_scales(lows, n, k, GR, S, p, PER).to(tl.float32)
-                c = f.to(CODE)
+            c = coded(w + at, scales, lows, n, k, there, GR, S, p, PER, EVEN, AFTER)
+            if TWO:
+                c2 = coded(w2 + at, scales2, lows2, n, k, there, GR, S, p, PER, EVEN, AFTER)
             if SCALES:
                 part = tl.dot(c, xs, part)
+                if TWO:
+                    part2 = tl.dot(c2, xs, part2)
                 if get(S, "affine"):
-                    sums = tl.dot(ones_like(bytes_), xs, sums)  # every row: the sums of each column's activations
+                    sums = tl.dot(ones_like(c), xs, sums)  # every row: the sums of each column's activations
             else:
                 acc = tl.dot(c, xs, acc)
+                if TWO:
+                    acc2 = tl.dot(c2, xs, acc2)
         if SCALES:
-            by_group = scale(raw_now, S)
-            if G == 1:
-                acc += part * by_group
-                if get(S, "affine"):
-                    acc += sums * low_now.to(tl.float32)
-            else:
-                each = tl.reshape(part, [BN, G, BM]) * by_group[:, :, None]
-                if get(S, "affine"):
-                    each += tl.reshape(sums, [BN, G, BM]) * low_now.to(tl.float32)[:, :, None]
-                acc += tl.sum(each, 1)
-    return acc
+            acc = scaled(acc, part, sums, raw_now, low_now, S, G)
+            if TWO:
+                acc2 = scaled(acc2, part2, sums, raw2_now, low2_now, S, G)
+    return acc, acc2
 
 
 @triton.jit
