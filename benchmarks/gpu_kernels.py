@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=["int8", "fp8_block", "int4", "nl3-g32"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=4096)
+    parser.add_argument("--experts-only", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     assert not cuda.why_missing(), cuda.why_missing()
@@ -194,7 +195,8 @@ def main() -> None:
         rows = attention(bandwidth)
         for name in args.schemes:
             rows += moe(name, bandwidth, (*args.batches, args.prefill) if args.prefill else tuple(args.batches))
-            rows += linears(name, bandwidth, tuple(args.batches))
+            if not args.experts_only:
+                rows += linears(name, bandwidth, tuple(args.batches))
     if args.json:
         args.json.write_text(json.dumps({"read_bytes_per_s": bandwidth, "rows": rows}, indent=1))
 

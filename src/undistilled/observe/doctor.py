@@ -37,6 +37,7 @@ def kernels(kind: str) -> list[dict[str, str]]:
     """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself."""
     import torch
 
+    from ..ops import triton as cuda
     from ..ops.linear import linear
 
     if kind == "cuda" and not torch.cuda.is_available():
@@ -47,5 +48,7 @@ def kernels(kind: str) -> list[dict[str, str]]:
         parts = scheme.compress(torch.zeros(64, 64))
         stored = schemes.Stored(scheme, (64, 64), {k: v.to(kind) for k, v in parts.items()})
         kernel = linear.resolve(stored, dtype)
-        rows.append({"device": kind, "scheme": name, "kernel": kernel.name, "why": kernel.why})
+        missing = kind == "cuda" and kernel is linear.reference and cuda.why_missing()
+        why = f"no fast kernel: {missing}" if missing else kernel.why
+        rows.append({"device": kind, "scheme": name, "kernel": kernel.name, "why": why})
     return rows

@@ -63,4 +63,4 @@ class E8m0:
         return torch.exp2(parts["scales"].float() - 127)
 
 
-FORMATS = {"float16": Float16(), "e4m3": E4m3(), "e8m0": E8m0()}
+FORMATS: dict[str, Float16 | E4m3 | E8m0] = {"float16": Float16(), "e4m3": E4m3(), "e8m0": E8m0()}

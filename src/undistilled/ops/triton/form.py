@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cache
 
-from ...scheme import Scheme, Stored, fp8_block, grouped, int8
+from ...scheme import Stored, fp8_block, grouped, int8
 from ...scheme.packing import PLANES
 
 NONE, FLOAT32, FLOAT16, E4M3, E8M0 = range(5)  # how a group's scale is stored
@@ -79,7 +79,7 @@ class Form:
 
 
 @cache
-def form_of(scheme: Scheme) -> Form | None:
+def form_of(scheme: object) -> Form | None:
     """The form of a scheme that the kernels know, or None."""
     if isinstance(scheme, int8.Int8):
         if scheme.group == 0:
