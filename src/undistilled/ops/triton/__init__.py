@@ -36,7 +36,7 @@ def serves(x: torch.Tensor) -> bool:
 def ready(weight: Stored, dtype: torch.dtype) -> bool:
     """Whether the kernels multiply by this weight: quantised, on a CUDA device, activations in bfloat16."""
     here = weight.device.type == "cuda" and dtype is torch.bfloat16
-    if not here or form_of(weight.scheme) is None or why_missing():
+    if not here or form_of(weight.scheme) is None or why_missing():  # type: ignore[arg-type]  # frozen
         return False
     if weight.shape[-2] * weight.shape[-1] >= 1 << 31:  # offsets are 32 bits
         return False

@@ -125,7 +125,7 @@ def arguments(weight: Stored) -> Arguments:
 def _arguments(weight: Stored) -> Arguments:
     import torch
 
-    form = form_of(weight.scheme)
+    form = form_of(weight.scheme)  # type: ignore[arg-type]  # schemes are frozen
     assert form is not None
     parts, inputs = weight.parts, weight.shape[-1]
     values = _bytes(parts["values"].detach())
