@@ -1,6 +1,6 @@
 """An R1-wide slice (one dense and two MoE layers, FP8 blocks, random weights) on one GPU, beside transformers in BF16.
 
-    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--json OUT]
+    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--json OUT] [--alone]
 
 Prints milliseconds a decode step and for the prefill, each beside the time that the bytes touched would take
 at the measured memory bandwidth, and how far our logits are from transformers' on the same weights.
@@ -64,7 +64,9 @@ def milliseconds(run, repeat: int) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
-def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, Stored], torch.Tensor, torch.Tensor]:
+def ours(
+    config: dict, prompt: list[int], steps: int, alone: bool
+) -> tuple[dict, dict[str, Stored], torch.Tensor, torch.Tensor]:
     """(figures, our weights in host memory, logits after the prompt, logits after one more token)."""
     spec = spec_from_config(config)
     plan = solve("r1-slice", config, spec, load_machine("this"), Ask("fp8_block", len(prompt) + 256, 1))
@@ -79,8 +81,7 @@ def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, S
         whole, one = Work(sequence, 0, len(prompt)), Work(sequence, len(prompt), len(tokens))
 
         def run(work: Work, prefill: bool) -> torch.Tensor:
-            hidden = decoder(runner.batch([work], prefill), runner.caches)
-            return decoder.logits(hidden[-1:])[0]
+            return decoder.logits(runner.hidden([work], prefill)[-1:])[0]
 
         after_prompt, after_one = run(whole, True), run(one, False)
         figures = {
@@ -90,6 +91,8 @@ def ours(config: dict, prompt: list[int], steps: int) -> tuple[dict, dict[str, S
             "predicted_bytes": plan.predicted.devices["cuda:0"].bytes.model_dump(),
             "decode_bytes": plan.predicted.decode_bytes_per_token,
         }
+    if alone:
+        return figures, {}, after_prompt, after_one
     held = {n: Stored(w.scheme, w.shape, {k: v.data.cpu() for k, v in w.parts.items()}) for n, w in memory.held.items()}
     return figures, held, after_prompt, after_one
 
@@ -155,15 +158,18 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", action="store_true", help="ours only")
     args = parser.parse_args()
     torch.manual_seed(0)
     config = slice_config(args.config)
     prompt = torch.randint(0, config["vocab_size"], (args.prompt,)).tolist()
     bandwidth = read_bandwidth()
-    mine, held, first, second = ours(config, prompt, args.steps)
+    mine, held, first, second = ours(config, prompt, args.steps, args.alone)
     floor = mine["decode_bytes"] / bandwidth * 1e3
     report = {"gpu": torch.cuda.get_device_name(), "read_bytes_per_s": bandwidth, "floor_ms": floor, "ours": mine}
     print(json.dumps(report, indent=1), flush=True)
+    if args.alone:
+        return
     gc.collect()
     torch.cuda.empty_cache()
     other, their_first, their_second = theirs(config, held, prompt, args.steps)

@@ -14,6 +14,7 @@ from ..ops.linear import LARGE
 from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
 from .cache import allocate
+from .graphs import Graphs, capturable
 
 # Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
 ROWS = {"cpu": LARGE - 1, "cuda": 4096}
@@ -45,6 +46,7 @@ class Runner:
         self.device = decoder.embed_tokens.stored.device
         self.caches = allocate(decoder.spec, plan.kv, self.device)
         self.size = plan.kv.block_size
+        self.graphs = Graphs(decoder, self.caches) if capturable(decoder) else None
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Work, torch.Tensor | None]]:
@@ -58,7 +60,7 @@ class Runner:
 
     def _timed(self, works: list[Work], prefill: bool) -> list[tuple[Work, torch.Tensor | None]]:
         began = perf_counter()
-        h_TD = self.decoder(self.batch(works, prefill), self.caches)
+        h_TD = self.hidden(works, prefill)
         wanted: list[Work] = []
         last: list[int] = []
         row = 0
@@ -71,6 +73,13 @@ class Runner:
         emit("engine.pass", prefill=prefill, tokens=row, requests=len(works), seconds=perf_counter() - began)
         found = {id(work): logits[i] for i, work in enumerate(wanted)}
         return [(work, found.get(id(work))) for work in works]
+
+    def hidden(self, works: list[Work], prefill: bool) -> torch.Tensor:
+        """Hidden states [T, D] of every token of the works, good until the next call."""
+        batch = self.batch(works, prefill)
+        if prefill or self.graphs is None:
+            return self.decoder(batch, self.caches)
+        return self.graphs(batch)
 
     def batch(self, works: list[Work], prefill: bool) -> Batch:
         """One prompt chunk, or rows: every token of every piece of work with its own view of the cache."""

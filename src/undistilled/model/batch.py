@@ -14,8 +14,8 @@ class Batch:
     """T tokens of one prompt (`prefill`), or T rows that may belong to T requests (decode).
 
     tokens_T, positions_T, slots_T int64: ids, positions, and where each token's cache entry goes.
-    tables_RB int32: block tables; R is 1 in prefill and T in decode. contexts_R int32, always in host memory:
-    tokens seen, by row.
+    tables_RB int32: block tables; R is 1 in prefill and T in decode. contexts_R int32: tokens seen,
+    by row; in host memory, but in a captured pass (generate/graphs.py) on the device.
     """
 
     tokens_T: torch.Tensor

@@ -41,6 +41,7 @@ def kernels(kind: str) -> list[dict[str, str]]:
     """
     import torch
 
+    from ..ops import triton as cuda
     from ..ops.cpu import native
     from ..ops.linear import linear
 
@@ -53,6 +54,8 @@ def kernels(kind: str) -> list[dict[str, str]]:
         rounded = products_of("attention.o", name, kind, "bfloat16") if native.rounds() else None
         for products in (None, rounded) if rounded else (None,):
             kernel = linear.resolve(schemes.Stored(scheme, (64, 64), parts, products), dtype)
+            missing = kind == "cuda" and kernel is linear.reference and cuda.why_missing()
+            why = f"no fast kernel: {missing}" if missing else kernel.why
             made = products or str(dtype).removeprefix("torch.")
-            rows.append({"device": kind, "products": made, "scheme": name, "kernel": kernel.name, "why": kernel.why})
+            rows.append({"device": kind, "products": made, "scheme": name, "kernel": kernel.name, "why": why})
     return rows

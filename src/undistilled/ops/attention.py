@@ -11,6 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from . import triton as cuda
 from .cpu import native
 from .registry import op
 
@@ -98,3 +99,10 @@ def attend_rows(
 @attend_rows.register("native", native.serves, "our C kernel: reads the pages in place")
 def _native_rows(q_RHD, k_cache, v_cache, table_RB, context_R, size, scale):
     return native.attend_rows(q_RHD.contiguous(), k_cache, v_cache, table_RB, context_R, size, scale)
+
+
+@attend_rows.register("triton", cuda.serves, "our Triton kernel: the pages in place, a context split over programs")
+def _triton_rows(q_RHD, k_cache, v_cache, table_RB, context_R, size, scale):
+    from .triton import attention as kernels
+
+    return kernels.attend_rows(q_RHD, k_cache, v_cache, table_RB, context_R, size, scale)

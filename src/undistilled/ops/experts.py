@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..scheme import Stored
+from . import triton as cuda
 from .cpu import native
 from .linear import LARGE, apply, native_ready, product_arguments, rounds_ready
 from .registry import op
@@ -75,6 +76,17 @@ def _native_rounded(
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
     return native.experts_rows(x_TD.contiguous(), _stack(gate), _stack(up), _stack(down), chosen, shares)
+
+
+@experts.register("triton", cuda.ready, "our Triton kernels: pairs sorted by expert on the GPU, no word to the host")
+def _triton(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    from .triton import experts as kernels
+
+    served = gate.scheme == up.scheme and cuda.ready(up, x_TD.dtype) and cuda.ready(down, x_TD.dtype)
+    run = kernels.experts if served else experts.reference.run
+    return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
 
 
 def _stack(weight: Stored) -> native.Experts:

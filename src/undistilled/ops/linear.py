@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, grouped, int8, plain
+from . import triton as cuda
 from .cpu import native
 from .registry import Kernel, forced, op, say_fallback
 
@@ -131,10 +132,23 @@ def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear_stored(x_TK.contiguous(), _checked(weight))
 
 
+@linear.register(
+    "triton", cuda.ready, "our Triton kernel: up to 64 tokens decoded and multiplied in one, else cuBLAS on a dense one"
+)
+def _triton(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    from .triton import linear as kernels
+
+    return kernels.linear(x_TK, weight)
+
+
 def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as a plain tensor [N, K], by the C kernel where it serves; not a copy where it is one already."""
+    """The weight as a plain tensor [N, K], by our kernels where they serve; not a copy where it is one already."""
     if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
     if len(weight.shape) == 2 and not forced() and _native_reads(weight, dtype):
         return native.dequantise(*native_arguments(weight))
+    if len(weight.shape) == 2 and not forced() and cuda.ready(weight, dtype):
+        from .triton import linear as kernels
+
+        return kernels.dense(weight)
     return weight.dense(dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from . import triton as cuda
 from .attention import causal, context_slots
 from .cpu import native
 from .registry import op
@@ -74,3 +75,10 @@ def mla_rows(
 @mla_rows.register("native", native.serves, "our C kernel: reads the pages in place, each latent once for all heads")
 def _native_rows(q_RHW, cache, table_RB, context_R, size, latent, scale):
     return native.mla_rows(q_RHW.contiguous(), cache, table_RB, context_R, size, latent, scale)
+
+
+@mla_rows.register("triton", cuda.serves, "our Triton kernel: reads the pages in place, a context split over programs")
+def _triton_rows(q_RHW, cache, table_RB, context_R, size, latent, scale):
+    from .triton import attention as kernels
+
+    return kernels.mla_rows(q_RHW, cache, table_RB, context_R, size, latent, scale)

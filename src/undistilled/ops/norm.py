@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import triton as cuda
 from .cpu import native
 from .registry import op
 
@@ -20,3 +21,10 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
 def _native(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     x = x_TD.contiguous()
     return native.norm_rows(x.view(-1, x.shape[-1]), w_D, eps).view(x.shape)
+
+
+@rms_norm.register("triton", cuda.inference, "our Triton kernel: one pass over a row")
+def _triton(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
+    from .triton import small
+
+    return small.rms_norm(x_TD, w_D, eps)

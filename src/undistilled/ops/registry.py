@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..events import emit
 
 _forced = bool(os.environ.get("UNDISTILLED_REFERENCE"))
@@ -55,8 +57,9 @@ class Op:
         return self.reference
 
     def __call__(self, x: Any, *arguments: Any) -> Any:
-        """Run the kernel that serves tensors like `x`; for ops whose predicates look at its device and dtype alone."""
-        key = (x.device.type, x.dtype, _forced)
+        """Run the kernel that serves tensors like `x`, for ops whose predicates see its device and dtype and
+        whether anything is differentiated."""
+        key = (x.device.type, x.dtype, torch.is_inference_mode_enabled(), _forced)
         kernel = self._chosen.get(key)
         if kernel is None:
             kernel = self._chosen[key] = self.resolve(x)

@@ -12,6 +12,7 @@ import math
 import torch
 
 from ..model.spec import Rope, yarn_mscale
+from . import triton as cuda
 from .cpu import native
 from .registry import op
 
@@ -73,3 +74,10 @@ def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, inte
 @rotate.register("native", native.serves, "our C kernel: in place")
 def _native(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return native.rope_rows(x_THR, cos_TF, sin_TF, interleaved)
+
+
+@rotate.register("triton", cuda.inference, "our Triton kernel: one pass")
+def _triton(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    from .triton import small
+
+    return small.rotate(x_THR, cos_TF, sin_TF, interleaved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import triton as cuda
 from .cpu import native
 from .registry import op
 
@@ -18,3 +19,10 @@ def silu_mul(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 @silu_mul.register("native", native.serves, "our C kernel: one pass")
 def _native(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return native.silu_mul(g, u)
+
+
+@silu_mul.register("triton", cuda.inference, "our Triton kernel: one pass")
+def _triton(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    from .triton import small
+
+    return small.silu_mul(g, u)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LARGEST = 448.0  # of float8_e4m3fn
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Float16:
     dtype: str = "float16"
     by_row: bool = False
@@ -25,7 +25,7 @@ class Float16:
         return parts["scales"].float()
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class E4m3:
     """FP8 times one bfloat16 a row of the weight, which makes the row's largest scale 448 or a little less."""
 
@@ -44,7 +44,7 @@ class E4m3:
         return parts["scales"].float() * parts["multipliers"].float()[..., None]
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class E8m0:
     """2^(code - 127): the power of two that holds the group's largest value with the least loss of range."""
 

@@ -1,0 +1,48 @@
+"""CUDA kernels in Triton. Nothing here imports triton at the top but the kernel files, which load on first use.
+
+`why_missing()` says why there are none: machines without CUDA, or without triton, run the references.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from ...scheme import Stored
+from .form import form_of
+
+OLDEST = (8, 0)  # compute capability: bfloat16 arithmetic on pairs
+
+
+@cache
+def why_missing() -> str:
+    """Why no kernel serves on this machine; empty where they do."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if torch.cuda.get_device_capability() < OLDEST:
+        return f"the GPU's compute capability is below {OLDEST[0]}.{OLDEST[1]}"
+    return ""
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether the kernels take activations like x."""
+    return x.device.type == "cuda" and x.dtype is torch.bfloat16 and not why_missing()
+
+
+def ready(weight: Stored, dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply by this weight: quantised, on a CUDA device, activations in bfloat16."""
+    here = weight.device.type == "cuda" and dtype is torch.bfloat16
+    if not here or form_of(weight.scheme) is None or why_missing():  # type: ignore[arg-type]  # frozen
+        return False
+    if weight.shape[-2] * weight.shape[-1] >= 1 << 31:  # offsets are 32 bits
+        return False
+    return all(part.is_contiguous() for part in weight.parts.values())
+
+
+def inference(x: torch.Tensor) -> bool:
+    """As `serves`, for ops that training differentiates: their kernels have no backward."""
+    return serves(x) and torch.is_inference_mode_enabled()

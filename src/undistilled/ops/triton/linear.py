@@ -1,0 +1,139 @@
+"""y = x W^T for quantised weights. T tokens, K inputs, N outputs; shapes as in ops/linear.py.
+
+Up to FEW tokens one kernel decodes and multiplies. The inputs are split among programs where N alone would not fill
+the GPU; the last program of a tile adds the parts in their order, so that the sum is the same every time, and the
+split depends on the weight's shape alone. Rows are computed alike in any company of up to 8, of 9 to 16, and so on:
+wider tiles run other instructions of the tensor cores and round otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...scheme import Stored
+from .decode import codes, get, lifted, scale
+from .form import arguments
+from .tile import multiplied, piece_scales, product, run_of
+
+FEW = 64  # tokens; above, a product on a dense copy is faster
+BK = 128
+ROWS = (64, 4, 4)  # rows of the weight in a program, warps, depth of the pipeline
+PROGRAMS = 132 * 5  # that a split aims at
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+@triton.jit(do_not_specialize=["T", "SPLIT"])  # a row must meet the same code in any company
+def _linear(
+    x, y, parts, counters, w, scales, lows, multipliers, T, N, K, WR, GR, SPLIT,
+    S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1)
+    rows = tile * BN + tl.arange(0, BN)
+    n = tl.minimum(rows, N - 1)
+    m = tl.arange(0, G * BM) % BM
+    steps = tl.cdiv(K, BK)
+    first, last = steps * part // SPLIT, steps * (part + 1) // SPLIT
+    live = m < T
+    acc, _ = product(
+        x, m * K, live, w, scales, lows, w, scales, lows, n, first, last, K, WR, GR, S, BN, BM, BK, EVEN, True, False
+    )
+    t = tl.arange(0, BM)
+    at = t[None, :] * N + rows[:, None]
+    mask = (t[None, :] < T) & (rows[:, None] < N)
+    if SPLIT > 1:
+        tl.store(parts + part * (T * N) + at, acc, mask=mask)
+        tl.debug_barrier()  # every thread's part is written before this program is counted
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+            acc = tl.zeros([BN, BM], tl.float32)
+            for i in range(SPLIT):
+                acc += tl.load(parts + i * (T * N) + at, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(counters + tile, 0)
+            tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
+
+
+def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """The kernel for few tokens, cuBLAS on a dense copy for many; any number of leading dimensions."""
+    x = x_TK.reshape(-1, x_TK.shape[-1])
+    if len(x) > FEW:
+        return F.linear(x_TK, dense(weight))
+    y = few(x.contiguous(), weight)
+    return y.view(*x_TK.shape[:-1], weight.shape[0])
+
+
+def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """At most FEW tokens."""
+    (N, K), T = weight.shape, len(x_TK)
+    a = arguments(weight)
+    y = x_TK.new_empty(T, N)
+    if T == 0:
+        return y
+    (rows, warps, depth), split = ROWS, splits(N, K)
+    tiles = -(-N // rows)
+    parts = torch.empty(split * T * N if split > 1 else 0, dtype=torch.float32, device=y.device)
+    bm = max(8, triton.next_power_of_2(T))
+    _linear[(tiles, split)](
+        x_TK, y, parts, counters(y.device, tiles), *a.parts, T, N, K, a.row_bytes, a.groups, split,
+        S=a.form, BN=rows, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0,
+        num_warps=warps, num_stages=depth if bm * a.form.columns(BK) <= 32 else 3,
+    )  # fmt: skip
+    return y
+
+
+def splits(outputs: int, inputs: int) -> int:
+    """Parts that the inputs are cut into: of the weight's shape alone."""
+    return max(1, min(PROGRAMS // -(-outputs // ROWS[0]), inputs // BK // 2))
+
+
+def counters(device: torch.device, tiles: int) -> torch.Tensor:
+    """Zeros that the kernel leaves zero; of each stream, for kernels of two streams run side by side."""
+    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    found = _counters.get(key)
+    if found is None or len(found) < tiles:
+        found = _counters[key] = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
+    return found
+
+
+@triton.jit
+def _dense(
+    out, w, scales, lows, multipliers, N, K, WR, GR,
+    S: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    NP: tl.constexpr = get(S, "pieces")
+    U: tl.constexpr = get(S, "unit")
+    R: tl.constexpr = get(S, "runs")
+    PER: tl.constexpr = BK // NP
+    k = tl.program_id(0) * BK
+    rows = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    n = tl.minimum(rows, N - 1)
+    kk = tl.arange(0, PER)
+    inside = kk // U * 32 + kk % U
+    at = w + n[:, None] * WR + (k // 32 * get(S, "quantum_bytes") + kk // U * get(S, "quantum_bytes") + kk % U)[None, :]
+    there = (k + (inside if NP == 1 else kk // U * 32))[None, :] < K
+    for p in tl.static_range(NP):
+        bytes_ = run_of(at, (p % R) * U, there, False)
+        upper = run_of(at, R * U, there, False) if get(S, "second") else bytes_
+        f = codes(bytes_, upper, S, p).to(tl.float32)
+        if get(S, "group"):
+            by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
+            f = f * by_group
+            if get(S, "affine"):
+                f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
+        f = multiplied(f, multipliers, n, S)
+        mask = (rows[:, None] < N) & (k + inside[None, :] + p * U < K)
+        tl.store(out + rows[:, None] * K + (k + inside + p * U)[None, :], f.to(out.dtype.element_ty), mask=mask)
+
+
+def dense(weight: Stored) -> torch.Tensor:
+    """The weight [N, K] in bfloat16."""
+    N, K = weight.shape
+    a = arguments(weight)
+    out = torch.empty(N, K, dtype=torch.bfloat16, device=weight.device)
+    grid = (-(-K // 256), -(-N // 32))
+    _dense[grid](out, *a.parts, N, K, a.row_bytes, a.groups, S=a.form, BN=32, BK=256, num_warps=4)
+    return out

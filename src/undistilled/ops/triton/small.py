@@ -1,0 +1,77 @@
+"""Operations between the products, one kernel each where PyTorch would launch several."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm(x, w, y, D, eps, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, BLOCK)
+    value = tl.load(x + at + d, mask=d < D, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    scaled = tl.load(w + d, mask=d < D, other=0.0).to(tl.float32) * value.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + at + d, scaled.to(y.dtype.element_ty), mask=d < D)
+
+
+def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """As ops.norm.rms_norm."""
+    x = x_TD.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // width
+    if rows:
+        warps = 8 if width > 2048 else 4
+        _norm[(rows,)](x, w_D, y, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=warps)
+    return y
+
+
+@triton.jit
+def _silu_mul(g, u, y, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(g + i, mask=i < count, other=0.0).to(tl.float32)
+    b = tl.load(u + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(y + i, (a / (1.0 + tl.exp(-a)) * b).to(y.dtype.element_ty), mask=i < count)
+
+
+def silu_mul(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """As ops.swiglu.silu_mul."""
+    a, b = g.contiguous(), u.contiguous()
+    y = torch.empty_like(a)
+    if a.numel():
+        _silu_mul[(-(-a.numel() // 1024),)](a, b, y, a.numel(), BLOCK=1024)
+    return y
+
+
+@triton.jit
+def _rotate(x, cos, sin, y, HEADS, F, ST, SH, PAIRED: tl.constexpr, FP: tl.constexpr):
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f = tl.arange(0, FP)
+    mask = f < F
+    first = f * 2 if PAIRED else f
+    second = f * 2 + 1 if PAIRED else f + F
+    a = tl.load(x + t * ST + h * SH + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + t * ST + h * SH + second, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + t * F + f, mask=mask, other=0.0)
+    s = tl.load(sin + t * F + f, mask=mask, other=0.0)
+    at = y + (t * HEADS + h) * 2 * F + f
+    tl.store(at, (a * c - b * s).to(y.dtype.element_ty), mask=mask)
+    tl.store(at + F, (b * c + a * s).to(y.dtype.element_ty), mask=mask)
+
+
+def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """As ops.rope.rotate; x may be a view whose last dimension is dense."""
+    if x_THR.stride(-1) != 1:
+        x_THR = x_THR.contiguous()
+    tokens, heads, width = x_THR.shape
+    y = x_THR.new_empty(x_THR.shape)
+    if y.numel():
+        strides = x_THR.stride(0), x_THR.stride(1)
+        padded = triton.next_power_of_2(width // 2)
+        _rotate[(tokens, heads)](
+            x_THR, cos_TF.contiguous(), sin_TF.contiguous(), y, heads, width // 2, *strides,
+            PAIRED=interleaved, FP=padded, num_warps=1,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,29 @@
+"""Decode as CUDA graphs gives what the same passes give launched one by one."""
+
+import pytest
+
+from runs import greedy
+from tiny import CONFIGS, load, write_checkpoint
+from undistilled.generate import runner
+from undistilled.generate.graphs import bucket, capturable
+
+pytestmark = pytest.mark.gpu
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 2, 3, 5, 64)] == [1, 2, 4, 8, 64]
+
+
+@pytest.mark.parametrize("name, scheme", [("deepseek_v3", "int8"), ("deepseek_v3", "int4-g32"), ("llama", "int4-g32")])
+def test_same_tokens(name, scheme, tmp_path, monkeypatch):
+    decoder, plan = load(write_checkpoint(tmp_path / "m", CONFIGS[name]), scheme=scheme, device=None)
+    assert capturable(decoder)
+    prompts = [[5, 9, 11], list(range(2, 90)), [300] * 33]
+    replayed = greedy(decoder, plan, prompts, 24)
+    monkeypatch.setattr(runner, "capturable", lambda decoder: False)
+    assert greedy(decoder, plan, prompts, 24) == replayed
+
+
+def test_experts_without_a_kernel_are_not_captured(tmp_path):
+    decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIGS["deepseek_v3"]), scheme="bf16", device=None)
+    assert not capturable(decoder)

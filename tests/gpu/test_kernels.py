@@ -1,0 +1,156 @@
+"""Our Triton kernels against float64 and against themselves: every scheme, odd shapes, any company."""
+
+import pytest
+import torch
+
+from undistilled import scheme as schemes
+from undistilled.ops.attention import attend_rows
+from undistilled.ops.experts import experts
+from undistilled.ops.linear import apply, dense, linear
+from undistilled.ops.mla import mla_rows
+from undistilled.ops.norm import rms_norm
+from undistilled.ops.rope import rotate
+from undistilled.ops.swiglu import silu_mul
+from undistilled.ops.triton.form import form_of
+from undistilled.scheme import Stored
+
+pytestmark = pytest.mark.gpu
+QUANTISED = [name for name, scheme in schemes.SCHEMES.items() if form_of(scheme)]
+SOME = ["int8", "int8-g32", "fp8_block", "int4", "int4-g32-sym", "int3", "int5-g64", "int6", "nl3-g32", "nvfp4"]
+ROUNDING = 4e-3  # of results in bfloat16
+
+
+def stored(name, *shape):
+    scheme = schemes.get(name)
+    return Stored(scheme, shape, scheme.compress(torch.randn(*shape, device="cuda") * shape[-1] ** -0.5))
+
+
+def exact(weight):
+    return weight.dense(torch.float32).double()
+
+
+def error(ours, truth):
+    assert ours.isfinite().all()
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+def activations(*shape):
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_linear(name):
+    for tokens, outputs, inputs in ((1, 576, 7168), (5, 100, 200), (17, 64, 384), (64, 96, 136), (130, 72, 200)):
+        w, x = stored(name, outputs, inputs), activations(tokens, inputs)
+        assert linear.resolve(w, x.dtype).name == "triton"
+        assert error(apply(x, w), x.double() @ exact(w).T) < ROUNDING, (tokens, outputs, inputs)
+        assert error(dense(w, torch.bfloat16), exact(w)) < ROUNDING
+
+
+def test_every_fp8_number_is_exact():
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes[(codes & 127) == 127] = 0
+    values = codes.view(torch.float8_e4m3fn).expand(128, 256).contiguous()
+    w = Stored(schemes.get("fp8_block"), (128, 256), {"values": values, "scales": torch.ones(1, 2, device="cuda")})
+    assert torch.equal(dense(w, torch.bfloat16), values.bfloat16())
+    one = torch.eye(256, device="cuda").bfloat16()[:64]
+    assert torch.equal(apply(one, w), values.bfloat16().T[:64])
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4", "nl3-g32"])
+def test_a_row_in_any_company(name):
+    w, x = stored(name, 576, 1024), activations(64, 1024)
+    together = apply(x, w)
+    for rows in (1, 3, 7):
+        assert torch.equal(apply(x[:rows], w), apply(x[:8], w)[:rows]), rows
+    for rows in (8, 16, 33):  # tiles for more rows run other instructions of the tensor cores
+        assert error(apply(x[:rows], w), together[:rows].double()) < ROUNDING
+    assert torch.equal(apply(x, w), together)
+
+
+def reference(x, ids, shares, gate, up, down):
+    out = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
+    for e in range(gate.shape[0]):
+        g, u, d = (exact(w.expert(e)) for w in (gate, up, down))
+        share = torch.where(ids == e, shares, 0).sum(-1).double()
+        a = x.double() @ g.T
+        out += share[:, None] * ((a * a.sigmoid() * (x.double() @ u.T)) @ d.T)
+    return out
+
+
+def bank(name, count, width, hidden):
+    return stored(name, count, width, hidden), stored(name, count, width, hidden), stored(name, count, hidden, width)
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("tokens", [1, 3, 64, 200])
+def test_experts(name, tokens):
+    """Some experts are chosen by nobody, some ids are of other banks."""
+    weights = bank(name, 9, 72, 200)
+    x = activations(tokens, 200)
+    ids = torch.stack([torch.randperm(13, device="cuda")[:4] for _ in range(tokens)]) - 2
+    ids[ids == 5] = 20
+    shares = torch.rand(tokens, 4, device="cuda")
+    kernel = experts.resolve(weights[0], x.dtype)
+    assert kernel.name == "triton"
+    kernel.run(x, ids, shares, *weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = kernel.run(x, ids, shares, *weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = reference(x, ids, shares, *weights)
+    assert error(ours, truth) < 2 * ROUNDING
+    assert torch.equal(ours, kernel.run(x, ids, shares, *weights))
+    if tokens == 64:
+        alone = torch.cat([kernel.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], *weights) for t in range(5)])
+        assert torch.equal(alone, ours[:5])
+
+
+def test_no_expert_of_this_bank():
+    weights = bank("int8", 4, 64, 128)
+    x, ids = activations(3, 128), torch.full((3, 2), 9, device="cuda")
+    y = experts.resolve(weights[0], x.dtype).run(x, ids, torch.ones(3, 2, device="cuda"), *weights)
+    assert not y.any()
+
+
+def paged(rows, longest, size, *width):
+    blocks = -(-longest // size)
+    cache = activations(rows * blocks * size, *width)
+    return cache, torch.randperm(rows * blocks, device="cuda", dtype=torch.int32).view(rows, blocks)
+
+
+@pytest.mark.parametrize("heads, latent, rope, size", [(128, 512, 64, 64), (5, 24, 8, 4)])
+def test_mla_rows(heads, latent, rope, size):
+    contexts = torch.tensor([1, 31, 256, 257, 1000], dtype=torch.int32)
+    cache, table = paged(5, 1000, size, latent + rope)
+    q = activations(5, heads, latent + rope)
+    rest = (size, latent, 0.1)
+    ours = mla_rows(q, cache, table, contexts, *rest)
+    assert error(ours, mla_rows.reference.run(q.double(), cache, table, contexts, *rest).double()) < 2 * ROUNDING
+    for r in range(5):
+        alone = mla_rows(q[r : r + 1], cache, table[r : r + 1], contexts[r : r + 1], *rest)
+        assert torch.equal(alone[0], ours[r])
+
+
+@pytest.mark.parametrize("heads, groups, width", [(6, 2, 64), (32, 1, 128), (5, 5, 24)])
+def test_attend_rows(heads, groups, width):
+    contexts = torch.tensor([1, 31, 256, 700], dtype=torch.int32)
+    k, table = paged(4, 700, 16, groups, width)
+    v, q = torch.randn_like(k), activations(4, heads, width)
+    ours = attend_rows(q, k, v, table, contexts, 16, 0.2)
+    truth = attend_rows.reference.run(q.double(), k, v, table, contexts, 16, 0.2)
+    assert error(ours, truth.double()) < 2 * ROUNDING
+
+
+def test_between_products():
+    with torch.inference_mode():
+        x, w = activations(3, 1536), torch.rand(1536, device="cuda")
+        assert error(rms_norm(x, w, 1e-6), rms_norm.reference.run(x.double(), w, 1e-6).double()) < 2 * ROUNDING
+        g, u = activations(3, 200), activations(3, 200)
+        assert error(silu_mul(g, u), silu_mul.reference.run(g.double(), u.double())) < ROUNDING
+        q = activations(3, 5, 96)[..., 64:]
+        cos, sin = torch.rand(3, 16, device="cuda"), torch.rand(3, 16, device="cuda")
+        for interleaved in (True, False):
+            ours = rotate(q, cos, sin, interleaved)
+            assert error(ours, rotate.reference.run(q, cos, sin, interleaved).double()) < ROUNDING
