@@ -35,7 +35,7 @@ Exchange = tuple[list[int], list[int]]  # ids of a prompt and of its answer
 
 def answered(model: Model, questions: int, kv: str | None = None) -> tuple[Decoder, list[Exchange]]:
     """A loaded decoder, MTP layer included, and its greedy answers to `questions` of every task."""
-    ask = Ask(None, 1024, 31, True, "cpu", kv)
+    ask = Ask(None, 1024, 31, True, "cpu", kv, dtype="float32")
     plan = solve(model.name, model.config, model.spec, load_machine("this"), ask)
     decoder = build(plan, model.spec, model.source())
     engine = Engine(decoder, plan, model.tokenizer(), model.name)

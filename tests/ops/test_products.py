@@ -151,3 +151,52 @@ def test_r1_nano_writes_the_same_tokens_alone_in_a_batch_and_preempted(scheme):
         assert [greedy(decoder, plan, [p], 24, chunk=chunk)[0] for p in prompts] == together
     needed = sum(-(-(len(p) + 24) // plan.kv.block_size) for p in prompts)
     assert greedy(decoder, plan, prompts, 24, blocks=needed * 2 // 3) == together
+
+
+def mixed(gate, down, products):
+    """Experts [4, 64, 96] of one scheme for gate and up and another for down, with the values of both in float64."""
+    made = []
+    for name, shape in ((gate, (4, 64, 96)), (gate, (4, 64, 96)), (down, (4, 96, 64))):
+        scheme = schemes.get(name)
+        of = products if name in ("int8", "bf16") else None
+        made.append(schemes.Stored(scheme, shape, scheme.compress(torch.randn(shape) / 8), of))
+    return made
+
+
+@pytest.mark.parametrize("products", [None, pytest.param("bfloat16", marks=needs_products)])
+@pytest.mark.parametrize("gate, down", [("int8", "nl3-g32"), ("nl3-g32", "int8"), ("fp16", "int8"), ("int8", "fp16")])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_whose_projections_have_different_schemes(gate, down, products, tokens):
+    from undistilled.ops.experts import experts
+
+    held = mixed(gate, down, products)
+    x, ids = torch.randn(tokens, 96), torch.randint(0, 4, (tokens, 2))
+    shares = torch.rand(tokens, 2)
+    y = experts.resolve(held[0], x.dtype).run(x, ids, shares, *held)
+    exact = [stored.dense(torch.float32).double() for stored in held]
+    expected = torch.zeros(tokens, 96, dtype=torch.float64)
+    for t in range(tokens):
+        for pick in range(2):
+            g, u, d = (w[ids[t, pick]] for w in exact)
+            h = torch.nn.functional.silu(x[t].double() @ g.T) * (x[t].double() @ u.T)
+            expected[t] += shares[t, pick] * (h @ d.T)
+    assert (y.double() - expected).norm() < (1e-2 if products else 1e-5) * expected.norm()
+
+
+@needs_products
+def test_no_rows_are_no_rows():
+    w = schemes.get("int8").compress(torch.randn(32, 64))
+    y = native.linear(KIND["int8"], torch.empty(0, 64), w["values"], w["scales"], None, 32, 64, 64, rounded=True)
+    assert y.shape == (0, 32)
+
+
+def test_a_prompt_attends_by_blocks_as_float64_says():
+    from undistilled.ops.attention import causal
+
+    for fresh, seen, heads, groups, width in ((129, 129, 4, 2, 16), (300, 700, 4, 4, 16), (257, 260, 6, 2, 8)):
+        q, k, v = torch.randn(fresh, heads, 16), torch.randn(seen, groups, 16), torch.randn(seen, groups, width)
+        scores = torch.einsum("lhd,chd->hlc", q.double(), k.double().repeat_interleave(heads // groups, 1)) * 0.25
+        hidden = torch.arange(seen)[None] > torch.arange(seen - fresh, seen)[:, None]
+        shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        expected = torch.einsum("hlc,chv->lhv", shares, v.double().repeat_interleave(heads // groups, 1))
+        assert (causal(q, k, v, 0.25).double() - expected).norm() < 1e-5 * expected.norm()

@@ -8,6 +8,7 @@ import pytest
 
 from undistilled.checkpoint.resolve import find
 from undistilled.errors import BadArtefact, DoesNotFit, UsageError
+from undistilled.plan import cost
 from undistilled.plan.check import check, check_devices
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.plan import read_plan
@@ -223,3 +224,19 @@ def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
     for dtype in ("float16", "bfloat16"):
         with pytest.raises(BadArtefact, match=r"float32|float16"):
             check(plan.model_copy(update={"compute_dtype": dtype}), model.spec, model.config)
+
+
+def test_schemes_without_a_kernel_keep_float32_products_and_their_dense_copy():
+    from undistilled.plan.recipes import products_of
+
+    assert products_of("attention.o", "int8-g64", "cpu", "bfloat16") == "bfloat16"
+    for scheme in ("nl3-g64", "int3", "mxfp4", "fp16", "tiles16x32-2x3-3x5"):
+        assert products_of("attention.o", scheme, "cpu", "bfloat16") is None
+    spec = find("deepseek-r1").spec
+    sizes = {
+        compute: cost.activation_bytes(
+            spec, chunk=512, batch=1, context=4096, compute=compute, kind="cpu", scheme="int3"
+        )
+        for compute in ("float32", "bfloat16")
+    }
+    assert sizes["bfloat16"] >= sizes["float32"]

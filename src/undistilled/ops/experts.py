@@ -62,16 +62,23 @@ def _one(weight: Stored, expert: int) -> Stored:
 def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    if ids_Tk.numel() >= LARGE * gate.shape[0]:
-        return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
-    return _native_rounded(x_TD, ids_Tk, weights_Tk, gate, up, down)
+    few = ids_Tk.numel() < LARGE * gate.shape[0] and native_ready(up, x_TD.dtype) and native_ready(down, x_TD.dtype)
+    return (_rows if few else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
 
 
 @experts.register("native bf16", rounds_ready, "our C kernel: BF16 products, each chosen expert's weights read once")
 def _native_rounded(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    scratch = 4 * ids_Tk.numel() * (2 * gate.shape[1] + gate.shape[2])  # bytes
+    served = rounds_ready(up, x_TD.dtype) and rounds_ready(down, x_TD.dtype)
+    return (_rows if served else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
+
+
+def _rows(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    (tokens, width), pairs, inner = x_TD.shape, ids_Tk.numel(), gate.shape[1]
+    scratch = 4 * pairs * (2 * inner + width) + 2 * (tokens * width + pairs * inner)  # bytes
     if scratch > SCRATCH:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()

@@ -12,7 +12,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import MIXED
+from .recipes import ROUNDS, family
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -121,7 +121,7 @@ def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int
     moved = 0.0
     for p in placed:
         if p.row.compute == device and p.weight.is_linear:
-            dense = 0 if p.row.scheme == "fp32" or (rounded and p.row.scheme != "fp16") else 8 * p.weight.params
+            dense = 0 if p.row.scheme == "fp32" or (rounded and family(p.row.scheme) in ROUNDS) else 8 * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
 
@@ -140,16 +140,10 @@ def activation_bytes(
     heads = 2 * spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 2 * spec.head_dim)
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
-    if kind == "cpu" and compute == "bfloat16" and scheme != MIXED:
-        return rows + lifted + logits + _rounded_bytes(spec, tokens)
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
-    return rows + lifted + logits + dense
-
-
-def _rounded_bytes(spec: ModelSpec, tokens: int) -> int:
-    """The widest rows in BF16, and MLA's lift, which is not multiplied in BF16 and made dense."""
-    lift = spec.heads * (spec.mla.qk_nope_head_dim + spec.mla.v_head_dim) * spec.mla.kv_lora_rank if spec.mla else 0
-    return 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear) + 4 * lift
+    # a kernel of BF16 products needs rounded rows and no dense copy; a scheme or a processor without one needs that
+    rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
+    return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute == "bfloat16" else 0)
 
 
 def _largest_linear(spec: ModelSpec, kind: str) -> int:

@@ -21,7 +21,8 @@ from ..model.weights import LINEAR_ROLES, Weight
 HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp8_channel": "bf16"}
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
-ROUNDED_OFF = ("fp16", "fp32")  # schemes with values that BF16 does not hold: they multiply in float32
+ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
+ROUNDS = ("bf16", "fp8_block", "int8", "int4")  # families with a kernel for BF16 products on CPUs; others gain nothing
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {
@@ -91,7 +92,7 @@ def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
 
     A GPU's activations have the plan's dtype already. A router's product decides which experts run.
     """
-    rounds = home == "cpu" and compute != "float32" and role != "router" and scheme not in ROUNDED_OFF
+    rounds = home == "cpu" and compute != "float32" and role != "router" and family(scheme) in ROUNDS
     return compute if rounds else None
 
 

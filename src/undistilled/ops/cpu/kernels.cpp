@@ -77,6 +77,7 @@ int native_rounds(void) { return HAS_PRODUCTS; }
 // native_linear with x rounded to BF16.
 void native_linear_rounded(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
                            float* y, long m, long n, long k, long group) {
+  if (m == 0) return;
   Matrix a = {kind, values, scales, mins, n, k, group};
   long groups = a.groups();
   const uint16_t** xs = (const uint16_t**)malloc(m * 3 * sizeof(void*));
