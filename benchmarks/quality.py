@@ -1,10 +1,11 @@
 """The table of docs/quality.md: KL divergence and accuracy of a model's compressed forms, by bytes.
 
-    python benchmarks/quality.py MODEL FOLDER [--schemes int8 int4 ...] [--bits 4 3 2.5] [--suite 25] [--tasks FILE ...]
-                                 [--text FILE] [--tokens 4096] [--calibrate FILE] [--json OUT]
+    python benchmarks/quality.py MODEL FOLDER [--schemes int8 int4 ...] [--equal] [--bits 4 3 2.5] [--suite 25]
+                                 [--tasks FILE ...] [--tokens 4096] [--calibrate FILE] [--json OUT]
 
 Each form is made by `undistilled quantize` (kept in FOLDER for the next run) and proven against MODEL by
-`undistilled prove`; uniform schemes and budgets go through the same solver and calibration.
+`undistilled prove`; uniform schemes and budgets go through the same solver and calibration. --equal also shares out the
+very bytes of each uniform scheme.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ def run(*argv: object) -> dict:
     return json.loads(done.stdout)
 
 
-def made(model: str, folder: Path, name: str, options: list, calibrate: list) -> Path:
-    out = folder / name
+def made(model: str, folder: Path, name: str, options: list, calibrate: list) -> tuple[Path, int]:
+    """The folder of a form, and its bytes."""
+    out, note = folder / name, folder / f"{name}.json"
     if not out.exists():
-        run("quantize", model, out, *options, *calibrate)
-    return out
+        note.write_text(json.dumps(run("quantize", model, out, *options, *calibrate)))
+    return out, json.loads(note.read_text())["bytes"]
 
 
 def row(name: str, receipt: dict) -> dict:
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     uniform = ["int8", "int6", "int4", "nl4-g64", "int3", "nl3-g64", "nl2-g64"]
     parser.add_argument("--schemes", nargs="*", default=uniform)
+    parser.add_argument("--equal", action="store_true")
     parser.add_argument("--bits", nargs="*", type=float, default=[8.0, 6.0, 4.0, 3.0, 2.5])
     parser.add_argument("--suite", type=int, help="held-out reasoning questions of each task")
     parser.add_argument("--tasks", nargs="*", type=Path, default=[])
@@ -65,8 +68,11 @@ def main() -> None:
         asked += ["--suite", "--limit", args.suite]
     rows = []
     forms = [(s, ["--scheme", s]) for s in args.schemes] + [(f"{b:g} bits", ["--bits", b]) for b in args.bits]
-    for name, options in forms:
-        out = made(args.model, args.folder, name.replace(" ", "-"), options, calibrate)
+    while forms:
+        name, options = forms.pop(0)
+        out, size = made(args.model, args.folder, name.replace(" ", "-"), options, calibrate)
+        if args.equal and options[0] == "--scheme":
+            forms.insert(0, (f"bytes of {name}", ["--bytes", size]))
         rows.append(row(name, run("prove", out, "--original", args.model, "--dtype", "float32", *asked)))
         said = rows[-1]
         print(f"{name:12s} {said['bits']:.3f} bits  KL {said['kl']}  {said.get('suite', '')}", flush=True)

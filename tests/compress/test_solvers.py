@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from undistilled import scheme as schemes
+from undistilled.compress.calibrate import Moments
 from undistilled.compress.solvers import gptq, search, tiles
 from undistilled.scheme.tiles import Tiles
 
@@ -85,3 +86,14 @@ def test_an_input_that_never_fires_costs_nothing_and_breaks_nothing():
     moments[:40] = 0
     assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, moments).values())
     assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, torch.zeros_like(moments)).values())
+
+
+def test_an_expert_that_met_too_few_tokens_has_its_layers_moments():
+    x = torch.randn(3, 500, 8) * torch.tensor([1.0, 3.0, 1.0])[:, None, None]
+    met = torch.tensor([500.0, 500.0, 2.0])
+    x[2, 2:] = 0
+    found = Moments(x.transpose(1, 2) @ x, torch.tensor([[500.0], [1000.0], [8.0]]), met, 1000)
+    inputs, outputs = found.mean_inputs(), found.mean_outputs()
+    assert torch.allclose(inputs[:2] * 1000, found.inputs[:2])
+    assert torch.allclose(inputs[2] * 1000, found.inputs.sum(0) / 1002 * 3)
+    assert outputs.flatten().tolist() == pytest.approx([1.0, 2.0, 1508 / 1002])

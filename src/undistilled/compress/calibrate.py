@@ -18,9 +18,11 @@ from torch import nn
 from ..model.batch import Packed
 from ..model.decoder import Decoder
 from ..model.layers import Linear, LocalBank, Weighted
-from ..ops.experts import _by_expert
+from ..ops.experts import by_expert
 from ..ops.registry import force_reference
 from ..ops.swiglu import silu_mul
+
+FEW = 32  # tokens that say too little of an expert
 
 
 @dataclass
@@ -38,14 +40,23 @@ class Moments:
         return (inputs, outputs) if experts is None else (inputs[experts], outputs[experts])
 
     def mean_inputs(self) -> torch.Tensor:
-        """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros."""
-        return self.inputs / max(self.tokens, 1)
+        """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros.
+
+        An expert that met fewer than FEW has what all experts of its layer met, in the measure of its own popularity.
+        """
+        inputs = self.inputs
+        if self.met is not None and (self.met < FEW).any():
+            common = inputs.sum(0) / self.met.sum().clamp(min=1)
+            rare, popular = (self.met < FEW)[:, None, None], (self.met + 1)[:, None, None]
+            inputs = torch.where(rare, common * popular, inputs)
+        return inputs / max(self.tokens, 1)
 
     def mean_outputs(self) -> torch.Tensor:
         """E[g^2], where an expert counts only the tokens it met; the rest is in `mean_inputs`."""
         if self.met is None:
             return self.outputs / max(self.tokens, 1)
-        return self.outputs / self.met.clamp(min=1)[:, None]
+        common = self.outputs.sum(0) / self.met.sum().clamp(min=1)
+        return torch.where((self.met < FEW)[:, None], common, self.outputs / self.met.clamp(min=1)[:, None])
 
 
 class Calibration:
@@ -53,8 +64,7 @@ class Calibration:
 
     def __init__(self, decoder: Decoder) -> None:
         self.moments: dict[str, Moments] = {}
-        self._hooks: list = []
-        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # the last input, and where it was added
         for path, module in decoder.named_modules():
             if isinstance(module, Linear):
                 self._watch(f"model.{path}.weight" if path != "lm_head" else "lm_head.weight", module)
@@ -72,18 +82,18 @@ class Calibration:
             if y.requires_grad:
                 y.register_hook(_adder(found.outputs))
 
-        self._hooks.append(module.register_forward_hook(after))
+        module.register_forward_hook(after)
 
     def _moments(self, name: str, x_TK: torch.Tensor, outputs: int) -> Moments:
         """The moments of `name`, with this input added: once where several weights have it."""
-        found = self.moments.get(name)
-        shared = self._seen is not None and self._seen[0].data_ptr() == x_TK.data_ptr()
-        if found is None:
-            inputs = self._seen[1] if shared and self._seen else x_TK.new_zeros(x_TK.shape[-1], x_TK.shape[-1])
-            found = self.moments[name] = Moments(inputs, x_TK.new_zeros(outputs))
-        if not shared:
+        before = self.seen if self.seen and self.seen[0].data_ptr() == x_TK.data_ptr() else None
+        if name not in self.moments:
+            inputs = before[1] if before else x_TK.new_zeros(x_TK.shape[-1], x_TK.shape[-1])
+            self.moments[name] = Moments(inputs, x_TK.new_zeros(outputs))
+        found = self.moments[name]
+        if not before:
             found.inputs += x_TK.T @ x_TK
-        self._seen = (x_TK, found.inputs)  # keeps x, so that its memory is nobody else's
+        self.seen = (x_TK, found.inputs)  # keeps x, so that its memory is nobody else's
         return found
 
 
@@ -103,29 +113,27 @@ class WatchedBank(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = bank.gate, bank.up, bank.down
         experts, width, hidden = bank.gate.stored.shape
-        met = torch.zeros(experts)
-        into = torch.zeros(experts, hidden, hidden)
-        for name, rows, inputs in (
-            ("gate", width, into),
-            ("up", width, into),
-            ("down", hidden, torch.zeros(experts, width, width)),
-        ):
-            moments[f"{at}.{name}_proj.weight"] = Moments(inputs, torch.zeros(experts, rows), met)
-        self.of = {name: moments[f"{at}.{name}_proj.weight"] for name in ("gate", "up", "down")}
+        self.met_E = torch.zeros(experts)
+        into, out = torch.zeros(experts, hidden, hidden), torch.zeros(experts, width, width)
+        self.of = {
+            "gate": Moments(into, torch.zeros(experts, width), self.met_E),
+            "up": Moments(into, torch.zeros(experts, width), self.met_E),
+            "down": Moments(out, torch.zeros(experts, hidden), self.met_E),
+        }
+        moments |= {f"{at}.{name}_proj.weight": found for name, found in self.of.items()}
 
     def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
         out_TD = torch.zeros_like(x_TD)
         for found in self.of.values():
             found.tokens += len(x_TD)
-        for expert, (rows, picks) in _by_expert(ids_Tk, len(self.of["gate"].inputs)):
+        for expert, (rows, picks) in by_expert(ids_Tk, len(self.met_E)):
             x = x_TD[rows]
             self._add("gate", expert, x)
             h = silu_mul(self._one("gate", expert, x), self._one("up", expert, x))
             self._add("down", expert, h)
             y = self._one("down", expert, h)
             out_TD = out_TD.index_add(0, rows, y * weights_Tk[rows, picks, None])
-            assert self.of["gate"].met is not None
-            self.of["gate"].met[expert] += len(rows)
+            self.met_E[expert] += len(rows)
         return out_TD
 
     def _one(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +173,6 @@ def calibrate(
                 log_TV = decoder.logits(h_TD).log_softmax(-1)
                 drawn = torch.multinomial(log_TV.detach().exp(), 1, generator=draw)
                 (-log_TV.gather(-1, drawn).sum()).backward()
-            found._seen = None
+            found.seen = None
             say(f"calibration: {at + 1} of {len(windows)} windows")
     return found.moments

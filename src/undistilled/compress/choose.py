@@ -19,7 +19,7 @@ from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
 from .allocate import allocate
-from .calibrate import Moments
+from .calibrate import FEW, Moments
 from .material import moments_of
 from .options import AT_ONCE, options
 from .solvers import gptq, search
@@ -74,8 +74,10 @@ def check(request: Request) -> None:
 
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
-    calibrated = request.solver != "rtn"
-    moments = moments_of(model, request, folder / "moments.safetensors", say) if calibrated else {}
+    moments: dict[str, Moments] = {}
+    if request.solver != "rtn":
+        moments = moments_of(model, request, folder / "moments.safetensors", say)
+        _say_rare(moments, say)
     choice = Choice(request.scheme or REST, request.solver, moments)
     if request.scheme is None:
         file = folder / "choice.json"
@@ -85,6 +87,14 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
             part.replace(file)
         choice.schemes = json.loads(file.read_text())
     return choice
+
+
+def _say_rare(moments: dict[str, Moments], say: Callable[[str], None]) -> None:
+    """How many experts calibration hardly met, and what is done about it."""
+    met = [found.met for name, found in moments.items() if found.met is not None and "gate_proj" in name]
+    rare, every = sum(int((m < FEW).sum()) for m in met), sum(len(m) for m in met)
+    if rare:
+        say(f"{rare} of {every} experts met fewer than {FEW} tokens and take their layer's moments; --tokens helps")
 
 
 def _shared_out(model: Model, request: Request, choice: Choice, say: Callable[[str], None]) -> dict[str, str]:

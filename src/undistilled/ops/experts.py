@@ -32,13 +32,13 @@ def experts(
     Ids outside [0, E) belong to another bank and add nothing.
     """
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    for expert, (rows, picks) in _by_expert(ids_Tk, gate.shape[0]):
+    for expert, (rows, picks) in by_expert(ids_Tk, gate.shape[0]):
         y = swiglu(x_TD[rows], *(_one(w, expert) for w in (gate, up, down)))
         out_TD.index_add_(0, rows, y.float() * weights_Tk[rows, picks, None])
     return out_TD.to(x_TD.dtype)
 
 
-def _by_expert(ids_Tk: torch.Tensor, experts: int):
+def by_expert(ids_Tk: torch.Tensor, experts: int):
     """(expert, (rows, which of the row's picks)) for every expert that was chosen."""
     flat, order = ids_Tk.flatten().sort(stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
