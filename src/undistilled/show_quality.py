@@ -7,19 +7,21 @@ from typing import Any
 
 from rich.markup import escape
 
-from .show import out, rate, size, table_of
+from . import show
+from .show import rate, size, table_of
 
 
 def receipt(r: dict[str, Any], output: Path | None = None) -> None:
     kl, ppl = r["kl_nats"], r["perplexity"]
-    out.print(f"[bold]{r['model']['name']}[/]: {r['plan']['scheme']} against its original ({r['original']['scheme']})")
+    schemes = f"{r['plan']['scheme']} against its original ({r['original']['scheme']})"
+    show.out.print(f"[bold]{r['model']['name']}[/]: {schemes}")
     table = table_of("measure", "original", "plan")
     table.add_row("perplexity", f"{ppl['original']:.3f}", f"{ppl['plan']:.3f}")
     table.add_row("KL divergence", "", f"{kl['mean']:.5f} ± {kl['se']:.5f} nats")
     table.add_row("same first choice", "", f"{r['top1_agreement']:.1%}")
     for name, task in r["tasks"].items():
         table.add_row(f"{name} ({task['n']} questions)", f"{task['original']:.1%}", f"{task['plan']:.1%}")
-    out.print(table)
+    show.out.print(table)
     if r["suite"]:
         _suite(r["suite"])
     speeds = table_of("measure", "predicted", "measured")
@@ -27,9 +29,9 @@ def receipt(r: dict[str, Any], output: Path | None = None) -> None:
     for name in ("prefill", "decode"):
         key = f"{name}_tokens_per_s"
         speeds.add_row(name, rate(r["speed"]["predicted"][key]), rate(r["speed"]["measured"][key]["median"]))
-    out.print(speeds)
+    show.out.print(speeds)
     if output:
-        out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
+        show.out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
 
 
 def _suite(s: dict[str, Any]) -> None:
@@ -45,9 +47,9 @@ def _suite(s: dict[str, Any]) -> None:
             f"{100 * t['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
             f"{length['original']:.0f} to {length['plan']:.0f}",
         )
-    out.print(table)
+    show.out.print(table)
     cut = s["unfinished"]
-    out.print(
+    show.out.print(
         f"answered {'after' if s['thinking'] else 'without'} reasoning; "
         f"cut at {s['max_tokens']} tokens: {cut['original']:.1%} to {cut['plan']:.1%} of the answers"
     )
@@ -55,7 +57,7 @@ def _suite(s: dict[str, Any]) -> None:
 
 def quantized(done: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
-    out.print(
+    show.out.print(
         f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} files, "
         f"{done['bits_per_weight']:.2f} bits a weight, {done['seconds']:.0f} s\n[dim]{kinds}[/]"
     )
@@ -69,6 +71,6 @@ def compared(found: list[dict[str, Any]], picture: Path | None) -> None:
             row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{row['kl_nats']:.5f}",
             f"{row['top1_agreement']:.1%}", right,
         )
-    out.print(table)
+    show.out.print(table)
     if picture:
-        out.print(f"picture: {escape(str(picture))}")
+        show.out.print(f"picture: {escape(str(picture))}")
