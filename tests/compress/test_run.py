@@ -47,11 +47,15 @@ def test_rounding_to_nearest_is_what_loading_does(tmp_path):
     assert torch.equal(our_logits(made, plan, TOKENS), our_logits(loaded, plan, TOKENS))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "llama", "qwen3"])
+RTN, ROLES, BITS, SEARCH = (
+    {"scheme": "int8", "solver": "rtn"}, {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"}, {"bits": 6.0},
+    {"scheme": "nl3-g32", "solver": "search"},
+)
+
+
 @pytest.mark.parametrize(
-    "asked",
-    [{"scheme": "int8", "solver": "rtn"}, {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"}, {"bits": 6.0},
-     {"scheme": "nl3-g32", "solver": "search"}],
+    "name, asked",
+    [("deepseek_v3", ROLES), ("deepseek_v3", BITS), ("deepseek_v2", SEARCH), ("llama", BITS), ("qwen3", RTN)],
 )
 def test_what_is_written_is_the_model(name, asked, tmp_path):
     source = folder(tmp_path / "m", name)
@@ -127,7 +131,7 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"begun\n"
         if kills < 3:
-            time.sleep(draw.uniform(0.2, 3.0))
+            time.sleep(draw.uniform(0.2, 6.0))
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
