@@ -215,6 +215,7 @@ def test_page_and_terminal_show_it(suite_receipt, receipt, capsys):
     from undistilled import show_quality
 
     page = render(suite_receipt)
+    assert "No task was run" not in page
     assert not parsed(page).fetched  # and every tag closes
     for text in ("Reasoning, on the same held-out questions", "8 generated questions, answered at once", "gcd",
                  "chain_sum", "Not established that accuracy differs", suite_receipt["suite"]["questions_sha256"]):

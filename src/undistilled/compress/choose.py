@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +22,14 @@ from ..scheme.tiles import Tiles
 from .allocate import allocate
 from .calibrate import FEW, Moments
 from .material import moments_of
-from .options import AT_ONCE, options
+from .options import AT_ONCE, options, smallest
 from .solvers import gptq, search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
     from .run import Request
 
-__all__ = ["AT_ONCE", "Choice", "check", "choose"]
+__all__ = ["AT_ONCE", "Choice", "budget", "check", "choose"]
 
 SOLVERS = ("rtn", "search", "gptq")
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
@@ -72,6 +73,31 @@ def check(request: Request) -> None:
         raise UsageError(f"{MIXED!r} is what a compressed checkpoint says of itself.", "Name a scheme.")
 
 
+def budget(model: Model, request: Request) -> int | None:
+    """Bytes to share out over the matrices of blocks; None where a scheme was asked for.
+
+    DoesNotFit, before anything is read, where not even the smallest schemes take so little.
+    """
+    if request.scheme is not None:
+        return None
+    every = list(weights(model.spec))
+    rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if not w.is_linear)
+    least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in every if w.is_linear)
+    params = sum(w.params for w in every)
+    asked = request.bytes or int((request.bits or 0) * params / 8)
+    if asked < least:
+        raise DoesNotFit(
+            f"The smallest form of {model.name} takes {least / 1e6:,.1f} MB, {8 * least / params:.2f} bits a weight; "
+            f"asked for are {asked / 1e6:,.1f} MB.",
+            f"Give --bits {math.ceil(80 * least / params) / 10} or more.",
+        )
+    return asked - rest
+
+
+def _bytes(weight: Weight, scheme: str) -> int:
+    return schemes.bytes_of(schemes.get(scheme), weight.full_shape)
+
+
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
     moments: dict[str, Moments] = {}
@@ -99,19 +125,12 @@ def _say_rare(moments: dict[str, Moments], say: Callable[[str], None]) -> None:
 
 def _shared_out(model: Model, request: Request, choice: Choice, say: Callable[[str], None]) -> dict[str, str]:
     """Weight -> scheme, so that the whole checkpoint has the bytes that were asked for."""
-    every = list(weights(model.spec))
-    shared = [w for w in every if w.is_linear]
-    rest = sum(
-        schemes.bytes_of(schemes.get(scheme_of(w, model.spec, choice.base)), w.full_shape)
-        for w in every
-        if not w.is_linear
-    )
-    budget = request.bytes or int(request.bits * sum(w.params for w in every) / 8)  # type: ignore[operator]
-    if budget <= rest:
-        raise DoesNotFit(f"{rest / 1e9:.3f} GB are no matrices; the budget is {budget / 1e9:.3f} GB.", "Give more.")
+    shared = [w for w in weights(model.spec) if w.is_linear]
+    room = budget(model, request)
+    assert room is not None
     source, found = model.source(), []
     for at, weight in enumerate(shared, 1):
         found.append(options(weight, source, choice))
         say(f"measured {at} of {len(shared)} matrices")
-    taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], budget - rest)
+    taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}

@@ -35,6 +35,12 @@ class Option:
     nbytes: int
 
 
+def smallest(weight: Weight) -> list[str]:
+    """The schemes of which one takes the fewest bytes."""
+    into = weight.shape[1]
+    return [Tiles(ROWS, cols, ((WIDTHS[0], -(-into // cols)),)).name for cols in COLS if cols < 2 * into] + list(WHOLE)
+
+
 def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
     """Every option of a weight, or of all its experts together."""
     by_cols = {cols: _Ranked(weight, cols) for cols in COLS if cols < 2 * weight.shape[1]}

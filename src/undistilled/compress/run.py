@@ -26,7 +26,7 @@ from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
-from .choose import AT_ONCE, Choice, check, choose
+from .choose import AT_ONCE, Choice, budget, check, choose
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
 Say = Callable[[str], None]
@@ -53,6 +53,7 @@ def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: Non
     if (request.scheme is None) + (request.bits is None) + (request.bytes is None) != 2:
         raise UsageError("Say how small: one of --scheme, --bits and --bytes.")
     check(request)
+    budget(model, request)
     if out.exists():
         raise UsageError(f"{out} exists.", "Give another folder, or remove it.")
     folder = out.with_name(out.name + ".partial")
