@@ -16,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from undistilled import show_quality
+from undistilled.prove.compare import rows
+
 
 def run(*argv: object) -> dict:
     """An undistilled command's JSON."""
@@ -32,17 +35,6 @@ def made(model: str, folder: Path, name: str, options: list, calibrate: list) ->
     if not out.exists():
         note.write_text(json.dumps(run("quantize", model, out, *options, *calibrate)))
     return out, json.loads(note.read_text())["bytes"]
-
-
-def row(name: str, receipt: dict) -> dict:
-    found = {
-        "form": name, "bits": receipt["plan"]["bits_per_weight"], "bytes": receipt["plan"]["bytes"],
-        "kl": receipt["kl_nats"], "top1": receipt["top1_agreement"],
-    }
-    if receipt["suite"]:
-        found["suite"] = {side: receipt["suite"]["mean"][side] for side in ("original", "plan")}
-    found["tasks"] = {task: each for task, each in receipt["tasks"].items()}
-    return found
 
 
 def main() -> None:
@@ -66,18 +58,20 @@ def main() -> None:
         asked += ["--tasks", task]
     if args.suite:
         asked += ["--suite", "--limit", args.suite]
-    rows = []
-    forms = [(s, ["--scheme", s]) for s in args.schemes] + [(f"{b:g} bits", ["--bits", b]) for b in args.bits]
+    forms = [(s, ["--scheme", s]) for s in args.schemes] + [(f"{b:g}-bits", ["--bits", b]) for b in args.bits]
+    receipts = []
     while forms:
         name, options = forms.pop(0)
-        out, size = made(args.model, args.folder, name.replace(" ", "-"), options, calibrate)
+        out, size = made(args.model, args.folder, name, options, calibrate)
         if args.equal and options[0] == "--scheme":
-            forms.insert(0, (f"bytes of {name}", ["--bytes", size]))
-        rows.append(row(name, run("prove", out, "--original", args.model, "--dtype", "float32", *asked)))
-        said = rows[-1]
-        print(f"{name:12s} {said['bits']:.3f} bits  KL {said['kl']}  {said.get('suite', '')}", flush=True)
+            forms.insert(0, (f"bytes-of-{name}", ["--bytes", size]))
+        receipts.append(args.folder / f"receipt-{name}.json")
+        run("prove", out, "--original", args.model, "--dtype", "float32", "-o", receipts[-1], *asked)
+        print(f"{name} done", file=sys.stderr, flush=True)
+    found = rows(receipts)
+    show_quality.compared(found, None)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ import typer
 
 from . import show, show_quality
 from .errors import UsageError
+from .options import JSON
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def size(text: str) -> int:
     """Bytes of "200GB", "1.5 GiB" or "4096"; UsageError where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]i?)?B)?\s*", text, re.IGNORECASE)
     if not found:
         raise UsageError(f"{text!r} is no size.", "Such as 200GB or 1.5GiB.")
-    return int(float(found[1]) * UNITS[(found[2] or "").upper().removesuffix("B") + "B" if found[2] else ""])
+    return int(float(found[1]) * UNITS[(found[2] or "").upper()])
 
 
 def quantize(
@@ -34,7 +35,7 @@ def quantize(
     solver: Annotated[str, typer.Option(help="rtn (no calibration), search or gptq.")] = "gptq",
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; default: an excerpt of Emma.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """Make a smaller checkpoint. The same command goes on where a kill or a full disk ended it."""
     from .checkpoint.resolve import find
@@ -53,7 +54,7 @@ def quantize(
 def compare(
     receipts: Annotated[list[Path], typer.Argument(help="Receipts that `prove -o` wrote, of forms of one model.")],
     picture: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it (.svg, .png).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """Quality over bytes of several receipts of one model, as a table and a picture."""
     from .prove.compare import draw, rows

@@ -93,7 +93,7 @@ def test_an_expert_that_met_too_few_tokens_has_its_layers_moments():
     met = torch.tensor([500.0, 500.0, 2.0])
     x[2, 2:] = 0
     found = Moments(x.transpose(1, 2) @ x, torch.tensor([[500.0], [1000.0], [8.0]]), met, 1000)
-    inputs, outputs = found.mean_inputs(), found.mean_outputs()
+    inputs, outputs = found.of(slice(0, 3))
     assert torch.allclose(inputs[:2] * 1000, found.inputs[:2])
     assert torch.allclose(inputs[2] * 1000, found.inputs.sum(0) / 1002 * 3)
     assert outputs.flatten().tolist() == pytest.approx([1.0, 2.0, 1508 / 1002])

@@ -264,6 +264,14 @@ def stack(kind, experts, n, k, group, mins, seed):
     return native.Experts(KIND[kind], *tensors, experts, n, k, group), torch.stack([p[1] for p in parts])
 
 
+def routed(rows, top, experts, d, seed):
+    """Rows [rows, d], their choices of `experts` and one that is none, and the shares of these."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, d, generator=g) / 16
+    chosen = torch.stack([torch.randperm(experts + 1, generator=g)[:top] for _ in range(rows)]).to(torch.int32)
+    return x, chosen, torch.rand(rows, top, generator=g)
+
+
 @SOME
 @given(
     st.sampled_from(list(KIND)),
@@ -275,14 +283,11 @@ def stack(kind, experts, n, k, group, mins, seed):
     st.integers(0, 50),
 )
 def test_experts_rows(kind, mins, rows, top, d, inner, seed):
-    g = torch.Generator().manual_seed(seed)
     count = 6
     gate, gate_w = stack(kind, count, inner, d, 32, mins, 1)
     up, up_w = stack(kind, count, inner, d, 32, mins, 2)
     down, down_w = stack(kind, count, d, inner, 32, mins, 3)
-    x = torch.randn(rows, d, generator=g) / 16
-    chosen = torch.stack([torch.randperm(count + 1, generator=g)[:top] for _ in range(rows)]).to(torch.int32)
-    weights = torch.rand(rows, top, generator=g)
+    x, chosen, weights = routed(rows, top, count, d, seed)
     torch.set_num_threads(2)
     got = native.experts_rows(x, gate, up, down, chosen, weights)
     for r in range(rows):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native import EPS, SOME, _restore_threads, draw, stack, weights  # noqa: F401
+from test_native import EPS, SOME, _restore_threads, draw, routed, stack, weights  # noqa: F401
 
 from runs import greedy
 from undistilled import scheme as schemes
@@ -74,7 +74,6 @@ def test_activations_round_to_nearest_even():
     st.integers(0, 50),
 )
 def test_experts(kind, mins, rows, top, d, inner, seed):
-    g = torch.Generator().manual_seed(seed)
     count = 6
     shapes = (inner, d), (inner, d), (d, inner)
     plain = [stack(kind, count, *shape, 32, mins, at) for at, shape in enumerate(shapes)]
@@ -82,9 +81,7 @@ def test_experts(kind, mins, rows, top, d, inner, seed):
         native.Experts(KIND[kind], *p.parts, count, *shape, 32, rounded=True)
         for (p, _), shape in zip(plain, shapes, strict=True)
     )
-    x = torch.randn(rows, d, generator=g) / 16
-    chosen = torch.stack([torch.randperm(count + 1, generator=g)[:top] for _ in range(rows)]).to(torch.int32)
-    shares = torch.rand(rows, top, generator=g)
+    x, chosen, shares = routed(rows, top, count, d, seed)
     torch.set_num_threads(2)
     got = native.experts_rows(x, gate, up, down, chosen, shares)
     for r in range(rows):

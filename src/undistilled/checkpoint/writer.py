@@ -9,35 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import BadArtefact, UndistilledError
-from ..scheme.base import BYTES
+from ..scheme.base import PartSpec
+from .safetensors import DTYPES
 
-KIND = {
-    "float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8", "int8": "I8",
-    "int16": "I16",
-}
+KIND = {str(dtype).removeprefix("torch."): kind for kind, dtype in DTYPES.items()}
 CHUNK = 8 << 20  # bytes read back at once
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor to come: its name, dtype as torch calls it, and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        size = BYTES[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
+Tensor = tuple[str, PartSpec]  # a tensor to come: its name, dtype and shape
 
 
 class DiskFull(UndistilledError):
@@ -72,18 +56,30 @@ def write(file: Path, tensors: list[Tensor], values: Iterable[torch.Tensor]) -> 
 
 def _blocks(tensors: list[Tensor], values: Iterable[torch.Tensor]):
     header, at = {}, 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": KIND[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
+    for name, spec in tensors:
+        header[name] = {
+            "dtype": KIND[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes],
         }
-        at += tensor.nbytes
+        at += spec.nbytes
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor, value in zip(tensors, values, strict=True):
-        if tuple(value.shape) != tensor.shape or str(value.dtype) != f"torch.{tensor.dtype}":
-            raise ValueError(f"{tensor}: got {list(value.shape)} {value.dtype}")
+    for (name, spec), value in zip(tensors, values, strict=True):
+        if tuple(value.shape) != spec.shape or str(value.dtype) != f"torch.{spec.dtype}":
+            raise ValueError(f"{name}: {spec}: got {list(value.shape)} {value.dtype}")
         yield value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
+
+
+def shard_name(at: int, count: int) -> str:
+    """The file name of shard `at` of `count`, from 1 on."""
+    return f"model-{at:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, where: dict[str, str], total: int, config: dict[str, Any]) -> None:
+    """The index of the shards, tensor name -> file, with the bytes of all; and config.json."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    for name, value in (("model.safetensors.index.json", index), ("config.json", config)):
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def sha256(file: Path) -> str:

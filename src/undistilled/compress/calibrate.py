@@ -35,28 +35,21 @@ class Moments:
     tokens: int = 0
 
     def of(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean moments (inputs [..., K, K], outputs [..., N]) of one matrix, or of these experts."""
-        inputs, outputs = self.mean_inputs(), self.mean_outputs()
-        return (inputs, outputs) if experts is None else (inputs[experts], outputs[experts])
+        """Mean moments (inputs [..., K, K], outputs [..., N]) of one matrix, or of these experts.
 
-    def mean_inputs(self) -> torch.Tensor:
-        """E[x x^T] over all tokens: for an expert, those that it did not meet count as zeros.
-
+        E[x x^T] is over all tokens: those that an expert did not meet count as zeros; E[g^2] over those that it met.
         An expert that met fewer than FEW has what all experts of its layer met, in the measure of its own popularity.
         """
-        inputs = self.inputs
-        if self.met is not None and (self.met < FEW).any():
-            common = inputs.sum(0) / self.met.sum().clamp(min=1)
-            rare, popular = (self.met < FEW)[:, None, None], (self.met + 1)[:, None, None]
-            inputs = torch.where(rare, common * popular, inputs)
-        return inputs / max(self.tokens, 1)
-
-    def mean_outputs(self) -> torch.Tensor:
-        """E[g^2], where an expert counts only the tokens it met; the rest is in `mean_inputs`."""
-        if self.met is None:
-            return self.outputs / max(self.tokens, 1)
-        common = self.outputs.sum(0) / self.met.sum().clamp(min=1)
-        return torch.where((self.met < FEW)[:, None], common, self.outputs / self.met.clamp(min=1)[:, None])
+        every = max(self.tokens, 1)
+        if self.met is None or experts is None:
+            return self.inputs / every, self.outputs / every
+        met, inputs = self.met[experts], self.inputs[experts]
+        rare, all_met = met < FEW, self.met.sum().clamp(min=1)
+        if rare.any():
+            common = self.inputs.sum(0) / all_met
+            inputs = torch.where(rare[:, None, None], common * (met + 1)[:, None, None], inputs)
+        outputs = self.outputs[experts] / met.clamp(min=1)[:, None]
+        return inputs / every, torch.where(rare[:, None], self.outputs.sum(0) / all_met, outputs)
 
 
 class Calibration:
@@ -159,18 +152,14 @@ def calibrate(
     The decoder is watched for good: use it for nothing else.
     """
     found = Calibration(decoder)
+    decoder.embed_tokens.register_forward_hook(lambda _module, _ids, h_TD: h_TD.requires_grad_(True))
     draw = torch.Generator().manual_seed(seed)
-    blocks = len(decoder.layers)
     with force_reference():
         for at, window in enumerate(windows):
             ids = torch.tensor(window)
             batch = Packed(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
             with torch.enable_grad():
-                decoder.prepare(batch)
-                h_TD = decoder.embed_tokens(batch.tokens_T, decoder.dtype).requires_grad_(True)
-                for block, cache in zip(decoder.layers, [()] * blocks, strict=True):
-                    h_TD = block(h_TD, batch, cache)
-                log_TV = decoder.logits(h_TD).log_softmax(-1)
+                log_TV = decoder.logits(decoder(batch, [()] * len(decoder.layers))).log_softmax(-1)
                 drawn = torch.multinomial(log_TV.detach().exp(), 1, generator=draw)
                 (-log_TV.gather(-1, drawn).sum()).backward()
             found.seen = None

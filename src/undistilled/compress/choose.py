@@ -61,8 +61,9 @@ class Choice:
         found = self.moments.get(weight.name)
         if found is None:
             return torch.ones(1, weight.shape[1]), torch.ones(1, weight.shape[0])
-        inputs, outputs = found.mean_inputs().diagonal(dim1=-2, dim2=-1), found.mean_outputs()
-        return (inputs[experts], outputs[experts]) if weight.experts else (inputs[None], outputs[None])
+        inputs, outputs = found.of(experts if weight.experts else None)
+        by_input = inputs.diagonal(dim1=-2, dim2=-1)
+        return (by_input, outputs) if weight.experts else (by_input[None], outputs[None])
 
 
 def check(request: Request) -> None:

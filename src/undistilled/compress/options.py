@@ -54,14 +54,10 @@ def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
         for ranked in by_cols.values():
             ranked.add(w, inputs, outputs)
         for name in WHOLE:
-            lost[name] += _loss(schemes.get(name), w, inputs, outputs)
+            scheme = schemes.get(name)
+            lost[name] += float(tile_solver.lost(scheme, scheme.compress(w), w, inputs, outputs).sum())
     whole = [Option(n, loss, schemes.bytes_of(schemes.get(n), weight.full_shape)) for n, loss in lost.items()]
     return whole + [option for ranked in by_cols.values() for option in ranked.options()]
-
-
-def _loss(scheme: schemes.Scheme, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-    d = scheme.decompress(scheme.compress(w), tuple(w.shape), torch.float32) - w
-    return float(0.5 * (d.square() * inputs[..., None, :] * outputs[..., :, None]).sum())
 
 
 class _Ranked:

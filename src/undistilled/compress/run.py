@@ -20,7 +20,7 @@ from .. import scheme as schemes
 from ..checkpoint.compressed import tensor_of
 from ..checkpoint.resolve import Model
 from ..checkpoint.source import Source
-from ..checkpoint.writer import Tensor, sha256, write
+from ..checkpoint.writer import Tensor, sha256, shard_name, write, write_index
 from ..errors import UsageError
 from ..model.spec import OURS
 from ..model.weights import Weight, weights
@@ -111,7 +111,7 @@ def _tensors(table: dict[str, str], content: list[tuple[Weight, int]]) -> list[T
     for weight, at in content:
         scheme = schemes.get(table[weight.name])
         for part, spec in parts_of(scheme, weight.shape).items():
-            found.append(Tensor(tensor_of(weight.tensor_names[at], scheme, part), spec.dtype, spec.shape))
+            found.append((tensor_of(weight.tensor_names[at], scheme, part), spec))
     return found
 
 
@@ -123,10 +123,10 @@ def _write(folder: Path, model: Model, table: dict[str, str], files: list, choic
         entry = _entry(line)
         done[entry.get("file")] = entry.get("sha256")
     began, wrote, total = perf_counter(), 0, 0
-    every = sum(t.nbytes for content in files for t in _tensors(table, content))
+    every = sum(spec.nbytes for content in files for _, spec in _tensors(table, content))
     for at, content in enumerate(files, 1):
-        file, tensors = folder / f"model-{at:05d}-of-{len(files):05d}.safetensors", _tensors(table, content)
-        size = sum(t.nbytes for t in tensors)
+        file, tensors = folder / shard_name(at, len(files)), _tensors(table, content)
+        size = sum(spec.nbytes for _, spec in tensors)
         if not (file.exists() and done.get(file.name) == sha256(file)):
             digest = write(file, tensors, _values(model, table, content, choice))
             with journal.open("a") as f:
@@ -184,21 +184,19 @@ def _solved(weight: Weight, experts: range, scheme: Scheme, source: Source, choi
 
 def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files: list, request: Request) -> None:
     """Index, config and tokenizer; then the folder gets its name."""
-    mapping, total = {}, 0
+    where, total = {}, 0
     for at, content in enumerate(files, 1):
-        for tensor in _tensors(table, content):
-            mapping[tensor.name] = f"model-{at:05d}-of-{len(files):05d}.safetensors"
-            total += tensor.nbytes
+        for name, spec in _tensors(table, content):
+            where[name] = shard_name(at, len(files))
+            total += spec.nbytes
     dropped = ("quantization_config", OURS)  # what said how the weights were stored before
     config = {k: v for k, v in model.config.items() if k not in dropped and not k.startswith("gguf")}
     config[OURS] = {
         "format": 1, "model": model.said, "fingerprint": model.fingerprint(), "request": asdict(request),
         "schemes": table,
     }
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
     model.tokenizer().save(folder)
-    for name, value in (("model.safetensors.index.json", index), ("config.json", config)):
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+    write_index(folder, where, total, config)
     for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors"):
         (folder / name).unlink(missing_ok=True)
     os.replace(folder, out)

@@ -13,6 +13,8 @@ Families, by their levels:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .base import Dim
@@ -113,16 +115,31 @@ class Grouped:
         first, last = self.levels[0], self.levels[-1]
         if self._even:
             return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
-        order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
-        ladder = torch.tensor([self.levels[c] for c in order], device=x.device)
-        codes = torch.bucketize(x, (ladder[1:] + ladder[:-1]) / 2)
-        if order == list(range(len(order))):
-            return codes.to(torch.uint8)
-        return torch.tensor(order, dtype=torch.uint8, device=x.device)[codes]
+        between, order = self._ladder
+        ranks = torch.bucketize(x.contiguous(), between.to(x.device))
+        return ranks.to(torch.uint8) if order is None else order.to(x.device)[ranks]
 
-    @property
+    def level(self, codes: torch.Tensor) -> torch.Tensor:
+        """The levels of codes, float32."""
+        import torch
+
+        if self._even:
+            return codes.float() + self.levels[0]
+        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+
+    @cached_property
     def _even(self) -> bool:
-        return all(b - a == 1 for a, b in zip(self.levels, self.levels[1:], strict=False))
+        return all(b - a == 1 for a, b in pairwise(self.levels))
+
+    @cached_property
+    def _ladder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what lies halfway between neighbouring levels, codes by rank: None where they are the ranks)."""
+        import torch
+
+        order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
+        rungs = torch.tensor([self.levels[c] for c in order])
+        ranked = order == list(range(len(order)))
+        return (rungs[1:] + rungs[:-1]) / 2, None if ranked else torch.tensor(order, dtype=torch.uint8)
 
     def packed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., out, in] -> the part `values`."""
@@ -132,14 +149,8 @@ class Grouped:
 
     def dense(self, codes: torch.Tensor, meta: Parts) -> torch.Tensor:
         """Codes [..., out, in] -> values in float32."""
-        import torch
-
         scales, low = self.steps(meta)
-        q = grouped(codes, self.group)
-        level = q.float() if self._even else torch.tensor(self.levels, device=q.device)[q.int()]
-        if self._even and self.levels[0]:
-            level += self.levels[0]
-        value = level * scales[..., None]
+        value = self.level(grouped(codes, self.group)) * scales[..., None]
         return (value if low is None else value + low[..., None]).flatten(-2)[..., : codes.shape[-1]]
 
 
@@ -148,6 +159,12 @@ def _edge_filled(groups: torch.Tensor, rest: int, w: torch.Tensor) -> torch.Tens
     filled = groups.clone()
     filled[..., -1, rest:] = w[..., -1:]
     return filled
+
+
+@cache
+def normal(bits: int, group: int) -> Grouped:
+    """Levels of a normal distribution, by groups: nl2 … nl6."""
+    return Grouped(f"nl{bits}-g{group}", bits, group, NORMAL[bits], "e4m3")
 
 
 def _integers(bits: int):
@@ -161,7 +178,7 @@ def _integers(bits: int):
 
 SCHEMES = (
     *(scheme for bits in (4, 6, 5, 3, 2) for scheme in _integers(bits)),
-    *(Grouped(f"nl{bits}-g{g}", bits, g, NORMAL[bits], "e4m3") for bits in (6, 5, 4, 3, 2) for g in (32, 64, 128, 16)),
+    *(normal(bits, group) for bits in (6, 5, 4, 3, 2) for group in (32, 64, 128, 16)),
     Grouped("mxfp4", 4, 32, FP4, "e8m0"),
     Grouped("nvfp4", 4, 16, FP4, "e4m3"),
 )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .fp8_block import LARGEST
+
 if TYPE_CHECKING:
     import torch
 
     from .base import Parts
-
-LARGEST = 448.0  # of float8_e4m3fn
-
 
 @dataclass(unsafe_hash=True)
 class Float16:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .base import Dim
-from .grouped import NORMAL
+from .grouped import NORMAL, normal
 from .packing import QUANTUM, pack, unpack
 from .scales import E4m3
 
@@ -131,8 +131,7 @@ class Tiles:
         levels = []
         for bits, _ in self.counts:
             packed = parts[f"values{bits}"].unflatten(-1, (self.cols // QUANTUM, 4 * bits))
-            table = torch.tensor(NORMAL[bits], device=packed.device)
-            levels.append(table[unpack(packed, bits).int()])
+            levels.append(normal(bits, self.cols).level(unpack(packed, bits)))
         values = torch.cat(levels, -3) * self.read_scales(parts)[..., None]
         place = parts["order"].long().argsort(-1)
         return self.flat(self.sorted(values, place), shape).to(dtype)
@@ -144,9 +143,7 @@ def nearest(scaled: torch.Tensor, counts: tuple[tuple[int, int], ...]) -> torch.
 
     codes, at = [], 0
     for bits, count in counts:
-        ladder = torch.tensor(NORMAL[bits], device=scaled.device)
-        part = scaled[..., at : at + count, :, :].contiguous()
-        codes.append(torch.bucketize(part, (ladder[1:] + ladder[:-1]) / 2).to(torch.uint8))
+        codes.append(normal(bits, QUANTUM).rank(scaled[..., at : at + count, :, :]))
         at += count
     return torch.cat(codes, -3)
 

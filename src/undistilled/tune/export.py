@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from .. import scheme as schemes
 from ..checkpoint.safetensors import SCALE
 from ..checkpoint.source import Source
+from ..checkpoint.writer import shard_name, write_index
 from ..model.spec import ModelSpec
 from ..model.weights import weights
 from ..scheme import Stored
@@ -65,10 +65,7 @@ def export(
         room, total = room - tensor.nbytes, total + tensor.nbytes
     where: dict[str, str] = {}
     for at, content in enumerate(shards, 1):
-        file = f"model-{at:05d}-of-{len(shards):05d}.safetensors"
+        file = shard_name(at, len(shards))
         save_file(content, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(content, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    config = config | ({"quantization_config": FP8} if fp8 else {})
-    for file, value in (("model.safetensors.index.json", index), ("config.json", config)):
-        (folder / file).write_text(json.dumps(value, indent=1) + "\n")
+    write_index(folder, where, total, config | ({"quantization_config": FP8} if fp8 else {}))

@@ -52,11 +52,9 @@ def stacked(t: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(scheme: Grouped) -> Nearest:
-    levels = torch.tensor(scheme.levels)
-
     def nearest(x: torch.Tensor, _kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         codes = scheme.rank(x)
-        return codes, levels.to(x.device)[codes.int()]
+        return codes, scheme.level(codes)
 
     return nearest
 

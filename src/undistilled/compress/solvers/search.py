@@ -42,10 +42,7 @@ def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: 
 
 
 def _levels(scheme: Grouped, groups: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
-    codes = scheme.nearest(groups, s[..., None], None if m is None else m[..., None])
-    if scheme._even:
-        return codes.float() + scheme.levels[0]
-    return torch.tensor(scheme.levels, device=groups.device)[codes.int()]
+    return scheme.level(scheme.nearest(groups, s[..., None], None if m is None else m[..., None]))
 
 
 def _refit(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None):

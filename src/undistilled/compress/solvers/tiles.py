@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from ...scheme.base import Parts
-from ...scheme.grouped import NORMAL, Grouped
+from ...scheme.base import Parts, Scheme
+from ...scheme.grouped import normal
+from ...scheme.packing import QUANTUM
 from ...scheme.tiles import WIDTHS, Tiles
 from . import gptq, search
 
 MEASURED = 5  # candidates for a scale where only the loss is wanted
 
 
-def normal(bits: int, group: int) -> Grouped:
-    """The scheme that a tile row of this width is."""
-    return Grouped(f"nl{bits}-g{group}", bits, group, NORMAL[bits], "e4m3")
+def lost(
+    scheme: Scheme, parts: Parts, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """What each value of [..., N, K] loses as `parts` of `scheme`, for mean moments [..., K] and [..., N]."""
+    d = scheme.decompress(parts, tuple(w.shape), torch.float32) - w
+    return 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]
 
 
 def losses(
@@ -29,9 +33,7 @@ def losses(
     for bits in widths:
         scheme = normal(bits, shape.cols)
         parts = search.solve(scheme, w, inputs[..., None, :], MEASURED)
-        d = scheme.decompress(parts, tuple(w.shape), torch.float32) - w
-        weighted = 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]
-        found[bits] = shape.tiled(weighted).sum((-1, -2))
+        found[bits] = shape.tiled(lost(scheme, parts, w, inputs, outputs)).sum((-1, -2))
     return found
 
 
@@ -51,10 +53,9 @@ def solve(scheme: Tiles, w: torch.Tensor, moments: torch.Tensor, outputs: torch.
     assert scales is not None
     meta = scheme.stored_scales(scheme.sorted(scales, order))
     steps = scheme.sorted(scheme.read_scales(meta), place)
-    grid = gptq.Grid(
-        gptq.stacked(_spread(scheme, steps, w)), None, _spread(scheme, kind[..., None].expand_as(steps), w), nearest
-    )
-    grid.kind = grid.kind.reshape(-1, *w.shape[-2:]) if grid.kind is not None else None
+    wide = (_spread(scheme, by_row, w) for by_row in (steps, kind[..., None].expand_as(steps)))
+    scale, kinds = (t.reshape(-1, *w.shape[-2:]) for t in wide)
+    grid = gptq.Grid(scale, None, kinds, nearest)
     codes = gptq.rounded(gptq.stacked(w), gptq.stacked(moments), grid).reshape(w.shape)
     return scheme.pack(scheme.sorted(scheme.tiled(codes), order), order, meta)
 
@@ -69,9 +70,8 @@ def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, t
     assert kind is not None
     codes, levels = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(x)
     for bits in WIDTHS:
-        here = kind == bits
-        table = torch.tensor(NORMAL[bits], device=x.device)
-        code = torch.bucketize(x, (table[1:] + table[:-1]) / 2)
-        codes = torch.where(here, code.to(torch.uint8), codes)
-        levels = torch.where(here, table[code], levels)
+        here, form = kind == bits, normal(bits, QUANTUM)
+        code = form.rank(x)
+        codes = torch.where(here, code, codes)
+        levels = torch.where(here, form.level(code), levels)
     return codes, levels

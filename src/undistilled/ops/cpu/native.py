@@ -142,6 +142,11 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype, what: str) -> int:
     return tensor.data_ptr()
 
 
+def _group(kind: int, group: int, k: int) -> int:
+    """Inputs that share a scale; floats have none."""
+    return 128 if kind == 3 else group if kind > 3 else k
+
+
 def _weight(kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, n: int, k: int, group: int):
     """Pointers to a stored weight's parts, after checks of their types and sizes."""
     if values.dtype not in _VALUES[kind] or not values.is_contiguous() or not values.is_cpu:
@@ -161,14 +166,7 @@ def _weight(kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | Non
 
 
 def linear(
-    kind: int,
-    x_MK: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    mins: Tensor | None,
-    n: int,
-    k: int,
-    group: int,
+    kind: int, x_MK: Tensor, values: Tensor, scales: Tensor | None, mins: Tensor | None, n: int, k: int, group: int,
     rounded: bool = False,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W^T for a weight [N, K] stored as `kind` (see KIND); x `rounded` to BF16 first."""
@@ -181,18 +179,11 @@ class Weight:
     __slots__ = ("arguments", "k", "kind", "n", "parts", "rounded")
 
     def __init__(
-        self,
-        kind: int,
-        values: Tensor,
-        scales: Tensor | None,
-        mins: Tensor | None,
-        n: int,
-        k: int,
-        group: int,
+        self, kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, n: int, k: int, group: int,
         rounded: bool = False,
     ):
         _check_rounded(kind, rounded)
-        group = 128 if kind == 3 else group if kind > 3 else k
+        group = _group(kind, group, k)
         self.parts = values, scales, mins  # keeps the storage alive
         self.kind, self.n, self.k, self.rounded = kind, n, k, rounded
         self.arguments = *_weight(kind, values, scales, mins, n, k, group), group
@@ -216,18 +207,12 @@ def linear_stored(x_MK: Tensor, weight: Weight) -> Tensor:
 
 
 def dequantise(
-    kind: int,
-    values: Tensor,
-    scales: Tensor | None,
-    mins: Tensor | None,
-    n: int,
-    k: int,
-    group: int,
+    kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, n: int, k: int, group: int,
     out: Tensor | None = None,
     rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """A stored weight [N, K], or its rows [n0, n1), as float32; into `out` where given."""
-    group = 128 if kind == 3 else group if kind > 3 else k
+    group = _group(kind, group, k)
     v, s, z = _weight(kind, values, scales, mins, n, k, group)
     n0, n1 = rows or (0, n)
     _check(0 <= n0 <= n1 <= n, "rows: outside the weight")
@@ -362,19 +347,11 @@ class Experts:
     """One projection of all experts: a weight [E, N, K], each expert stored as KIND describes; x `rounded` or not."""
 
     def __init__(
-        self,
-        kind: int,
-        values: Tensor,
-        scales: Tensor | None,
-        mins: Tensor | None,
-        e: int,
-        n: int,
-        k: int,
-        group: int,
+        self, kind: int, values: Tensor, scales: Tensor | None, mins: Tensor | None, e: int, n: int, k: int, group: int,
         rounded: bool = False,
     ):
         _check_rounded(kind, rounded)
-        group = 128 if kind == 3 else group if kind > 3 else k
+        group = _group(kind, group, k)
         for part in (values, scales, mins):
             _check(part is None or part.shape[0] == e, f"want {e} experts along the first axis")
         _weight(
