@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import scheme as schemes
-from ..errors import BadArtefact, UsageError
+from ..errors import BadArtefact
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme.base import Parts, PartSpec, Scheme, cut, parts_of
@@ -26,14 +26,6 @@ def tensor_of(weight: str, scheme: Scheme, part: str) -> str:
     return f"{weight}.{part}"
 
 
-def scheme_named(name: str, weight: str) -> Scheme:
-    """BadArtefact where a checkpoint names a scheme that is not known."""
-    try:
-        return schemes.get(name)
-    except UsageError as error:
-        raise BadArtefact(f"config.json: {weight} is stored as {name!r}, which is no scheme.", error.hint) from None
-
-
 class CompressedSource(SafetensorsSource):
     """A folder that `undistilled quantize` wrote."""
 
@@ -45,7 +37,7 @@ class CompressedSource(SafetensorsSource):
         self.schemes: dict[str, Scheme] = {}
         for weight in weights(spec):
             if weight.name in spec.stored:
-                scheme = scheme_named(spec.stored[weight.name], weight.name)
+                scheme = schemes.get(spec.stored[weight.name])
                 for name in weight.tensor_names:
                     self.weights[name], self.schemes[name] = weight, scheme
 

@@ -14,7 +14,7 @@ from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
 from ..model.layers import LocalBank
 from ..ops import triton as cuda
-from ..ops.experts import experts
+from ..ops.experts import fused
 from ..ops.registry import forced
 
 ROWS = 64  # above, launches are a small part of a pass
@@ -27,12 +27,7 @@ def capturable(decoder: Decoder) -> bool:
     if stored.device.type != "cuda" or decoder.dtype is not torch.bfloat16 or forced() or cuda.why_missing():
         return False
     banks = [module for module in decoder.modules() if isinstance(module, LocalBank)]
-    return all(
-        cuda.ready(bank.up.stored, decoder.dtype)
-        and cuda.ready(bank.down.stored, decoder.dtype)
-        and experts.resolve(bank.gate.stored, decoder.dtype).name == "triton"
-        for bank in banks
-    )
+    return all(fused(bank.gate.stored, bank.up.stored, bank.down.stored, decoder.dtype) for bank in banks)
 
 
 def bucket(count: int) -> int:

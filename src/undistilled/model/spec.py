@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import BadArtefact
+from .. import scheme as schemes
+from ..errors import BadArtefact, UsageError
 from .fields import MAX_EXPERTS, MAX_LAYERS, bad, ids, need, number, table
 
 
@@ -139,6 +140,11 @@ def _stored(config: dict[str, Any]) -> dict[str, str]:
     said = table(table(config, OURS) or {}, "schemes") or {}
     if OURS in config and (not said or not all(isinstance(name, str) for name in said.values())):
         raise bad(config, OURS, "an object with the scheme of every weight in `schemes`")
+    for weight, name in said.items():
+        try:
+            schemes.get(name)
+        except UsageError as error:
+            raise BadArtefact(f"config.json: {weight} is stored as {name!r:.80}: no scheme.", error.hint) from None
     return said
 
 

@@ -91,9 +91,13 @@ def _triton(
 ) -> torch.Tensor:
     from .triton import experts as kernels
 
-    served = gate.scheme == up.scheme and cuda.ready(up, x_TD.dtype) and cuda.ready(down, x_TD.dtype)
-    run = kernels.experts if served else experts.reference.run
+    run = kernels.experts if fused(gate, up, down, x_TD.dtype) else experts.reference.run
     return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
+
+
+def fused(gate: Stored, up: Stored, down: Stored, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels serve these three, which the choice of a kernel by `gate` alone does not say."""
+    return gate.scheme == up.scheme and all(cuda.ready(w, dtype) for w in (gate, up, down))
 
 
 def _stack(weight: Stored) -> native.Experts:

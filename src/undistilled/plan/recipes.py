@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from .. import scheme as schemes
-from ..errors import BadArtefact, UsageError
+from ..errors import UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import LINEAR_ROLES, Weight
 
 # families of schemes for the large matrices -> scheme of the head; others: bf16 where they are FP8, else int8
-HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp8_channel": "bf16"}
+HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16"}
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
@@ -42,7 +42,7 @@ def family(scheme: str) -> str:
 @cache
 def parse(asked: str) -> tuple[str, Mapping[str, str]]:
     """(scheme of the large matrices, role -> scheme that departs from it). UsageError names what is not known."""
-    base, *rest = RECIPES.get(asked, asked).split(",")
+    base, *rest = asked.split(",")
     if base in RECIPES:
         base, *before = RECIPES[base].split(",")
         rest = [*before, *rest]
@@ -79,12 +79,7 @@ def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:
 def _own(weight: Weight, spec: ModelSpec) -> str:
     if weight.name not in spec.stored:
         raise UsageError(f"{MIXED!r} is what a checkpoint says of itself; this one says nothing of {weight.name}.")
-    scheme = spec.stored[weight.name]
-    try:
-        schemes.get(scheme)
-    except UsageError as error:
-        raise BadArtefact(f"config.json: {weight.name} is stored as {scheme!r:.80}: no scheme.", error.hint) from None
-    return scheme
+    return spec.stored[weight.name]
 
 
 def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:

@@ -113,7 +113,7 @@ class Grouped:
         import torch
 
         first, last = self.levels[0], self.levels[-1]
-        if self._even:
+        if self.even:
             return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
         between, order = self._ladder
         ranks = torch.bucketize(x.contiguous(), between.to(x.device))
@@ -123,12 +123,13 @@ class Grouped:
         """The levels of codes, float32."""
         import torch
 
-        if self._even:
+        if self.even:
             return codes.float() + self.levels[0]
         return torch.tensor(self.levels, device=codes.device)[codes.int()]
 
     @cached_property
-    def _even(self) -> bool:
+    def even(self) -> bool:
+        """Whether levels are neighbouring integers."""
         return all(b - a == 1 for a, b in pairwise(self.levels))
 
     @cached_property

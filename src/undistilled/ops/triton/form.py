@@ -6,7 +6,6 @@ quantum that one shift takes out of consecutive bytes; `unit` is their number. C
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,7 +93,7 @@ def _grouped(scheme: grouped.Grouped) -> Form | None:
     planes, levels = PLANES[scheme.bits], scheme.levels
     scale = {"float16": FLOAT16, "e4m3": E4M3, "e8m0": E8M0}[scheme.scale]
     by_row = scale == E4M3
-    if all(b - a == 1 for a, b in itertools.pairwise(levels)):
+    if scheme.even:
         offset = int(levels[0])
         return Form("codes", planes, scheme.group, 1, scale, scheme.affine, by_row, offset)
     if len(planes) > 1 and scheme.bits > 3:
