@@ -1,9 +1,12 @@
 """An R1-wide slice (one dense and two MoE layers, FP8 blocks, random weights) on one GPU, beside transformers in BF16.
 
-    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--json OUT] [--alone]
+    PYTHONPATH=src python benchmarks/gpu_slice.py CONFIG.json [--prompt 4096] [--further 64] [--json OUT] [--alone]
 
 Prints milliseconds a decode step and for the prefill, each beside the time that the bytes touched would take
-at the measured memory bandwidth, and how far our logits are from transformers' on the same weights.
+at the measured memory bandwidth. And how far our logits and transformers' are from those of the reference bodies of
+our ops in float32, after the prompt and after each further token: BF16 sends some tokens to other experts, which
+moves their logits by far more than rounding does, for transformers as for us. So the report says how often the same
+experts were chosen, and the errors of tokens where they were.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from gpu_twin import Twin, milliseconds
 from undistilled.generate.runner import Runner
 from undistilled.load.build import DTYPE, Memory
+from undistilled.model import layers
 from undistilled.model.decoder import Decoder
-from undistilled.model.spec import spec_from_config
+from undistilled.model.spec import ModelSpec, spec_from_config
+from undistilled.ops.registry import force_reference
 from undistilled.plan.hardware import load_machine
+from undistilled.plan.plan import Plan
 from undistilled.plan.solve import Ask, solve
 from undistilled.schedule.request import Request, Sampling
 from undistilled.schedule.scheduler import Sequence, Work
@@ -49,113 +57,132 @@ def randomise(memory: Memory) -> None:
                 tensor.normal_(0, 0.05 if "correction" in name else wide)
 
 
-def milliseconds(run, repeat: int) -> dict[str, float]:
-    """Median, minimum and maximum over `repeat` calls, by device events, after two warm-ups."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeat):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+class Slice:
+    """A runner over random weights, a prompt, and tokens that come after it."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, memory: Memory, dtype: torch.dtype) -> None:
+        self.decoder = Decoder(memory, spec, dtype)
+        self.runner = Runner(self.decoder, plan)
+        self.blocks = list(range(plan.kv.blocks))
+
+    def hidden(self, tokens: list[int], start: int, prefill: bool) -> torch.Tensor:
+        """Hidden states of tokens[start:], which follow what is in the cache."""
+        sequence = Sequence(Request("r", tokens, Sampling()), tokens, self.blocks)
+        return self.runner.hidden([Work(sequence, start, len(tokens))], prefill)
+
+    def rows(self, prompt: list[int], further: list[int]) -> torch.Tensor:
+        """Logits [1 + N, vocab] after the prompt and each further token, a token at a time as decoding does."""
+        tokens = list(prompt)
+        found = [self.decoder.logits(self.hidden(tokens, 0, True)[-1:])[0]]
+        for token in further:
+            tokens.append(token)
+            found.append(self.decoder.logits(self.hidden(tokens, len(tokens) - 1, False))[0])
+        return torch.stack(found)
+
+    def whole(self, prompt: list[int], further: list[int]) -> torch.Tensor:
+        """The same of one pass over everything: no cache between tokens, no absorbed attention."""
+        return self.decoder.logits(self.hidden([*prompt, *further], 0, True)[-1 - len(further) :])
 
 
-def ours(
-    config: dict, prompt: list[int], steps: int, alone: bool
-) -> tuple[dict, dict[str, Stored], torch.Tensor, torch.Tensor]:
-    """(figures, our weights in host memory, logits after the prompt, logits after one more token)."""
+@contextmanager
+def noting(count: int) -> Iterator[list[torch.Tensor]]:
+    """Collects the routers' choices of the last `count` tokens, [count, MoE layers, k] when it ends. Captured passes
+    do not go through here."""
+    route, seen, out = layers.route, [], []
+
+    def note(*arguments):
+        ids, weights = route(*arguments)
+        seen.append(ids)
+        return ids, weights
+
+    layers.route = note
+    try:
+        yield out
+    finally:
+        layers.route = route
+        if len(seen[-1]) > 1:  # one pass over everything
+            out.append(torch.stack([ids[-count:] for ids in seen], 1).sort(-1).values)
+        else:
+            out.append(torch.stack([ids[-1] for ids in seen]).unflatten(0, (count, -1)).sort(-1).values)
+
+
+def ours(config: dict, prompt: list[int], further: list[int], steps: int) -> tuple[dict, dict[str, Stored], dict]:
+    """(figures, our weights in host memory, {way: (logits, choices)})."""
     spec = spec_from_config(config)
-    plan = solve("r1-slice", config, spec, load_machine("this"), Ask("fp8_block", len(prompt) + 256, 1))
+    plan = solve("r1-slice", config, spec, load_machine("this"), Ask("fp8_block", len(prompt) + 512, 1))
     assert list(plan.predicted.devices) == ["cuda:0"], plan.predicted.devices
     memory = Memory(plan)
     with torch.inference_mode():
-        decoder = Decoder(memory, spec, DTYPE[plan.compute_dtype])
+        mine = Slice(spec, plan, memory, DTYPE[plan.compute_dtype])
         randomise(memory)
-        runner = Runner(decoder, plan)
-        tokens = [*prompt, 7]
-        sequence = Sequence(Request("r", prompt, Sampling()), tokens, list(range(plan.kv.blocks)))
-        whole, one = Work(sequence, 0, len(prompt)), Work(sequence, len(prompt), len(tokens))
-
-        def run(work: Work, prefill: bool) -> torch.Tensor:
-            return decoder.logits(runner.hidden([work], prefill)[-1:])[0]
-
-        after_prompt, after_one = run(whole, True), run(one, False)
-        figures = {
-            "prefill_ms": milliseconds(lambda: run(whole, True), 3),
-            "decode_ms": milliseconds(lambda: run(one, False), steps),
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
-            "predicted_bytes": plan.predicted.devices["cuda:0"].bytes.model_dump(),
-            "decode_bytes": plan.predicted.decode_bytes_per_token,
-        }
-    if alone:
-        return figures, {}, after_prompt, after_one
+        figures = timed(mine, plan, prompt, steps)
+        replayed = mine.rows(prompt, further)
+        mine.runner.graphs = None
+        with noting(1 + len(further)) as choices:
+            plain = mine.rows(prompt, further)
+        found = {"ours": (plain, choices[0])}
+        figures["graphs_differ_by"] = float((replayed - plain).norm() / plain.norm())
+        del mine
+        found["float32"] = reference(spec, plan, memory, prompt, further)
     held = {n: Stored(w.scheme, w.shape, {k: v.data.cpu() for k, v in w.parts.items()}) for n, w in memory.held.items()}
-    return figures, held, after_prompt, after_one
+    return figures, held, found
 
 
-def theirs(
-    config: dict, held: dict[str, Stored], prompt: list[int], steps: int
-) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """transformers on the same weights, dequantised to BF16."""
-    import transformers
-
-    plain = {k: v for k, v in config.items() if k != "quantization_config"} | {"torch_dtype": "bfloat16"}
-    settings = transformers.AutoConfig.for_model(**plain)
-    with torch.device("meta"):
-        model = transformers.DeepseekV3ForCausalLM(settings).to(torch.bfloat16)
-    model = model.to_empty(device="cuda").eval()
-    fill_twin(model, held)
-    rotary = model.model.rotary_emb
-    fresh = type(rotary)(settings)
-    rotary.inv_freq = fresh.inv_freq.cuda()
-    rotary.original_inv_freq = fresh.original_inv_freq.cuda()
-    with torch.inference_mode():
-        ids = torch.tensor([prompt], device="cuda")
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, torch.tensor([[7]], device="cuda")
-        second = model(token, past_key_values=cache, use_cache=True).logits[0, -1]
-
-        def step() -> None:
-            model(token, past_key_values=cache, use_cache=True)
-
-        figures = {
-            "decode_ms": milliseconds(step, steps),
-            "prefill_ms": milliseconds(lambda: model(ids, use_cache=True, logits_to_keep=1), 3),
-        }
-    return figures, out.logits[0, -1].float(), second.float()
+def timed(mine: Slice, plan: Plan, prompt: list[int], steps: int) -> dict:
+    """Milliseconds of the prompt and of one step behind it, and memory."""
+    head = mine.decoder.logits
+    return {
+        "prefill_ms": milliseconds(lambda: head(mine.hidden(prompt, 0, True)[-1:]), 3),
+        "decode_ms": milliseconds(lambda: head(mine.hidden([*prompt, 7], len(prompt), False)), steps),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "predicted_bytes": plan.predicted.devices["cuda:0"].bytes.model_dump(),
+        "decode_bytes": plan.predicted.decode_bytes_per_token,
+    }
 
 
-def on_gpu(stored: Stored) -> Stored:
-    return Stored(stored.scheme, stored.shape, {k: v.cuda() for k, v in stored.parts.items()})
+def reference(spec: ModelSpec, plan: Plan, memory: Memory, prompt: list[int], further: list[int]) -> tuple:
+    """(logits, choices) of the ops' reference bodies in float32, in one pass over all tokens."""
+    wide = plan.model_copy(update={"kv": plan.kv.model_copy(update={"dtype": "float32"})})
+    for stored in memory.held.values():
+        stored.kernels.clear()
+    with force_reference(), noting(1 + len(further)) as choices:
+        logits = Slice(spec, wide, memory, torch.float32).whole(prompt, further)
+    return logits, choices[0]
 
 
-def fill_twin(model, held: dict[str, Stored]) -> None:
-    """Copy our weights, made dense one by one, into transformers' fused parameters. Ours wait in host memory."""
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, stored in held.items():
-            dense = lambda s=stored, e=None: on_gpu(s if e is None else s.expert(e)).dense(torch.bfloat16)  # noqa: E731
-            if "*" not in name:
-                state[name].copy_(dense() if "bias" not in name else stored.parts["values"])
-                continue
-            at, which = name.split(".*.")
-            width = stored.shape[1]
-            for expert in range(stored.shape[0]):
-                if which.startswith("down"):
-                    state[f"{at}.down_proj"][expert].copy_(dense(e=expert))
-                else:
-                    half = slice(0, width) if which.startswith("gate") else slice(width, 2 * width)
-                    state[f"{at}.gate_up_proj"][expert, half].copy_(dense(e=expert))
+def compared(way: tuple[torch.Tensor, torch.Tensor], truth: tuple[torch.Tensor, torch.Tensor]) -> dict:
+    """How far logits [N, vocab] are from the truth's, over tokens: all, and those that met the same experts."""
+    error = ((way[0] - truth[0]).norm(dim=-1) / truth[0].norm(dim=-1)).cpu()
+    same = (way[1] == truth[1]).flatten(1).all(1).cpu()
+    both = way[0].argmax(-1).eq(truth[0].argmax(-1)).float().mean()
+
+    def spread(values: torch.Tensor) -> list[float]:
+        return [float(values.median()), float(values.max())] if len(values) else []
+
+    return {
+        "tokens": len(error),
+        "same_experts": int(same.sum()),
+        "choices_shared": float(shared(way[1], truth[1])),
+        "same_first_choice": float(both),
+        "relative_error_median_max": {
+            "all": spread(error),
+            "same_experts": spread(error[same]),
+            "other_experts": spread(error[~same]),
+        },
+        "by_token": [[round(float(e), 4), bool(s)] for e, s in zip(error, same, strict=True)],
+    }
+
+
+def shared(mine: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Share of the choices [N, layers, k] that are also the truth's."""
+    return (mine[..., :, None] == truth[..., None, :]).any(-1).float().mean()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--further", type=int, default=64, help="tokens after the prompt whose logits are compared")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help="ours only")
@@ -163,25 +190,18 @@ def main() -> None:
     torch.manual_seed(0)
     config = slice_config(args.config)
     prompt = torch.randint(0, config["vocab_size"], (args.prompt,)).tolist()
+    further = torch.randint(0, config["vocab_size"], (args.further,)).tolist()
     bandwidth = read_bandwidth()
-    mine, held, first, second = ours(config, prompt, args.steps, args.alone)
+    mine, held, found = ours(config, prompt, further, args.steps)
     floor = mine["decode_bytes"] / bandwidth * 1e3
     report = {"gpu": torch.cuda.get_device_name(), "read_bytes_per_s": bandwidth, "floor_ms": floor, "ours": mine}
-    print(json.dumps(report, indent=1), flush=True)
-    if args.alone:
-        return
-    gc.collect()
-    torch.cuda.empty_cache()
-    other, their_first, their_second = theirs(config, held, prompt, args.steps)
-    report["transformers"] = other
-    report["relative_error"] = {
-        "prefill": float((first - their_first).norm() / their_first.norm()),
-        "decode": float((second - their_second).norm() / their_second.norm()),
-    }
-    report["same_first_choice"] = [
-        bool(first.argmax() == their_first.argmax()),
-        bool(second.argmax() == their_second.argmax()),
-    ]
+    if not args.alone:
+        gc.collect()
+        torch.cuda.empty_cache()
+        twin = Twin(config, held)
+        report["transformers"] = twin.times(prompt, args.steps)
+        found["transformers"] = twin.logits(prompt, further)
+    report["against_float32"] = {n: compared(w, found["float32"]) for n, w in found.items() if n != "float32"}
     print(json.dumps(report, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

@@ -53,7 +53,11 @@ def measure(tokens: int, device: torch.device, **options) -> dict:
     weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     return {
-        "options": options, "tokens": tokens, "weight_bytes": weights, "optimizer_bytes": states, "peak_bytes": peak,
+        "options": options,
+        "tokens": tokens,
+        "weight_bytes": weights,
+        "optimizer_bytes": states,
+        "peak_bytes": peak,
         "activation_bytes": peak - 2 * weights - states if peak else None,
         "ms_a_step": 1e3 * sorted(times[1:])[len(times) // 2 - 1],
     }

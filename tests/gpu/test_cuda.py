@@ -12,6 +12,7 @@ from tiny import CONFIGS, load, twin, write_checkpoint
 from undistilled import scheme as schemes
 from undistilled.checkpoint.resolve import find
 from undistilled.load.build import build
+from undistilled.ops.registry import force_reference
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 
@@ -48,29 +49,37 @@ def test_batched_and_chunked_equal_alone(name, tmp_path):
     assert greedy(decoder, plan, prompts, 24, chunk=7) == alone
 
 
-@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
-def test_smollm2_in_every_scheme(scheme):
-    path = os.environ.get("SMOLLM2_GGUF", "smollm2")
+@pytest.fixture(scope="module")
+def smollm2():
     try:
-        model = find(path)
+        return find(os.environ.get("SMOLLM2_GGUF", "smollm2"))
     except Exception:
         pytest.skip("the demo model is not on this machine")
+
+
+@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+def test_smollm2_in_every_scheme(scheme, smollm2):
     machine = load_machine("this")
     tokens = torch.randint(0, 49152, (96,), generator=torch.Generator().manual_seed(1)).tolist()
 
-    def run(device):
-        plan = solve(model.name, model.config, model.spec, machine, Ask(scheme, 256, 1, False, device))
-        decoder = build(plan, model.spec, model.source())
+    def run(device, dtype):
+        plan = solve(smollm2.name, smollm2.config, smollm2.spec, machine, Ask(scheme, 256, device=device, dtype=dtype))
+        assert device == "cpu" or "cuda:0" in plan.predicted.devices
+        decoder = build(plan, smollm2.spec, smollm2.source())
         logits = our_logits(decoder, plan, tokens).float().cpu()
         found = greedy(decoder, plan, [tokens], 16)[0] if scheme == "fp32" else []
         del decoder
         gc.collect()
-        return logits, found, plan
+        return logits, found
 
-    cpu, cpu_tokens, _ = run("cpu")
-    gpu, gpu_tokens, plan = run(None)
-    assert "cuda:0" in plan.predicted.devices
-    error = (gpu - cpu).norm() / cpu.norm()
-    assert error < (1e-3 if scheme == "fp32" else 3e-2), float(error)
+    (exact, expected), (wide, found) = run("cpu", "float32"), run(None, "float32")
+    assert (wide - exact).norm() < 1e-3 * exact.norm()
+    assert found == expected
     if scheme == "fp32":
-        assert gpu_tokens == cpu_tokens
+        return
+    fast, _ = run(None, "auto")
+    with force_reference():
+        plain, _ = run(None, "auto")
+    error, rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, plain))
+    # two and three bits by rounding to nearest leave a model in which a step of BF16 grows, whoever multiplies
+    assert error < max(3e-2, 1.25 * rounding), (error, rounding)
