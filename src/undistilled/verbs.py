@@ -24,6 +24,16 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[(found[2] or "").upper()])
 
 
+def _home(device: str | None) -> str:
+    """Where to compute: a GPU if there is one, unless "cpu" is asked for."""
+    from .plan.hardware import load_machine
+
+    if device not in (None, "cpu"):
+        raise UsageError(f"--device {device!r} is not known.", "Known: cpu, which leaves GPUs out.")
+    gpus = [] if device else [d.name for d in load_machine("this").devices if d.kind == "cuda"]
+    return gpus[0] if gpus else "cpu"
+
+
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a built-in name.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -35,6 +45,14 @@ def quantize(
     solver: Annotated[str, typer.Option(help="rtn (no calibration), search or gptq.")] = "gptq",
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; default: an excerpt of Emma.")] = None,
+    traces: Annotated[
+        int | None, typer.Option(min=0, help="Of the tokens, the model's own answers; default: half.")
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="What it answers, a question a line; default: 78.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the calibration for further runs.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu keeps GPUs out.")] = None,
     as_json: JSON = False,
 ) -> None:
     """Make a smaller checkpoint. The same command goes on where a kill or a full disk ended it."""
@@ -42,7 +60,10 @@ def quantize(
     from .compress.run import Request
     from .compress.run import quantize as run
 
-    request = Request(scheme, bits, size(size_) if size_ else None, solver, tokens, str(text) if text else None)
+    text_, questions_, kept = (str(file) if file else None for file in (text, questions, calibration))
+    own = tokens // 2 if traces is None else min(traces, tokens)
+    bytes_ = size(size_) if size_ else None
+    request = Request(scheme, bits, bytes_, solver, tokens, own, text_, questions_, kept, _home(device))
     with show.steps() as say:
         done = run(find(model), out, request, say)
     if as_json:

@@ -92,7 +92,7 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
         with pytest.raises(UsageError, match=word):
             quantize(model, tmp_path / "out", request)
     with pytest.raises(DoesNotFit, match="bits a weight") as error:
-        quantize(model, tmp_path / "low", Request(bits=0.5))
+        quantize(model, tmp_path / "low", Request(bits=0.5, solver="rtn"))
     enough = float(error.value.hint.split()[2])
     assert quantize(model, tmp_path / "least", Request(bits=enough, solver="rtn"))["bits_per_weight"] <= enough
     (tmp_path / "there").mkdir()

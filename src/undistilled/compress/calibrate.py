@@ -4,35 +4,37 @@ T tokens, K inputs, N outputs, E experts. For a change d of a row r of a weight,
 next-token distribution grows, to second order, by 1/2 G[r] d M d^T nats a token, where M = E[x x^T] and
 G[r] = E[g_r^2]: g is the gradient at the output of -log p of a token drawn from the model itself, which makes
 E[g g^T] the Fisher information. Inputs and gradients are taken as independent, and outputs of each other, as
-K-FAC does (Martens and Grosse 2015).
+K-FAC does (Martens and Grosse 2015). sweep.py runs the model, block by block; here is what it collects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..model.batch import Packed
-from ..model.decoder import Decoder
-from ..model.layers import Linear, LocalBank, Weighted
+from ..model.layers import Linear, LocalBank
 from ..ops.experts import by_expert
-from ..ops.registry import force_reference
-from ..ops.swiglu import silu_mul
 
 FEW = 32  # tokens that say too little of an expert
+LARGEST = 1 << 30  # bytes of a layer's [E, K, K]; where they would be more, its experts share one [K, K]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens. inputs [K, K], or [E, K, K]; outputs [N] or [E, N]; tokens: all, and by expert [E]."""
+    """Sums over tokens. inputs [K, K], or [E, K, K]; outputs [N] or [E, N]; tokens: all, and by expert [E].
+
+    With `diagonals` [E, K], `inputs` [K, K] is of all experts together, and theirs differ by the diagonal alone.
+    """
 
     inputs: torch.Tensor
     outputs: torch.Tensor
     met: torch.Tensor | None = None
     tokens: int = 0
+    diagonals: torch.Tensor | None = None
 
     def of(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean moments (inputs [..., K, K], outputs [..., N]) of one matrix, or of these experts.
@@ -40,39 +42,65 @@ class Moments:
         E[x x^T] is over all tokens: those that an expert did not meet count as zeros; E[g^2] over those that it met.
         An expert that met fewer than FEW has what all experts of its layer met, in the measure of its own popularity.
         """
-        every = max(self.tokens, 1)
         if self.met is None or experts is None:
-            return self.inputs / every, self.outputs / every
-        met, inputs = self.met[experts], self.inputs[experts]
-        rare, all_met = met < FEW, self.met.sum().clamp(min=1)
+            return self.inputs / max(self.tokens, 1), self._outputs(experts)
+        if self.diagonals is not None:
+            stretch = (self.diagonal(experts)[0] / self.inputs.diagonal().clamp(min=1e-30)).sqrt()
+            return self.inputs * stretch[:, :, None] * stretch[:, None, :], self._outputs(experts)
+        inputs, rare = self.inputs[experts], self._rare(experts)
         if rare.any():
-            common = self.inputs.sum(0) / all_met
-            inputs = torch.where(rare[:, None, None], common * (met + 1)[:, None, None], inputs)
-        outputs = self.outputs[experts] / met.clamp(min=1)[:, None]
-        return inputs / every, torch.where(rare[:, None], self.outputs.sum(0) / all_met, outputs)
+            inputs = torch.where(rare[:, None, None], self.inputs.sum(0) * self._popularity(experts)[:, None], inputs)
+        return inputs / max(self.tokens, 1), self._outputs(experts)
+
+    def diagonal(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with the diagonals of the inputs' moments only, [..., K]."""
+        if self.met is None or experts is None:
+            return self.inputs.diagonal() / max(self.tokens, 1), self._outputs(experts)
+        own = self.diagonals if self.diagonals is not None else self.inputs.diagonal(dim1=-2, dim2=-1)
+        common = own.sum(0) * self._popularity(experts)
+        inputs = torch.where(self._rare(experts)[:, None], common, own[experts])
+        return inputs / max(self.tokens, 1), self._outputs(experts)
+
+    def _outputs(self, experts: slice | None) -> torch.Tensor:
+        if self.met is None or experts is None:
+            return self.outputs / max(self.tokens, 1)
+        own = self.outputs[experts] / self.met[experts].clamp(min=1)[:, None]
+        return torch.where(self._rare(experts)[:, None], self.outputs.sum(0) / self.met.sum().clamp(min=1), own)
+
+    def _rare(self, experts: slice) -> torch.Tensor:
+        assert self.met is not None
+        return self.met[experts] < FEW
+
+    def _popularity(self, experts: slice) -> torch.Tensor:
+        """The share of a layer's (token, choice) pairs that each expert has, [.., 1]; none has nothing at all."""
+        assert self.met is not None
+        return ((self.met[experts] + 1) / self.met.sum().clamp(min=1))[:, None]
 
 
-class Calibration:
-    """Moments by weight name. Weights that share an input share its moments."""
+class Watch:
+    """Adds up moments of a block's matrices, by weight name, wherever gradients are on.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Weights that share an input share its moments.
+    """
+
+    def __init__(self, module: nn.Module, at: str) -> None:
+        """`at`: the module's name in the checkpoint, such as "model.layers.3"."""
         self.moments: dict[str, Moments] = {}
         self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # the last input, and where it was added
-        for path, module in decoder.named_modules():
-            if isinstance(module, Linear):
-                self._watch(f"model.{path}.weight" if path != "lm_head" else "lm_head.weight", module)
-        for path, module in decoder.named_modules():
-            for name, child in list(module.named_children()):
-                if isinstance(child, LocalBank):
-                    at = f"model.{path.removesuffix('.banks')}.experts.*"
-                    setattr(module, name, WatchedBank(child, at, self.moments))
+        for path, child in module.named_modules():
+            if isinstance(child, Linear):
+                self._watch(".".join(filter(None, (at, path, "weight"))), child)
+            for name, bank in child.named_children():
+                if isinstance(bank, LocalBank):
+                    experts = f"{at}.{path.removesuffix('.banks')}.experts.*"
+                    setattr(child, name, WatchedBank(bank, experts, self.moments))
 
     def _watch(self, name: str, module: Linear) -> None:
         def after(_module: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> None:
-            x = inputs[0].detach()
-            found = self._moments(name, x, y.shape[-1])
-            found.tokens += len(x)
             if y.requires_grad:
+                x = inputs[0].detach()
+                found = self._moments(name, x, y.shape[-1])
+                found.tokens += len(x)
                 y.register_hook(_adder(found.outputs))
 
         module.register_forward_hook(after)
@@ -100,68 +128,94 @@ def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 
 class WatchedBank(nn.Module):
-    """A bank that computes expert by expert and adds up what each met."""
+    """A bank that computes expert by expert, holds one of them at a time, and adds up what each met.
+
+    Where gradients are on it computes nothing forward: a block adds a bank's result to its own, so that the
+    gradient does not depend on it, and experts need not be read twice.
+    """
 
     def __init__(self, bank: LocalBank, at: str, moments: dict[str, Moments]) -> None:
         super().__init__()
-        self.gate, self.up, self.down = bank.gate, bank.up, bank.down
-        experts, width, hidden = bank.gate.stored.shape
-        self.met_E = torch.zeros(experts)
-        into, out = torch.zeros(experts, hidden, hidden), torch.zeros(experts, width, width)
-        self.of = {
-            "gate": Moments(into, torch.zeros(experts, width), self.met_E),
-            "up": Moments(into, torch.zeros(experts, width), self.met_E),
-            "down": Moments(out, torch.zeros(experts, hidden), self.met_E),
-        }
-        moments |= {f"{at}.{name}_proj.weight": found for name, found in self.of.items()}
+        self.stored = {name: getattr(bank, name).stored for name in ("gate", "up", "down")}
+        self.met_E = torch.zeros(self.stored["gate"].shape[0])
+        into, out = (_Sums(self.stored[name].shape) for name in ("gate", "down"))
+        self.sums = {"gate": into, "up": into, "down": out}
+        self.of = {}
+        for name, sums in self.sums.items():
+            outputs = torch.zeros(self.stored[name].shape[:2])
+            self.of[name] = Moments(sums.inputs, outputs, self.met_E, 0, sums.diagonals)
+            moments[f"{at}.{name}_proj.weight"] = self.of[name]
 
     def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
-        out_TD = torch.zeros_like(x_TD)
-        for found in self.of.values():
-            found.tokens += len(x_TD)
-        for expert, (rows, picks) in by_expert(ids_Tk, len(self.met_E)):
-            x = x_TD[rows]
-            self._add("gate", expert, x)
-            h = silu_mul(self._one("gate", expert, x), self._one("up", expert, x))
-            self._add("down", expert, h)
-            y = self._one("down", expert, h)
-            out_TD = out_TD.index_add(0, rows, y * weights_Tk[rows, picks, None])
-            self.met_E[expert] += len(rows)
-        return out_TD
+        return _Experts.apply(x_TD, weights_Tk, ids_Tk, self)
 
-    def _one(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        weighted: Weighted = getattr(self, name)
-        y = x @ weighted.stored.expert(expert).dense(x.dtype).T
-        if y.requires_grad:
-            y.register_hook(_adder(self.of[name].outputs[expert]))
-        return y
+    def dense(self, expert: int, device: torch.device) -> list[torch.Tensor]:
+        """Gate, up and down of one expert, [N, K] in float32."""
+        return [stored.expert(expert).dense(torch.float32).to(device) for stored in self.stored.values()]
 
-    def _add(self, name: str, expert: int, x: torch.Tensor) -> None:
-        x = x.detach()
-        self.of[name].inputs[expert] += x.T @ x
+    def add(self, expert: int, inputs: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
+        """Tokens that `expert` met: inputs of gate and down [T, K], gradients at the outputs of all three [T, N]."""
+        for name, x_TK in inputs.items():
+            self.sums[name].add(expert, x_TK)
+        for name, g_TN in gradients.items():
+            self.of[name].outputs[expert] += g_TN.square().sum(0).cpu()
+        self.met_E[expert] += len(inputs["gate"])
 
     def collect(self, handle: torch.Tensor) -> torch.Tensor:
         return handle
 
 
-def calibrate(
-    decoder: Decoder, windows: Sequence[list[int]], *, seed: int = 0, say: Callable[[str], None] = lambda _: None
-) -> dict[str, Moments]:
-    """Moments of every matrix of `decoder` (float32, on the CPU or a GPU) over windows of token ids.
+class _Sums:
+    """Sums of x x^T: an expert's own, or one for all with each expert's diagonal. On the CPU, whatever x is on."""
 
-    The decoder is watched for good: use it for nothing else.
-    """
-    found = Calibration(decoder)
-    decoder.embed_tokens.register_forward_hook(lambda _module, _ids, h_TD: h_TD.requires_grad_(True))
-    draw = torch.Generator().manual_seed(seed)
-    with force_reference():
-        for at, window in enumerate(windows):
-            ids = torch.tensor(window)
-            batch = Packed(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-            with torch.enable_grad():
-                log_TV = decoder.logits(decoder(batch, [()] * len(decoder.layers))).log_softmax(-1)
-                drawn = torch.multinomial(log_TV.detach().exp(), 1, generator=draw)
-                (-log_TV.gather(-1, drawn).sum()).backward()
-            found.seen = None
-            say(f"calibration: {at + 1} of {len(windows)} windows")
-    return found.moments
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        experts, _, width = shape
+        own = 4 * experts * width * width <= LARGEST
+        self.inputs = torch.zeros(experts, width, width) if own else torch.zeros(width, width)
+        self.diagonals = None if own else torch.zeros(experts, width)
+
+    def add(self, expert: int, x_TK: torch.Tensor) -> None:
+        total = (x_TK.T @ x_TK).cpu()
+        (self.inputs[expert] if self.diagonals is None else self.inputs).add_(total)
+        if self.diagonals is not None:
+            self.diagonals[expert] += total.diagonal()
+
+
+class _Experts(torch.autograd.Function):
+    """The experts' SwiGLU, weighted and summed; its gradients by hand, so that one expert is held at a time."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weights_Tk, ids_Tk, bank):
+        ctx.bank = bank
+        ctx.save_for_backward(x_TD, weights_Tk, ids_Tk)
+        out_TD = torch.zeros_like(x_TD)
+        if x_TD.requires_grad:
+            return out_TD
+        for expert, (rows, picks) in by_expert(ids_Tk, len(bank.met_E)):
+            gate, up, down = bank.dense(expert, x_TD.device)
+            x = x_TD[rows]
+            y = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+            out_TD.index_add_(0, rows, y * weights_Tk[rows, picks, None])
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, g_TD):
+        x_TD, weights_Tk, ids_Tk = ctx.saved_tensors
+        bank: WatchedBank = ctx.bank
+        dx_TD, dweights_Tk = torch.zeros_like(x_TD), torch.zeros_like(weights_Tk)
+        for moments in bank.of.values():
+            moments.tokens += len(x_TD)
+        for expert, (rows, picks) in by_expert(ids_Tk, len(bank.met_E)):
+            gate, up, down = bank.dense(expert, x_TD.device)
+            x, g = x_TD[rows], g_TD[rows]
+            a, b = x @ gate.T, x @ up.T
+            slope = a.sigmoid()
+            silu = a * slope
+            h = silu * b
+            dweights_Tk[rows, picks] = (g * (h @ down.T)).sum(-1)
+            dy = g * weights_Tk[rows, picks, None]
+            dh = dy @ down
+            da, db = dh * b * (slope + silu * (1 - slope)), dh * silu
+            dx_TD.index_add_(0, rows, da @ gate + db @ up)
+            bank.add(expert, {"gate": x, "down": h}, {"gate": da, "up": db, "down": dy})
+        return dx_TD, dweights_Tk, None, None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,17 @@ from ..scheme.tiles import Tiles
 from .allocate import allocate
 from .calibrate import FEW, Moments
 from .material import moments_of
-from .options import AT_ONCE, options, smallest
+from .options import Option, at_once, options, smallest
 from .solvers import gptq, search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
     from .run import Request
 
-__all__ = ["AT_ONCE", "Choice", "budget", "check", "choose"]
+__all__ = ["CALIBRATION", "Choice", "at_once", "budget", "check", "choose"]
 
 SOLVERS = ("rtn", "search", "gptq")
+CALIBRATION = "calibration"  # the folder of moments, inside the one being made where no other was named
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
 
@@ -41,15 +43,16 @@ class Choice:
 
     base: str
     solver: str
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
         """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
         found = self.moments.get(weight.name)
         if found is None or self.solver == "rtn" or not isinstance(scheme, (Grouped, Tiles)):
             return scheme.compress(w)
-        inputs, outputs = found.of(experts)
+        inputs, outputs = (t.to(w.device) for t in found.of(experts))
         if isinstance(scheme, Tiles):
             return tile_solver.solve(scheme, w, inputs, outputs)
         if self.solver == "search":
@@ -60,10 +63,12 @@ class Choice:
         """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known."""
         found = self.moments.get(weight.name)
         if found is None:
-            return torch.ones(1, weight.shape[1]), torch.ones(1, weight.shape[0])
-        inputs, outputs = found.of(experts if weight.experts else None)
-        by_input = inputs.diagonal(dim1=-2, dim2=-1)
-        return (by_input, outputs) if weight.experts else (by_input[None], outputs[None])
+            return torch.ones(1, weight.shape[1], device=self.device), torch.ones(
+                1, weight.shape[0], device=self.device
+            )
+        pair = found.diagonal(experts if weight.experts else None)
+        by_input, by_output = (t.to(self.device) for t in pair)
+        return (by_input, by_output) if weight.experts else (by_input[None], by_output[None])
 
 
 def check(request: Request) -> None:
@@ -81,9 +86,10 @@ def budget(model: Model, request: Request) -> int | None:
     """
     if request.scheme is not None:
         return None
-    every = list(weights(model.spec))
-    rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if not w.is_linear)
-    least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in every if w.is_linear)
+    every, shared = list(weights(model.spec)), _shared(model, request)
+    names = {w.name for w in shared}
+    rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if w.name not in names)
+    least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in shared)
     params = sum(w.params for w in every)
     asked = request.bytes or int((request.bits or 0) * params / 8)
     if asked < least:
@@ -95,43 +101,72 @@ def budget(model: Model, request: Request) -> int | None:
     return asked - rest
 
 
+def _shared(model: Model, request: Request) -> list[Weight]:
+    """The matrices that a budget is shared out over: those of blocks, and the head where its worth is known."""
+    head = "embed" if model.spec.tied else "head"
+    known = request.solver != "rtn"
+    return [w for w in weights(model.spec) if w.is_linear or (known and w.role == head and not w.mtp)]
+
+
 def _bytes(weight: Weight, scheme: str) -> int:
     return schemes.bytes_of(schemes.get(scheme), weight.full_shape)
 
 
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
-    moments: dict[str, Moments] = {}
+    moments: Mapping[str, Moments] = {}
+    kept = Path(request.calibration) if request.calibration else folder / CALIBRATION
     if request.solver != "rtn":
-        moments = moments_of(model, request, folder / "moments.safetensors", say)
+        moments = moments_of(model, request, kept, say)
         _say_rare(moments, say)
-    choice = Choice(request.scheme or REST, request.solver, moments)
+    choice = Choice(request.scheme or REST, request.solver, moments, device=request.device)
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
             part = file.with_suffix(".part")
-            part.write_text(json.dumps(_shared_out(model, request, choice, say)))
+            part.write_text(json.dumps(_shared_out(model, request, choice, kept, say)))
             part.replace(file)
         choice.schemes = json.loads(file.read_text())
     return choice
 
 
-def _say_rare(moments: dict[str, Moments], say: Callable[[str], None]) -> None:
+def _say_rare(moments: Mapping[str, Moments], say: Callable[[str], None]) -> None:
     """How many experts calibration hardly met, and what is done about it."""
-    met = [found.met for name, found in moments.items() if found.met is not None and "gate_proj" in name]
-    rare, every = sum(int((m < FEW).sum()) for m in met), sum(len(m) for m in met)
+    met = [found.met for name, found in moments.items() if "experts" in name and "gate_proj" in name]
+    rare, every = (sum(count(m) for m in met if m is not None) for count in (lambda m: int((m < FEW).sum()), len))
     if rare:
         say(f"{rare} of {every} experts met fewer than {FEW} tokens and take their layer's moments; --tokens helps")
 
 
-def _shared_out(model: Model, request: Request, choice: Choice, say: Callable[[str], None]) -> dict[str, str]:
+def _shared_out(
+    model: Model, request: Request, choice: Choice, kept: Path, say: Callable[[str], None]
+) -> dict[str, str]:
     """Weight -> scheme, so that the whole checkpoint has the bytes that were asked for."""
-    shared = [w for w in weights(model.spec) if w.is_linear]
+    shared = _shared(model, request)
     room = budget(model, request)
     assert room is not None
-    source, found = model.source(), []
-    for at, weight in enumerate(shared, 1):
-        found.append(options(weight, source, choice))
-        say(f"measured {at} of {len(shared)} matrices")
+    found = _measured(model, shared, choice, kept / f"options-{request.solver == 'rtn'}.jsonl", say)
     taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}
+
+
+def _measured(
+    model: Model, shared: list[Weight], choice: Choice, file: Path, say: Callable[[str], None]
+) -> list[list[Option]]:
+    """Every weight's options, a line each in `file`; those that are not there are measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    found: dict[str, list[Option]] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a kill cut it short
+            name, rows = json.loads(line)
+            found[name] = [Option(*row) for row in rows]
+    source = model.source()
+    with file.open("a") as f:
+        for at, weight in enumerate(shared, 1):
+            if weight.name not in found:
+                found[weight.name] = options(weight, source, choice)
+                f.write(json.dumps([weight.name, [astuple(o) for o in found[weight.name]]]) + "\n")
+                f.flush()
+            say(f"measured {at} of {len(shared)} matrices")
+    return [found[weight.name] for weight in shared]

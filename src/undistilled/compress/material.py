@@ -1,21 +1,19 @@
-"""What a model is calibrated on: a text, and what it writes itself when it is asked."""
+"""What a model is calibrated on: a text, and what it writes itself when it is asked; and where that is kept."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from ..checkpoint.resolve import Model
-from ..errors import DoesNotFit
-from ..load.build import build
-from ..plan.hardware import load_machine
-from ..plan.solve import Ask, solve
-from .calibrate import Moments, calibrate
+from ..errors import UsageError
+from .store import Store
+from .sweep import sweep
+from .traces import traces
 
 if TYPE_CHECKING:
     from .run import Request
@@ -23,70 +21,78 @@ if TYPE_CHECKING:
 WINDOW = 512  # tokens, or the model's longest context
 
 
-def moments_of(model: Model, request: Request, file: Path, say: Callable[[str], None]) -> dict[str, Moments]:
-    """Moments of every matrix; from `file` where a run before this one left them."""
+def moments_of(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Store:
+    """Moments of every matrix, from `folder`; what of them is not there is measured. UsageError where it is of
+    another model or request."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder / "calibration.json", model, request)
+    file = folder / "windows.json"
     if not file.exists():
-        found = _measure(model, request, say)
-        part = file.with_suffix(".part")
-        save_file(_flat(found), part, {n: str(m.tokens) for n, m in found.items()})
-        part.replace(file)
-    return _read(file)
+        _keep(file, windows(model, request, say))
+    sweep(model.spec, model.source(), json.loads(file.read_text()), folder, device=request.device, say=say)
+    return Store(folder)
 
 
-def _measure(model: Model, request: Request, say: Callable[[str], None]) -> dict[str, Moments]:
-    ask = Ask("fp32", window(model), 1, False, "cpu")
-    plan = solve(model.name, model.config, model.spec, load_machine("this"), ask)
-    if not plan.fits:
-        raise DoesNotFit(f"Calibration runs {model.name} in float32, which does not fit here.", "Use --solver rtn.")
-    windows = cut(model, request)
-    return calibrate(build(plan, model.spec, model.source()), windows, say=say)
+def _claim(file: Path, model: Model, request: Request) -> None:
+    """Say whose calibration this folder is, or check it."""
+    texts = {kind: _digest(name, kind) for kind, name in (("emma", request.text), ("questions", request.questions))}
+    said = {
+        "model": model.fingerprint(),
+        "tokens": request.tokens,
+        "traces": request.traces,
+        "device": request.device,
+        "text": texts["emma"],
+        "questions": texts["questions"] if request.traces else None,
+    }
+    if not file.exists():
+        _keep(file, said)
+    elif (before := json.loads(file.read_text())) != said:
+        other = next(key for key in said if before.get(key) != said[key])
+        raise UsageError(
+            f"{file.parent} holds a calibration with another {other}.", "Remove it, or give another --calibration."
+        )
 
 
-def window(model: Model) -> int:
-    return min(WINDOW, model.spec.max_context)
+def _digest(name: str | None, built_in: str) -> str:
+    return hashlib.sha256(read(name, built_in).encode()).hexdigest()
 
 
-def cut(model: Model, request: Request) -> list[list[int]]:
-    """Windows of token ids, `request.tokens` in all."""
+def _keep(file: Path, value: object) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(file)
+
+
+def windows(model: Model, request: Request, say: Callable[[str], None]) -> list[list[int]]:
+    """Windows of token ids, `request.tokens` in all: of a text, and up to `request.traces` of the model's answers."""
+    size = min(WINDOW, model.spec.max_context)
+    own: list[list[int]] = []
+    if request.traces:
+        own = traces(model, questions(read(request.questions, "questions")), request.traces, request.device, say)
+    own = [answer[at : at + size] for answer in own for at in range(0, len(answer), size)]
+    return own + cut(model, read(request.text, "emma"), request.tokens - sum(map(len, own)), size)
+
+
+def questions(text: str) -> list[str]:
+    """A question a line, as a JSON string where it has line breaks of its own."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [json.loads(line) if line.startswith('"') else line for line in lines]
+
+
+def cut(model: Model, text: str, tokens: int, size: int) -> list[list[int]]:
+    """Windows of `size`, `tokens` of the text in all."""
     tokenizer = model.tokenizer()
-    ids = tokenizer.encode(read(request.text)[: request.tokens * 8], control=False)[: request.tokens]
+    ids = tokenizer.encode(text[: tokens * 8], control=False)[:tokens]
     head = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-    size = window(model) - len(head)
+    size -= len(head)
     return [head + ids[at : at + size] for at in range(0, len(ids), size)]
 
 
-def read(text: str | None) -> str:
-    """A text file, or the calibration text that comes with the program (not the one `prove` compares on)."""
-    if text is None:
-        return resources.files(__package__).joinpath("data/emma.txt").read_text(encoding="utf-8")
-    return Path(text).read_text(encoding="utf-8")
-
-
-def _flat(found: dict[str, Moments]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, moments in found.items():
-        shared = seen.setdefault(moments.inputs.data_ptr(), name)
-        if shared == name:
-            tensors[f"{name}:inputs"] = moments.inputs
-        else:
-            tensors[f"{name}:inputs={shared}"] = torch.zeros(1)
-        tensors[f"{name}:outputs"] = moments.outputs
-        if moments.met is not None:
-            tensors[f"{name}:met"] = moments.met.clone()
-    return tensors
-
-
-def _read(file: Path) -> dict[str, Moments]:
-    from safetensors import safe_open
-
-    tensors = load_file(file)
-    with safe_open(file, "pt") as f:
-        tokens = f.metadata()
-    shared = {key.split(":inputs=")[0]: key.split(":inputs=")[1] for key in tensors if ":inputs=" in key}
-    return {
-        name: Moments(
-            tensors[f"{shared.get(name, name)}:inputs"], tensors[f"{name}:outputs"], tensors.get(f"{name}:met"), int(n)
-        )
-        for name, n in tokens.items()
-    }
+def read(name: str | None, built_in: str) -> str:
+    """A text file, or the one of that name that comes with the program (none that `prove` compares on)."""
+    if name is None:
+        return resources.files(__package__).joinpath(f"data/{built_in}.txt").read_text(encoding="utf-8")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read {name}: {error}.", "Give a text file in UTF-8.") from None

@@ -15,17 +15,27 @@ import torch
 from .. import scheme as schemes
 from ..checkpoint.source import Source
 from ..model.weights import Weight
+from ..scheme.base import Parts, Scheme
+from ..scheme.grouped import Grouped
 from ..scheme.tiles import WIDTHS, Tiles
+from .solvers import search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
     from .choose import Choice
 
 WHOLE = ("int8", "int8-g128")  # schemes of whole weights beside dynamic blocks, which end at 6 bits
+BY_ROW = (*WHOLE, "int6-g64", "int5-g32", "nl4-g32")  # of a head, of which a tied embedding looks up single rows
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
-AT_ONCE = 4 << 20  # values of stacked experts that are worked on together
+AT_ONCE = {"cpu": 4 << 20, "cuda": 128 << 20}  # values of stacked experts that are worked on together
+SAMPLE = 8 << 20  # values of a weight that are measured: rows of it, evenly spaced, in ranges of RANGE
+RANGE = 128  # rows: whole blocks of tiles, and of R1's FP8
+
+
+def at_once(device: str) -> int:
+    return AT_ONCE[device.split(":")[0]]
 
 
 @dataclass(frozen=True)
@@ -37,27 +47,55 @@ class Option:
 
 def smallest(weight: Weight) -> list[str]:
     """The schemes of which one takes the fewest bytes."""
+    if not weight.is_linear:
+        return list(BY_ROW)
     into = weight.shape[1]
     return [Tiles(ROWS, cols, ((WIDTHS[0], -(-into // cols)),)).name for cols in COLS if cols < 2 * into] + list(WHOLE)
 
 
 def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
     """Every option of a weight, or of all its experts together."""
-    by_cols = {cols: _Ranked(weight, cols) for cols in COLS if cols < 2 * weight.shape[1]}
-    lost = dict.fromkeys(WHOLE, 0.0)
-    many = max(1, AT_ONCE // (weight.shape[0] * weight.shape[1]))
-    for first in range(0, weight.count, many):
-        names = weight.tensor_names[first : first + many]
-        w = torch.stack([source.dense(name, 0, weight.shape[0]) for name in names])
-        inputs, outputs = choice.diagonals(weight, slice(first, first + many))
-        inputs, outputs = inputs.expand(len(names), -1), outputs.expand(len(names), -1)
+    by_cols = {cols: _Ranked(weight, cols) for cols in COLS if weight.is_linear and cols < 2 * weight.shape[1]}
+    lost = dict.fromkeys(WHOLE if weight.is_linear else BY_ROW, 0.0)
+    ranges = sample(weight)
+    for w, inputs, outputs in _stacks(weight, ranges, source, choice):
         for ranked in by_cols.values():
             ranked.add(w, inputs, outputs)
-        for name in WHOLE:
+        for name in lost:
             scheme = schemes.get(name)
-            lost[name] += float(tile_solver.lost(scheme, scheme.compress(w), w, inputs, outputs).sum())
-    whole = [Option(n, loss, schemes.bytes_of(schemes.get(n), weight.full_shape)) for n, loss in lost.items()]
-    return whole + [option for ranked in by_cols.values() for option in ranked.options()]
+            rounded = _rounded(scheme, w, inputs)
+            lost[name] += float(tile_solver.lost(scheme, rounded, w, inputs, outputs).sum())
+    every = weight.count * weight.shape[0] / sum(stop - start for _, start, stop in ranges)
+    whole = [Option(n, every * loss, schemes.bytes_of(schemes.get(n), weight.full_shape)) for n, loss in lost.items()]
+    return whole + [option for ranked in by_cols.values() for option in ranked.options(every)]
+
+
+def _rounded(scheme: Scheme, w: torch.Tensor, inputs: torch.Tensor) -> Parts:
+    if isinstance(scheme, Grouped):
+        return search.solve(scheme, w, inputs[..., None, :], tile_solver.MEASURED)
+    return scheme.compress(w)
+
+
+def sample(weight: Weight) -> list[tuple[int, int, int]]:
+    """(expert, first row, past the last) of the ranges that are measured: all of a small weight, else evenly spaced."""
+    rows, into = weight.shape
+    starts = [(e, start) for e in range(weight.count) for start in range(0, rows, RANGE)]
+    step = max(1, round(len(starts) * RANGE * into / SAMPLE))
+    return [(e, start, min(rows, start + RANGE)) for e, start in starts[step // 2 :: step]]
+
+
+def _stacks(weight: Weight, ranges: list[tuple[int, int, int]], source: Source, choice: Choice):
+    """(values [B, N, K], input moments [B, K], output moments [B, N]) of ranges of one height, several at once."""
+    many = max(1, at_once(choice.device) // (RANGE * weight.shape[1]))
+    for height in sorted({stop - start for _, start, stop in ranges}):
+        equal = [r for r in ranges if r[2] - r[1] == height]
+        for first in range(0, len(equal), many):
+            some = equal[first : first + many]
+            w = torch.stack([source.dense(weight.tensor_names[e], start, stop) for e, start, stop in some])
+            pairs = [choice.diagonals(weight, slice(e, e + 1)) for e, _, _ in some]
+            inputs = torch.cat([one for one, _ in pairs])
+            outputs = torch.cat([two[:, start:stop] for (_, two), (_, start, stop) in zip(pairs, some, strict=True)])
+            yield w.to(choice.device), inputs, outputs
 
 
 class _Ranked:
@@ -72,12 +110,13 @@ class _Ranked:
         lost = tile_solver.losses(shape, w, inputs, outputs)
         order = lost[3].argsort(-1)
         for at, bits in enumerate(WIDTHS):
-            self.lost[at] += lost[bits].gather(-1, order).flatten(0, -2).sum(0)
+            self.lost[at] += lost[bits].gather(-1, order).flatten(0, -2).sum(0).cpu()
 
-    def options(self) -> list[Option]:
+    def options(self, every: float) -> list[Option]:
+        """`every`: rows of the weight for each that was measured."""
         blocks = -(-self.weight.shape[0] // ROWS) * self.weight.count
         groups = [g for g in torch.arange(self.tiles).tensor_split(min(self.tiles, RANKS)) if len(g)]
-        lost = torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]
+        lost = every * torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]
         size = torch.tensor([[len(g) * blocks * ROWS * self.cols * b / 8 for g in groups] for b in WIDTHS])
         steps = (lost[:-1] - lost[1:]) / (size[1:] - size[:-1])
         prices = steps.clamp(min=1e-30).flatten().log().quantile(torch.linspace(0, 1, PRICES)).exp()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
-from .choose import AT_ONCE, Choice, budget, check, choose
+from .choose import CALIBRATION, Choice, at_once, budget, check, choose
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
 Say = Callable[[str], None]
@@ -36,7 +37,9 @@ Say = Callable[[str], None]
 class Request:
     """What was asked for. `scheme`: a scheme or recipe; else `bytes` or `bits` (of a weight, on average) is shared out.
 
-    `tokens` of calibration; `solver`: rtn, search or gptq.
+    `solver`: rtn, search or gptq. It calibrates on `tokens`, of which up to `traces` are the model's own answers to
+    `questions` (a file) and the rest `text` (a file); what it finds is kept in the folder `calibration`, if one is
+    given. `device`: where it computes.
     """
 
     scheme: str | None = None
@@ -44,7 +47,11 @@ class Request:
     bytes: int | None = None
     solver: str = "gptq"
     tokens: int = 8192
+    traces: int = 0
     text: str | None = None
+    questions: str | None = None
+    calibration: str | None = None
+    device: str = "cpu"
     shard: int = SHARD
 
 
@@ -65,7 +72,10 @@ def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: Non
     wrote = _write(folder, model, table, files, choice, say)
     _finish(folder, out, model, table, files, request)
     return {
-        "out": str(out), "bytes": wrote, "files": len(files), "seconds": perf_counter() - began,
+        "out": str(out),
+        "bytes": wrote,
+        "files": len(files),
+        "seconds": perf_counter() - began,
         "bits_per_weight": 8 * wrote / sum(w.params for w in weights(model.spec)),
         "schemes": _counted(table),
     }
@@ -148,7 +158,7 @@ def _entry(line: str) -> dict:
 
 def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
     source = model.source()
-    for weight, experts in _together(content):
+    for weight, experts in _together(content, at_once(choice.device)):
         scheme = schemes.get(table[weight.name])
         names = [weight.tensor_names[at] for at in experts]
         if source.scheme(names[0]) == scheme.name:
@@ -160,12 +170,12 @@ def _values(model: Model, table: dict[str, str], content: list, choice: Choice) 
                 yield parts[part].reshape(spec.shape)
 
 
-def _together(content: list[tuple[Weight, int]]) -> Iterator[tuple[Weight, range]]:
-    """Runs of experts of one weight that are solved at once: small matrices gain much by company."""
+def _together(content: list[tuple[Weight, int]], values: int) -> Iterator[tuple[Weight, range]]:
+    """Runs of experts of one weight that are solved at once, about `values`: small matrices gain much by company."""
     at = 0
     while at < len(content):
         weight, first = content[at]
-        most = max(1, AT_ONCE // math.prod(weight.shape))
+        most = max(1, values // math.prod(weight.shape))
         count = 1
         while count < most and at + count < len(content) and content[at + count][0] is weight:
             count += 1
@@ -174,7 +184,7 @@ def _together(content: list[tuple[Weight, int]]) -> Iterator[tuple[Weight, range
 
 
 def _solved(weight: Weight, experts: range, scheme: Scheme, source: Source, choice: Choice) -> Iterator[Parts]:
-    dense = [source.dense(weight.tensor_names[at], 0, weight.shape[0]) for at in experts]
+    dense = [source.dense(weight.tensor_names[at], 0, weight.shape[0]).to(choice.device) for at in experts]
     if not weight.experts:
         yield choice.solve(weight, None, scheme, dense[0])
         return
@@ -192,11 +202,15 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     dropped = ("quantization_config", OURS)  # what said how the weights were stored before
     config = {k: v for k, v in model.config.items() if k not in dropped and not k.startswith("gguf")}
     config[OURS] = {
-        "format": 1, "model": model.said, "fingerprint": model.fingerprint(), "request": asdict(request),
+        "format": 1,
+        "model": model.said,
+        "fingerprint": model.fingerprint(),
+        "request": asdict(request),
         "schemes": table,
     }
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
-    for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors"):
+    for name in ("request.json", "journal.jsonl", "choice.json"):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
     os.replace(folder, out)

@@ -44,7 +44,14 @@ class Block(nn.Module):
         self.mlp = mlp(make, f"{at}.mlp", spec, dense)
 
     def forward(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
-        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), batch, cache)
+        return self.transform(self.attend(h_TD, batch, cache))
+
+    def attend(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
+        """The half in which tokens see each other."""
+        return h_TD + self.self_attn(self.input_layernorm(h_TD), batch, cache)
+
+    def transform(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """The half that takes each token by itself."""
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
 

@@ -12,6 +12,7 @@ Families, by their levels:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -115,9 +116,9 @@ class Grouped:
         first, last = self.levels[0], self.levels[-1]
         if self.even:
             return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
-        between, order = self._ladder
-        ranks = torch.bucketize(x.contiguous(), between.to(x.device))
-        return ranks.to(torch.uint8) if order is None else order.to(x.device)[ranks]
+        fine, table = self._ladder
+        place = (x * fine).ceil_().clamp_(min(self.levels) * fine, max(self.levels) * fine)
+        return table.to(x.device)[place.sub_(min(self.levels) * fine).int()]
 
     def level(self, codes: torch.Tensor) -> torch.Tensor:
         """The levels of codes, float32."""
@@ -133,14 +134,17 @@ class Grouped:
         return all(b - a == 1 for a, b in pairwise(self.levels))
 
     @cached_property
-    def _ladder(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(what lies halfway between neighbouring levels, codes by rank: None where they are the ranks)."""
+    def _ladder(self) -> tuple[int, torch.Tensor]:
+        """(steps of a unit, the code nearest to what lies in each step): what is halfway between levels is a step's
+        end, so that no search is needed. A value halfway takes the lower level."""
         import torch
 
         order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
-        rungs = torch.tensor([self.levels[c] for c in order])
-        ranked = order == list(range(len(order)))
-        return (rungs[1:] + rungs[:-1]) / 2, None if ranked else torch.tensor(order, dtype=torch.uint8)
+        rungs = [self.levels[c] for c in order]
+        between = [(a + b) / 2 for a, b in pairwise(rungs)]
+        fine = next(f for f in (2, 4, 8) if all(float(x * f).is_integer() for x in (*between, rungs[0])))
+        ends = range(int(rungs[0] * fine), int(rungs[-1] * fine) + 1)
+        return fine, torch.tensor([order[bisect_left(between, end / fine)] for end in ends], dtype=torch.uint8)
 
     def packed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., out, in] -> the part `values`."""

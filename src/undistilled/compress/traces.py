@@ -1,0 +1,69 @@
+"""A model's own answers to questions, as it would write them when it is used: reasoning is most of what R1 writes,
+and reads nothing like a book."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..checkpoint.resolve import Model
+from ..errors import DoesNotFit
+from ..generate.engine import open_engine
+from ..schedule.request import Request, Sampling
+from ..serve.template import chat_prompt, template_of
+
+LONGEST = 512  # tokens of an answer
+TEMPERATURE, TOP_P = 0.6, 0.95  # what R1's makers recommend
+BATCH = 8  # answers at once
+
+
+def traces(model: Model, questions: list[str], tokens: int, device: str, say: Callable[[str], None]) -> list[list[int]]:
+    """Token ids of questions with their answers, about `tokens` in all; fewer where the questions end.
+
+    The question is a conversation's first message, or, where the model has no chat template, the text to go on from.
+    Nothing, and it is said, where the model as released does not fit this machine.
+    """
+    home = "cpu" if device == "cpu" else None
+    context = min(2 * LONGEST, model.spec.max_context)
+    try:
+        engine = open_engine({"model": model.said, "context": context, "batch": BATCH, "device": home})
+    except DoesNotFit:
+        say(f"{model.name} does not fit here as released: calibration without answers of its own")
+        return []
+    template = template_of(engine.tokenizer)
+    found: list[list[int]] = []
+    for first in range(0, len(questions), BATCH):
+        say(f"answers to calibrate on: {sum(map(len, found))} of {tokens} tokens")
+        prompts = [_prompt(engine.tokenizer, template, q) for q in questions[first : first + BATCH]]
+        found += _answered(engine, prompts, first)
+        if sum(map(len, found)) >= tokens:
+            break
+    return _first(found, tokens)
+
+
+def _prompt(tokenizer, template: str | None, question: str) -> list[int]:
+    if template is None:
+        head = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+        return head + tokenizer.encode(question, control=False)
+    return chat_prompt(tokenizer, template, [{"role": "user", "content": question}]).ids
+
+
+def _answered(engine, prompts: list[list[int]], seed: int) -> list[list[int]]:
+    """Each prompt with its answer. Seeds are by question, so that a batch does not matter."""
+    found = {str(at): list(prompt) for at, prompt in enumerate(prompts)}
+    for at, prompt in enumerate(prompts):
+        most = min(LONGEST, engine.max_context - len(prompt))
+        sampling = Sampling(max_tokens=most, temperature=TEMPERATURE, top_p=TOP_P, seed=seed + at)
+        engine.add(Request(str(at), prompt, sampling))
+    while not engine.idle:
+        for output in engine.step():
+            found[output.id] += output.tokens
+    return list(found.values())
+
+
+def _first(answers: list[list[int]], tokens: int) -> list[list[int]]:
+    kept: list[list[int]] = []
+    for answer in answers:
+        answer = answer[: tokens - sum(map(len, kept))]
+        if len(answer) > 1:
+            kept.append(answer)
+    return kept
