@@ -68,13 +68,15 @@ def device_of(plan: Plan) -> str:
 def original_plan(model: Model, plan: Plan) -> Plan:
     """The weights as released on this machine: where the plan runs, else on the CPU. DoesNotFit where on neither.
 
-    On a CPU its products are float32, so that a receipt shows what BF16 products cost too.
+    On a CPU its products are float32, so that a receipt shows what BF16 products cost too; on a GPU they are what the
+    plan's are.
     """
     machine = load_machine("this")
     free = {d.name: d.free_bytes for d in machine.devices}
     context = min(plan.limits.context, ORIGINAL_CONTEXT)
     for device in ("cpu",) if device_of(plan) == "cpu" else (None, "cpu"):
-        ask = Ask(None, context, 1, False, device, dtype="float32" if device == "cpu" else "auto")
+        wide = device == "cpu" or plan.compute_dtype == "float32"
+        ask = Ask(None, context, 1, False, device, dtype="float32" if wide else "auto")
         made = solve(model.name, model.config, model.spec, machine, ask)
         if made.fits and len({row.store for row in made.rows} - {"unloaded"}) == 1:
             check(made, model.spec, model.config)

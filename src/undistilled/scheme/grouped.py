@@ -39,6 +39,7 @@ POSITIVE = {
     ),
 }
 NORMAL = {bits: (*(-float(x) for x in reversed(half)), *map(float, half)) for bits, half in POSITIVE.items()}
+FINE = 4  # steps of a unit that separate the levels of every table here
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -116,9 +117,17 @@ class Grouped:
         first, last = self.levels[0], self.levels[-1]
         if self.even:
             return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
-        fine, table = self._ladder
-        place = (x * fine).ceil_().clamp_(min(self.levels) * fine, max(self.levels) * fine)
-        return table.to(x.device)[place.sub_(min(self.levels) * fine).int()]
+        return self._ladder.to(x.device)[self._rung(x)]
+
+    def snapped(self, x: torch.Tensor) -> torch.Tensor:
+        """The levels nearest to x, float32."""
+        if self.even:
+            return x.round().clamp_(self.levels[0], self.levels[-1])
+        return self.level(self._ladder).to(x.device)[self._rung(x)]
+
+    def _rung(self, x: torch.Tensor) -> torch.Tensor:
+        least, most = min(self.levels), max(self.levels)
+        return (x * FINE).ceil_().clamp_(least * FINE, most * FINE).sub_(least * FINE).int()
 
     def level(self, codes: torch.Tensor) -> torch.Tensor:
         """The levels of codes, float32."""
@@ -134,17 +143,17 @@ class Grouped:
         return all(b - a == 1 for a, b in pairwise(self.levels))
 
     @cached_property
-    def _ladder(self) -> tuple[int, torch.Tensor]:
-        """(steps of a unit, the code nearest to what lies in each step): what is halfway between levels is a step's
-        end, so that no search is needed. A value halfway takes the lower level."""
+    def _ladder(self) -> torch.Tensor:
+        """The code nearest to what lies in each step of 1 / FINE: what is halfway between levels is a step's end, so
+        that no search is needed. A value halfway takes the lower level."""
         import torch
 
         order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
         rungs = [self.levels[c] for c in order]
         between = [(a + b) / 2 for a, b in pairwise(rungs)]
-        fine = next(f for f in (2, 4, 8) if all(float(x * f).is_integer() for x in (*between, rungs[0])))
-        ends = range(int(rungs[0] * fine), int(rungs[-1] * fine) + 1)
-        return fine, torch.tensor([order[bisect_left(between, end / fine)] for end in ends], dtype=torch.uint8)
+        assert all(float(x * FINE).is_integer() for x in (*between, *rungs))
+        ends = range(int(rungs[0] * FINE), int(rungs[-1] * FINE) + 1)
+        return torch.tensor([order[bisect_left(between, end / FINE)] for end in ends], dtype=torch.uint8)
 
     def packed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., out, in] -> the part `values`."""

@@ -25,7 +25,7 @@ Nearest = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torc
 class Grid:
     """What a value may become: level * scale + low. scale, low and kind are [B, N, K].
 
-    `nearest` takes values in units of their scale, and their kind, and gives codes and levels.
+    `nearest` takes values in units of their scale, and their kind, whatever that is, and gives codes and levels.
     """
 
     scale: torch.Tensor

@@ -42,7 +42,8 @@ def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: 
 
 
 def _levels(scheme: Grouped, groups: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
-    return scheme.level(scheme.nearest(groups, s[..., None], None if m is None else m[..., None]))
+    inverse = s.reciprocal().masked_fill_(s == 0, 0.0)[..., None]
+    return scheme.snapped(groups * inverse if m is None else groups.mul(inverse).add_(-m[..., None] * inverse))
 
 
 def _refit(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None):

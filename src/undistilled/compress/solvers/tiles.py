@@ -6,10 +6,12 @@ output and input moments from compress/calibrate.py. E experts (or nothing), B b
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ...scheme.base import Parts, Scheme
-from ...scheme.grouped import normal
+from ...scheme.grouped import NORMAL, normal
 from ...scheme.packing import QUANTUM
 from ...scheme.tiles import WIDTHS, Tiles
 from . import gptq, search
@@ -53,7 +55,7 @@ def solve(scheme: Tiles, w: torch.Tensor, moments: torch.Tensor, outputs: torch.
     assert scales is not None
     meta = scheme.stored_scales(scheme.sorted(scales, order))
     steps = scheme.sorted(scheme.read_scales(meta), place)
-    wide = (_spread(scheme, by_row, w) for by_row in (steps, kind[..., None].expand_as(steps)))
+    wide = (_spread(scheme, by_row, w) for by_row in (steps, _begins(kind)[..., None].expand_as(steps)))
     scale, kinds = (t.reshape(-1, *w.shape[-2:]) for t in wide)
     grid = gptq.Grid(scale, None, kinds, nearest)
     codes = gptq.rounded(gptq.stacked(w), gptq.stacked(moments), grid).reshape(w.shape)
@@ -66,12 +68,27 @@ def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tenso
 
 
 def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and levels of values in units of their scales, `kind`: their bits."""
+    """Codes and levels of values in units of their scales; `kind`: where the rungs of their width begin."""
     assert kind is not None
-    codes, levels = torch.zeros_like(x, dtype=torch.uint8), torch.zeros_like(x)
-    for bits in WIDTHS:
-        here, form = kind == bits, normal(bits, QUANTUM)
-        code = form.rank(x)
-        codes = torch.where(here, code, codes)
-        levels = torch.where(here, form.level(code), levels)
-    return codes, levels
+    codes, levels = _rungs(x.device)
+    place = (x * FINE).ceil_().clamp_(-FINE * MOST, FINE * MOST).int() + kind
+    return codes[place], levels[place]
+
+
+FINE, MOST = 2, int(NORMAL[2][-1])  # what lies halfway between levels of any width is half a unit's multiple
+STEPS = 2 * FINE * MOST + 1
+
+
+def _begins(bits: torch.Tensor) -> torch.Tensor:
+    """Where the rungs of each width are, for values from -MOST to MOST."""
+    return (bits.int() - WIDTHS[0]) * STEPS + FINE * MOST
+
+
+@cache
+def _rungs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, levels) nearest to what lies in each half unit, width after width."""
+    ends = torch.arange(-FINE * MOST, FINE * MOST + 1) / FINE
+    forms = [normal(bits, QUANTUM) for bits in WIDTHS]
+    codes = [form.rank(ends) for form in forms]
+    levels = [form.level(code) for form, code in zip(forms, codes, strict=True)]
+    return torch.cat(codes).to(device), torch.cat(levels).to(device)
