@@ -6,8 +6,7 @@
 
 Each form is made by `undistilled quantize` and proven against MODEL by `undistilled prove`; both are kept in FOLDER for
 the next run. Uniform schemes and budgets go through the same solver and one calibration. --equal also shares out the
-very bytes of each uniform scheme. Forms are made --jobs at a time, for a GPU that one process does not fill; then the
-speeds in the receipts mean nothing.
+very bytes of each uniform scheme. Forms are made --jobs at a time, for a GPU that one process does not fill.
 """
 
 from __future__ import annotations
@@ -57,7 +56,9 @@ class Table:
         """The bytes of a form, which is made where it is not there."""
         out, note = self.folder / name, self.folder / f"{name}.json"
         if not out.exists():
-            note.write_text(json.dumps(run("quantize", self.model, out, *options, *self.quantize)))
+            made = run("quantize", self.model, out, *options, *self.quantize)
+            print(f"{name} made in {made['seconds']:.0f} s", file=sys.stderr, flush=True)
+            note.write_text(json.dumps(made))
         return json.loads(note.read_text())["bytes"]
 
     def proven(self, name: str) -> Path:
@@ -106,7 +107,7 @@ def quantize_options(args: argparse.Namespace) -> list:
 
 
 def prove_options(args: argparse.Namespace) -> list:
-    options: list = ["--tokens", args.tokens, "--dtype", args.dtype]
+    options: list = ["--no-speed", "--tokens", args.tokens, "--dtype", args.dtype]
     for task in args.tasks:
         options += ["--tasks", task]
     if args.suite:

@@ -222,6 +222,9 @@ def prove(
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Whether the suite's answers may begin with reasoning.")
     ] = True,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Whether memory and speed are measured, in a fresh process.")
+    ] = True,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")
     ] = None,
@@ -249,6 +252,7 @@ def prove(
             context=context,
             dtype=dtype,
             suite=asked,
+            speed=speed,
             progress=progress,
         )
     if output:

@@ -24,14 +24,19 @@ def receipt(r: dict[str, Any], output: Path | None = None) -> None:
     show.out.print(table)
     if r["suite"]:
         _suite(r["suite"])
+    if r["speed"]["measured"]:
+        _speeds(r)
+    if output:
+        show.out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
+
+
+def _speeds(r: dict[str, Any]) -> None:
     speeds = table_of("measure", "predicted", "measured")
     speeds.add_row("memory", size(r["memory"]["predicted"]), size(r["memory"]["measured"]))
     for name in ("prefill", "decode"):
         key = f"{name}_tokens_per_s"
         speeds.add_row(name, rate(r["speed"]["predicted"][key]), rate(r["speed"]["measured"][key]["median"]))
     show.out.print(speeds)
-    if output:
-        show.out.print(f"receipt: {output}, page: {output.with_suffix('.html')}")
 
 
 def _suite(s: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import toy
 
 from undistilled.errors import BadArtefact, UndistilledError, UsageError
 from undistilled.prove import measure
+from undistilled.prove.compare import rows
 from undistilled.prove.inputs import read_text
 from undistilled.prove.receipt import check_output, prove, seal, verify_receipt, write_receipt
 
@@ -57,6 +58,17 @@ def test_written_whole_beside_its_page(receipt, tmp_path):
     for bad in (tmp_path / "r.html", tmp_path, tmp_path / "absent" / "r.json"):
         with pytest.raises(UsageError):
             check_output(bad)
+
+
+def test_speed_can_be_left_out(folder, text, tmp_path):
+    def never(argv):
+        raise AssertionError("ran")
+
+    r = prove(str(folder), scheme="int4", text=text, tokens=200, context=128, speed=False, command=never)
+    assert r["kl_nats"]["mean"] > 0 and r["speed"]["measured"] is None and r["memory"]["measured"] is None
+    page = write_receipt(r, tmp_path / "quick.json").read_text()
+    assert "not measured (--no-speed)" in page
+    assert rows([tmp_path / "quick.json"])[0]["decode_tokens_per_s"] is None
 
 
 def test_a_plan_file_is_held_to(folder, text, tmp_path):

@@ -46,14 +46,14 @@ def _about(receipt: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _row(file: Path, receipt: dict[str, Any]) -> dict[str, Any]:
-    plan, suite = receipt["plan"], receipt["suite"]
+    plan, suite, speed = receipt["plan"], receipt["suite"], receipt["speed"]["measured"]
     return {
         "name": file.stem, "scheme": plan["scheme"], "bytes": plan["bytes"], "bits_per_weight": plan["bits_per_weight"],
         "kl_nats": receipt["kl_nats"]["mean"],
         "top1_agreement": receipt["top1_agreement"],
         "suite": suite["mean"]["plan"] if suite else None,
         "suite_original": suite["mean"]["original"] if suite else None,
-        "decode_tokens_per_s": receipt["speed"]["measured"]["decode_tokens_per_s"]["median"],
+        "decode_tokens_per_s": speed and speed["decode_tokens_per_s"]["median"],
     }
 
 

@@ -32,7 +32,7 @@ def view(r: dict[str, Any]) -> dict[str, Any]:
         "kl_note": kl_note(r["kl_nats"]), "tasks": [task(name, t) for name, t in r["tasks"].items()],
         "suite": suite(r.get("suite")), "bars": bars(r), "histogram": histogram(r["kl_nats"]["histogram"]),
         "bindings": bindings(r),
-        "same_context": r["conditions"]["same_context"], "busy": busy(r["conditions"]),
+        "same_context": not r["conditions"] or r["conditions"]["same_context"], "busy": busy(r["conditions"]),
     }
 
 
@@ -125,8 +125,10 @@ def accuracy(who: str, share: float, interval: list[float] | None = None) -> Row
 
 
 def bars(r: dict[str, Any]) -> list[Row]:
-    """Predicted beside measured, widths in percent of the longest."""
+    """Predicted beside measured, widths in percent of the longest; none where nothing was measured."""
     memory, speed = r["memory"], r["speed"]
+    if speed["measured"] is None:
+        return []
     rows = [bar("Peak memory", memory["predicted"], memory["measured"], size, lower_is_better=True)]
     for title, key in (("Prefill speed", "prefill_tokens_per_s"), ("Decode speed", "decode_tokens_per_s")):
         m = speed["measured"][key]
@@ -134,9 +136,9 @@ def bars(r: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def busy(at: dict[str, Any]) -> bool:
+def busy(at: dict[str, Any] | None) -> bool:
     """Whether other work took so much of the machine that its speed here is not its own."""
-    return at["load_before"] is not None and at["load_before"] > 0.5 * at["cores"]
+    return at is not None and at["load_before"] is not None and at["load_before"] > 0.5 * at["cores"]
 
 
 def bar(title: str, predicted: float, measured: float, show, low=None, high=None, lower_is_better=False) -> Row:
@@ -168,6 +170,15 @@ def histogram(h: dict[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "ticks": ticks}
 
 
+def _speed_run(at: dict[str, Any] | None) -> str:
+    if at is None:
+        return "none"
+    return (
+        f"{at['prompt_tokens']:,} prompt tokens, {at['new_tokens']} new ones, batch {at['batch']}; "
+        f"predicted for a context of {at['context']:,} tokens from {at['basis']}"
+    )
+
+
 def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
     """What the figures hold for, as (name, text)."""
     p, o, t, at, machine = r["plan"], r["original"], r["text"], r["conditions"], r["machine"]
@@ -181,8 +192,7 @@ def bindings(r: dict[str, Any]) -> list[tuple[str, str]]:
         ("Text", f"{t['name']}: {t['tokens']:,} tokens in windows of {t['window']}; SHA-256 {t['sha256']}"),
         *((f"Task {name}", f"{task['n']:,} questions; SHA-256 {task['sha256']}") for name, task in r["tasks"].items()),
         *suite_bindings(r.get("suite")),
-        ("Speed run", f"{at['prompt_tokens']:,} prompt tokens, {at['new_tokens']} new ones, batch {at['batch']}; "
-                      f"predicted for a context of {at['context']:,} tokens from {at['basis']}"),
+        ("Speed run", _speed_run(at)),
         ("Machine", f"{machine['name']}: {machine['system']}, {machine['threads']} threads"),
         ("Versions", versions),
         ("Command", r["command"]),

@@ -52,6 +52,7 @@ def prove(
     dtype: str | None = None,
     window: int = 512,
     suite: graded.Wanted | None = None,
+    speed: bool = True,
     progress: Progress | None = None,
     command: measure.Command = measure.run_command,
 ) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def prove(
     original: the model that it is compared with; None: the same, or what a compressed one was made from.
     tokens: of the text, in windows of `window`; limit: questions of each task (None: all of a file, 100 of each task
     of the reasoning suite, which is asked where `suite` says what).
-    Three runs, one after another: speed and memory in a fresh process, the original here, the plan here.
+    Three runs, one after another: speed and memory in a fresh process (unless not `speed`), the original here, the
+    plan here.
     Raises what planning, loading and reading the inputs raise, before anything long begins.
     """
     say = progress or (lambda _text: None)
@@ -69,8 +71,10 @@ def prove(
     base = original_of(model, original)
     first = original_plan(base, plan)
     inputs = read_inputs(model, plan, first, Asked(text, tasks, tokens, limit, window, suite))
-    say("measuring memory and speed in a fresh process")
-    bench = measure.bench(model_name, plan, command)
+    bench = None
+    if speed:
+        say("measuring memory and speed in a fresh process")
+        bench = measure.bench(model_name, plan, command)
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
         quality = _quality((base, first), (model, plan), inputs, Path(folder) / "logprobs", say)
     return seal(_bindings((base, first), (model, plan), inputs) | quality | _figures(plan, bench))
@@ -137,13 +141,23 @@ def _scored(
     return text, chosen
 
 
-def _figures(plan: Plan, bench: dict[str, Any]) -> dict[str, Any]:
-    """Memory in bytes and speed in tokens a second; both speeds are of all requests of the batch together."""
+def _figures(plan: Plan, bench: dict[str, Any] | None) -> dict[str, Any]:
+    """Memory in bytes and speed in tokens a second; both speeds are of all requests of the batch together.
+
+    Where nothing was measured, `measured` and `conditions` are None.
+    """
     p = plan.predicted
     predicted = {"prefill_tokens_per_s": p.prefill_tokens_per_s, "decode_tokens_per_s": p.decode_tokens_per_s}
+    memory = p.devices[device_of(plan)].bytes.total
+    if bench is None:
+        return {
+            "memory": {"predicted": memory, "measured": None},
+            "speed": {"predicted": predicted, "measured": None},
+            "conditions": None,
+        }
     at = bench["conditions"]
     return {
-        "memory": {"predicted": p.devices[device_of(plan)].bytes.total, "measured": bench["peak_bytes"]},
+        "memory": {"predicted": memory, "measured": bench["peak_bytes"]},
         "speed": {"predicted": predicted, "measured": bench["speed"]},
         "conditions": at | {"same_context": at["prompt_tokens"] + at["new_tokens"] >= at["context"], "basis": p.basis},
     }
