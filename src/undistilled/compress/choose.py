@@ -13,6 +13,7 @@ import torch
 
 from .. import scheme as schemes
 from ..checkpoint.resolve import Model
+from ..checkpoint.source import Source
 from ..errors import DoesNotFit, UsageError
 from ..model.weights import Weight, weights
 from ..plan.recipes import MIXED, parse, scheme_of
@@ -23,7 +24,9 @@ from .allocate import allocate
 from .calibrate import FEW, Moments
 from .material import moments_of
 from .options import AT_ONCE, options, smallest
-from .solvers import gptq, search
+from .rescale import search_factors
+from .rescaled import Factors, Rescaled
+from .solvers import gptq, hqq, search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AT_ONCE", "Choice", "budget", "check", "choose"]
 
-SOLVERS = ("rtn", "search", "gptq")
+SOLVERS = ("rtn", "hqq", "search", "gptq", "awq", "awq-gptq")
+UNCALIBRATED = ("rtn", "hqq")
+TRIED = "nl3-g64"  # under a budget: what awq tries its factors in, before schemes are known
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
 
@@ -43,25 +48,41 @@ class Choice:
     solver: str
     moments: dict[str, Moments] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
+    factors: Factors = field(default_factory=Factors)
 
     def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
         """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
-        found = self.moments.get(weight.name)
-        if found is None or self.solver == "rtn" or not isinstance(scheme, (Grouped, Tiles)):
+        if not isinstance(scheme, (Grouped, Tiles)):
             return scheme.compress(w)
-        inputs, outputs = found.of(experts)
+        if self.solver == "hqq":
+            return tile_solver.plain(scheme, w) if isinstance(scheme, Tiles) else hqq.solve(scheme, w)
+        found = self.known(weight, experts)
+        if found is None:
+            return scheme.compress(w)
+        inputs, outputs = found
         if isinstance(scheme, Tiles):
             return tile_solver.solve(scheme, w, inputs, outputs)
-        if self.solver == "search":
+        if self.solver in ("search", "awq"):
             return search.solve(scheme, w, inputs.diagonal(dim1=-2, dim2=-1)[..., None, :])
         return gptq.solve(scheme, w, inputs)
 
+    def known(self, weight: Weight, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean moments of a weight as it is stored, or of these experts; None where it was not calibrated."""
+        found = self.moments.get(weight.name)
+        return None if found is None else self.factors.moments(weight.name, experts, *found.of(experts))
+
+    def source(self, model: Model) -> Source:
+        """The model's weights as they are to be stored."""
+        found = model.source()
+        changed = self.factors.rows or self.factors.columns
+        return Rescaled(found, self.factors, weights(model.spec)) if changed else found
+
     def diagonals(self, weight: Weight, experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known."""
-        found = self.moments.get(weight.name)
+        found = self.known(weight, experts if weight.experts else None)
         if found is None:
             return torch.ones(1, weight.shape[1]), torch.ones(1, weight.shape[0])
-        inputs, outputs = found.of(experts if weight.experts else None)
+        inputs, outputs = found
         by_input = inputs.diagonal(dim1=-2, dim2=-1)
         return (by_input, outputs) if weight.experts else (by_input[None], outputs[None])
 
@@ -102,10 +123,12 @@ def _bytes(weight: Weight, scheme: str) -> int:
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
     moments: dict[str, Moments] = {}
-    if request.solver != "rtn":
+    if request.solver not in UNCALIBRATED:
         moments = moments_of(model, request, folder / "moments.safetensors", say)
         _say_rare(moments, say)
     choice = Choice(request.scheme or REST, request.solver, moments)
+    if request.solver.startswith("awq"):
+        choice.factors = _factors(model, request, moments, folder / "factors.safetensors", say)
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
@@ -114,6 +137,18 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
             part.replace(file)
         choice.schemes = json.loads(file.read_text())
     return choice
+
+
+def _factors(
+    model: Model, request: Request, moments: dict[str, Moments], file: Path, say: Callable[[str], None]
+) -> Factors:
+    """What rows and columns are multiplied by; from `file` where a run before this one left them."""
+    if not file.exists():
+        asked = request.scheme or TRIED
+        search_factors(
+            model.spec, model.source(), moments, lambda weight: scheme_of(weight, model.spec, asked), say
+        ).save(file)
+    return Factors.load(file)
 
 
 def _say_rare(moments: dict[str, Moments], say: Callable[[str], None]) -> None:
@@ -129,7 +164,7 @@ def _shared_out(model: Model, request: Request, choice: Choice, say: Callable[[s
     shared = [w for w in weights(model.spec) if w.is_linear]
     room = budget(model, request)
     assert room is not None
-    source, found = model.source(), []
+    source, found = choice.source(model), []
     for at, weight in enumerate(shared, 1):
         found.append(options(weight, source, choice))
         say(f"measured {at} of {len(shared)} matrices")

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 class Request:
     """What was asked for. `scheme`: a scheme or recipe; else `bytes` or `bits` (of a weight, on average) is shared out.
 
-    `tokens` of calibration; `solver`: rtn, search or gptq.
+    `tokens` of calibration; `solver`: a row of choose.SOLVERS.
     """
 
     scheme: str | None = None
@@ -147,7 +147,7 @@ def _entry(line: str) -> dict:
 
 
 def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
-    source = model.source()
+    source = choice.source(model)
     for weight, experts in _together(content):
         scheme = schemes.get(table[weight.name])
         names = [weight.tensor_names[at] for at in experts]
@@ -197,6 +197,6 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     }
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
-    for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors"):
+    for name in ("request.json", "journal.jsonl", "choice.json", "moments.safetensors", "factors.safetensors"):
         (folder / name).unlink(missing_ok=True)
     os.replace(folder, out)
