@@ -117,10 +117,11 @@ def search_factors(
 
 
 def _worth(fold: Fold, scheme_of: SchemeOf) -> Fold | None:
-    """The fold where it has takers of few bits. What is stored as it was must stay so: a giver in 16 bits is divided
-    by powers of two, and one in FP8 blocks, whose rows share a scale, not at all."""
+    """The fold where it has takers of few bits. Dividing must lose nothing: a giver in 16 bits is divided by powers of
+    two, and one whose rows share a scale (FP8 blocks), not at all."""
     given, takers = schemes.get(scheme_of(fold.giver)), [tried_in(scheme_of(t)) for t in fold.takers]
-    if given.name == "fp8_block" or not any(isinstance(t, Grouped) for t in takers):
+    shared = schemes.row_quantum(given) > 1 and not isinstance(given, Tiles)  # which have a multiplier for each row
+    if shared or not any(isinstance(t, Grouped) for t in takers):
         return None
     plain = fold.giver.role != "norm" and isinstance(given, schemes.Plain)
     return replace(fold, exact=fold.exact or plain)
@@ -145,7 +146,8 @@ def _together(
         step = -(-taker.count // EXPERTS)
         for at in range(0, taker.count, step):
             case = _Case.of(taker, slice(at, at + 1), source, moments, scheme_of)
-            cases.append((case, min(step, taker.count - at)))
+            stands_for = min(step, taker.count - at) * taker.shape[0] / case.w.shape[1]
+            cases.append((case, stands_for))
     power = torch.stack([case.power[0] * share for case, share in cases]).sum(0)
     tried = scales(by_channel(power, fold.columns), fold.exact)
     lost = [sum(float(c.lost(fold.spread(s)).sum()) * share for c, share in cases) for s in tried]
