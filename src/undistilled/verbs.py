@@ -42,7 +42,7 @@ def quantize(
     ] = None,
     bits: Annotated[float | None, typer.Option(help="Bits a weight on average, shared out by worth.")] = None,
     size_: Annotated[str | None, typer.Option("--bytes", help="The same, for the whole checkpoint: 200GB.")] = None,
-    solver: Annotated[str, typer.Option(help="rtn (no calibration), search or gptq.")] = "gptq",
+    solver: Annotated[str, typer.Option(help="rtn or hqq (no calibration); search, gptq, awq or awq-gptq.")] = "gptq",
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; default: an excerpt of Emma.")] = None,
     traces: Annotated[

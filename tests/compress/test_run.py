@@ -16,6 +16,8 @@ from tiny import CONFIGS, load, write_checkpoint
 from undistilled import scheme as schemes
 from undistilled.checkpoint import writer
 from undistilled.checkpoint.resolve import find
+from undistilled.compress import choose
+from undistilled.compress.rescaled import Factors
 from undistilled.compress.run import Request, quantize
 from undistilled.errors import BadArtefact, DoesNotFit, UsageError
 from undistilled.model.weights import weights
@@ -51,11 +53,15 @@ RTN, ROLES, BITS, SEARCH = (
     {"scheme": "int8", "solver": "rtn"}, {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"}, {"bits": 6.0},
     {"scheme": "nl3-g32", "solver": "search"},
 )
+HQQ = {"scheme": "int4,expert=nl4-g32", "solver": "hqq"}
 
 
 @pytest.mark.parametrize(
     "name, asked",
-    [("deepseek_v3", ROLES), ("deepseek_v3", BITS), ("deepseek_v2", SEARCH), ("llama", BITS), ("qwen3", RTN)],
+    [
+        ("deepseek_v3", ROLES), ("deepseek_v3", BITS), ("deepseek_v3", HQQ), ("deepseek_v2", SEARCH), ("llama", BITS),
+        ("qwen3", RTN),
+    ],
 )
 def test_what_is_written_is_the_model(name, asked, tmp_path):
     source = folder(tmp_path / "m", name)
@@ -110,6 +116,22 @@ def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypat
     with pytest.raises(UsageError, match="another request"):
         quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn"))
     quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+
+
+def test_a_budget_with_awq_goes_on_with_the_factors_that_it_found(tmp_path, monkeypatch):
+    """Scaled weights are another file's values, but the same model: what is written answers as the original does."""
+    source = folder(tmp_path / "m", "llama", num_hidden_layers=1)
+    asked = Request(bits=7.5, solver="awq-gptq", **SMALL)
+    with monkeypatch.context() as patch, pytest.raises(writer.DiskFull):
+        patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        quantize(find(str(source)), tmp_path / "out", asked)
+    assert Factors.load(tmp_path / "out.partial" / "factors.safetensors").columns
+    monkeypatch.setattr(choose, "search_factors", lambda *_: pytest.fail("searched again"))
+    assert quantize(find(str(source)), tmp_path / "out", asked)["bits_per_weight"] <= 7.5
+    assert not list((tmp_path / "out").glob("factors*"))
+    (made, made_plan), (truth, plan) = load(tmp_path / "out", scheme=None), load(source, scheme="fp32")
+    one, other = (our_logits(*m, TOKENS).log_softmax(-1) for m in ((truth, plan), (made, made_plan)))
+    assert float((one.exp() * (one - other)).sum(-1).mean()) < 0.05
 
 
 def test_a_disk_that_lies_is_caught(tmp_path, monkeypatch):

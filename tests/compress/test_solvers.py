@@ -5,7 +5,7 @@ import torch
 
 from undistilled import scheme as schemes
 from undistilled.compress.calibrate import Moments
-from undistilled.compress.solvers import gptq, search, tiles
+from undistilled.compress.solvers import gptq, hqq, search, tiles
 from undistilled.scheme.tiles import Tiles
 
 NAMES = ["int4", "int3-g64", "int2-g32", "int4-g32-sym", "nl3-g32", "nl2-g64", "mxfp4", "nvfp4"]
@@ -42,6 +42,31 @@ def test_each_solver_loses_less_than_the_one_before(name, k):
     by_input = torch.diag(diagonal)
     assert lost(scheme, searched, w, by_input) <= lost(scheme, nearest, w, by_input)
     assert lost(scheme, solved, w, moments) < 0.8 * lost(scheme, searched, w, moments)
+
+
+HEAVY = ["int4", "int3-g64", "int2-g32", "int4-g32-sym", "int3-sym", "nl3-g32", "nl2-g64", "nvfp4", "tiles"]
+
+
+@pytest.mark.parametrize("name", HEAVY)
+@pytest.mark.parametrize("experts, k", [(None, 512), (3, 129)])
+def test_half_quadratic_splitting_loses_less_than_rounding_on_heavy_tails(name, experts, k):
+    """By the lp norm that it is for, and by the mean square too."""
+    scheme = Tiles(16, 32, ((2, 2), (4, 3))) if name == "tiles" else schemes.get(name)
+    shape = (64, k) if experts is None else (experts, 64, k)
+    w = torch.distributions.StudentT(3.0).sample(shape)
+    solve = tiles.plain if name == "tiles" else hqq.solve
+    solved, nearest = checked(scheme, solve(scheme, w), shape), scheme.compress(w)
+    errors = [(scheme.decompress(parts, shape, torch.float32) - w).abs() for parts in (solved, nearest)]
+    for power in (hqq.P, 2):
+        ours, theirs = (float(e.double().pow(power).mean()) for e in errors)
+        assert ours < theirs, (power, ours, theirs)
+
+
+def test_half_quadratic_splitting_is_the_same_at_any_size_and_for_any_expert():
+    scheme, w = schemes.get("int3-g64"), torch.distributions.StudentT(3.0).sample((2, 16, 160))
+    both, small = hqq.solve(scheme, w), hqq.solve(scheme, w / 1024)
+    assert torch.equal(both["values"][1], hqq.solve(scheme, w[1])["values"])
+    assert (both["values"] == small["values"]).float().mean() > 0.99
 
 
 def test_experts_together_are_experts_apart():

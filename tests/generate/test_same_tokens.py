@@ -7,7 +7,7 @@ from runs import greedy
 from tiny import CONFIGS, load, write_checkpoint
 
 MODELS = ["deepseek_v3", "deepseek_v2", "llama", "qwen3"]
-SCHEMES = ["fp32", "bf16", "int8", "int4", "fp8_block"]
+SCHEMES = ["fp32", "bf16", "int8", "int4", "fp8_block", "fp8_channel"]
 PROMPTS = [[5, 9, 11], list(range(2, 90)), [300] * 33, list(range(40, 60))]
 NEW = 24
 

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from undistilled import scheme as schemes
 from undistilled.ops.cpu import native
 from undistilled.ops.cpu.native import KIND
+from undistilled.ops.linear import LARGE, apply, linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_missing())
 
@@ -331,3 +333,16 @@ def test_one_openmp_runtime_is_loaded():
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line or "libomp" in line}
     assert len(runtimes) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_fp8_by_channel_runs_on_the_kernel_for_blocks(rows):
+    scheme = schemes.get("fp8_channel")
+    weight = schemes.Stored(scheme, (130, 200), scheme.compress(torch.randn(130, 200)))
+    x = torch.randn(rows, 200)
+    assert linear.resolve(weight, x.dtype).name == "native by row"
+    exact = weight.parts["values"].double() * weight.parts["scales"].double()
+    y, bound = apply(x, weight), (x.double().abs() @ exact.abs().T) * EPS * 8
+    assert torch.all((y.double() - x.double() @ exact.T).abs() <= bound)
+    if rows < LARGE:
+        assert torch.equal(apply(x[-1:], weight), y[-1:])

@@ -12,7 +12,7 @@ from undistilled.scheme.packing import pack, unpack
 
 # half a step of each format, relative to the largest value that shares a scale
 HALF_STEP = {
-    "bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "int8": 0.5 / 127,
+    "bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "fp8_channel": 2**-4, "int8": 0.5 / 127,
     "int6": 0.55 / 31, "int5": 0.55 / 15, "int4": 0.55 / 7, "int3": 0.55 / 3, "int2": 0.55 / 2,
     # half of the widest gap between levels, and what an FP8 scale that was rounded down cuts off
     "nl6": 0.07, "nl5": 0.08, "nl4": 0.1, "nl3": 0.14, "nl2": 0.22, "mxfp4": 0.17, "nvfp4": 0.13, "tiles16x32": 0.22,
@@ -95,7 +95,7 @@ def test_levels_of_a_normal_distribution_lose_least_on_one(bits):
             assert lost(moved.sort().values) > base * 0.999
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int8", "fp8_block", "nl3-g32", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "fp8_block", "fp8_channel", "nl3-g32", "mxfp4"])
 def test_compressing_rows_apart_is_compressing_them_together(name):
     scheme = schemes.get(name)
     w = torch.randn(300, 160)
@@ -126,3 +126,12 @@ def test_r1_shapes_have_bytes(shape):
     weights = shape[0] * shape[1]
     assert schemes.bytes_of(schemes.get("int4"), shape) * 8 / weights == pytest.approx(4.25, abs=0.01)
     assert schemes.bytes_of(schemes.get("fp8_block"), shape) * 8 / weights == pytest.approx(8.002, abs=0.001)
+    assert schemes.bytes_of(schemes.get("fp8_channel"), shape) == weights + 4 * shape[0]
+
+
+def test_fp8_by_channel_is_what_others_write():
+    """A row's largest value becomes 448, the others the E4M3 numbers nearest to w / scale."""
+    w = torch.tensor([[1.0, -2.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0], [1e-3, 5e-4, -1e-3, 1e-9]])
+    parts = schemes.get("fp8_channel").compress(w)
+    assert torch.equal(parts["scales"], w.abs().amax(1, keepdim=True) / 448) and parts["scales"].shape == (3, 1)
+    assert parts["values"].float().tolist() == [[224.0, -448.0, 64.0, 0.0], [0.0] * 4, [448.0, 224.0, -448.0, 0.0]]

@@ -14,6 +14,7 @@ import torch
 
 from .. import scheme as schemes
 from ..checkpoint.resolve import Model
+from ..checkpoint.source import Source
 from ..errors import DoesNotFit, UsageError
 from ..model.weights import Weight, weights
 from ..plan.recipes import MIXED, parse, scheme_of
@@ -24,7 +25,9 @@ from .allocate import allocate
 from .calibrate import FEW, Moments
 from .material import moments_of
 from .options import Option, at_once, options, smallest
-from .solvers import gptq, search
+from .rescale import search_factors
+from .rescaled import Factors, Rescaled
+from .solvers import gptq, hqq, search
 from .solvers import tiles as tile_solver
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CALIBRATION", "Choice", "at_once", "budget", "check", "choose"]
 
-SOLVERS = ("rtn", "search", "gptq")
+SOLVERS = ("rtn", "hqq", "search", "gptq", "awq", "awq-gptq")
+UNCALIBRATED = ("rtn", "hqq")
+TRIED = "nl3-g64"  # under a budget: what awq tries its factors in, before schemes are known
 CALIBRATION = "calibration"  # the folder of moments, inside the one being made where no other was named
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
@@ -46,28 +51,44 @@ class Choice:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    factors: Factors = field(default_factory=Factors)
 
     def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
         """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
-        found = self.moments.get(weight.name)
-        if found is None or self.solver == "rtn" or not isinstance(scheme, (Grouped, Tiles)):
+        if not isinstance(scheme, (Grouped, Tiles)):
             return scheme.compress(w)
-        inputs, outputs = (t.to(w.device) for t in found.of(experts))
+        if self.solver == "hqq":
+            return tile_solver.plain(scheme, w) if isinstance(scheme, Tiles) else hqq.solve(scheme, w)
+        found = self.known(weight, experts)
+        if found is None:
+            return scheme.compress(w)
+        inputs, outputs = (t.to(w.device) for t in found)
         if isinstance(scheme, Tiles):
             return tile_solver.solve(scheme, w, inputs, outputs)
-        if self.solver == "search":
+        if self.solver in ("search", "awq"):
             return search.solve(scheme, w, inputs.diagonal(dim1=-2, dim2=-1)[..., None, :])
         return gptq.solve(scheme, w, inputs)
 
+    def known(self, weight: Weight, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean moments of a weight as it is stored, or of these experts; None where it was not calibrated."""
+        found = self.moments.get(weight.name)
+        return None if found is None else self.factors.moments(weight.name, experts, *found.of(experts))
+
+    def source(self, model: Model) -> Source:
+        """The model's weights as they are to be stored."""
+        found = model.source()
+        changed = self.factors.rows or self.factors.columns
+        return Rescaled(found, self.factors, weights(model.spec)) if changed else found
+
     def diagonals(self, weight: Weight, experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known."""
-        found = self.moments.get(weight.name)
-        if found is None:
-            return torch.ones(1, weight.shape[1], device=self.device), torch.ones(
-                1, weight.shape[0], device=self.device
-            )
-        pair = found.diagonal(experts if weight.experts else None)
-        by_input, by_output = (t.to(self.device) for t in pair)
+        some = experts if weight.experts else None
+        moments = self.moments.get(weight.name)
+        if moments is None:
+            rows, into = weight.shape
+            return torch.ones(1, into, device=self.device), torch.ones(1, rows, device=self.device)
+        found = self.factors.moments(weight.name, some, *moments.diagonal(some))
+        by_input, by_output = (t.to(self.device) for t in found)
         return (by_input, by_output) if weight.experts else (by_input[None], by_output[None])
 
 
@@ -104,7 +125,7 @@ def budget(model: Model, request: Request) -> int | None:
 def _shared(model: Model, request: Request) -> list[Weight]:
     """The matrices that a budget is shared out over: those of blocks, and the head where its worth is known."""
     head = "embed" if model.spec.tied else "head"
-    known = request.solver != "rtn"
+    known = request.solver not in UNCALIBRATED
     return [w for w in weights(model.spec) if w.is_linear or (known and w.role == head and not w.mtp)]
 
 
@@ -116,10 +137,12 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
     moments: Mapping[str, Moments] = {}
     kept = Path(request.calibration) if request.calibration else folder / CALIBRATION
-    if request.solver != "rtn":
+    if request.solver not in UNCALIBRATED:
         moments = moments_of(model, request, kept, say)
         _say_rare(moments, say)
     choice = Choice(request.scheme or REST, request.solver, moments, device=request.device)
+    if request.solver.startswith("awq"):
+        choice.factors = _factors(model, request, moments, folder / "factors.safetensors", say)
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
@@ -128,6 +151,18 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
             part.replace(file)
         choice.schemes = json.loads(file.read_text())
     return choice
+
+
+def _factors(
+    model: Model, request: Request, moments: Mapping[str, Moments], file: Path, say: Callable[[str], None]
+) -> Factors:
+    """What rows and columns are multiplied by; from `file` where a run before this one left them."""
+    if not file.exists():
+        asked = request.scheme or TRIED
+        search_factors(
+            model.spec, model.source(), moments, lambda weight: scheme_of(weight, model.spec, asked), say
+        ).save(file)
+    return Factors.load(file)
 
 
 def _say_rare(moments: Mapping[str, Moments], say: Callable[[str], None]) -> None:
@@ -145,7 +180,8 @@ def _shared_out(
     shared = _shared(model, request)
     room = budget(model, request)
     assert room is not None
-    found = _measured(model, shared, choice, kept / f"options-{request.solver == 'rtn'}.jsonl", say)
+    basis = "nothing" if not choice.moments else "scaled" if choice.factors.columns else "moments"
+    found = _measured(model, shared, choice, kept / f"options-of-{basis}.jsonl", say)
     taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}
 
@@ -161,7 +197,7 @@ def _measured(
         with contextlib.suppress(ValueError):  # a kill cut it short
             name, rows = json.loads(line)
             found[name] = [Option(*row) for row in rows]
-    source = model.source()
+    source = choice.source(model)
     with file.open("a") as f:
         for at, weight in enumerate(shared, 1):
             if weight.name not in found:

@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 class Request:
     """What was asked for. `scheme`: a scheme or recipe; else `bytes` or `bits` (of a weight, on average) is shared out.
 
-    `solver`: rtn, search or gptq. It calibrates on `tokens`, of which up to `traces` are the model's own answers to
+    `solver`: a row of choose.SOLVERS. It calibrates on `tokens`, of which up to `traces` are the model's own answers to
     `questions` (a file) and the rest `text` (a file); what it finds is kept in the folder `calibration`, if one is
     given. `device`: where it computes.
     """
@@ -157,7 +157,7 @@ def _entry(line: str) -> dict:
 
 
 def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
-    source = model.source()
+    source = choice.source(model)
     for weight, experts in _together(content, at_once(choice.device)):
         scheme = schemes.get(table[weight.name])
         names = [weight.tensor_names[at] for at in experts]
@@ -210,7 +210,7 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     }
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
-    for name in ("request.json", "journal.jsonl", "choice.json"):
+    for name in ("request.json", "journal.jsonl", "choice.json", "factors.safetensors"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
     os.replace(folder, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..scheme import Stored, fp8_block, grouped, int8, plain
+from ..scheme import Stored, fp8_block, fp8_channel, grouped, int8, plain
 from . import triton as cuda
 from .cpu import native
 from .registry import Kernel, forced, op, say_fallback
@@ -130,6 +130,26 @@ def _checked(weight: Stored) -> native.Weight:
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear_stored(x_TK.contiguous(), _checked(weight))
+
+
+def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:
+    here = w.device.type == "cpu" and dtype == torch.float32 and native.library() is not None
+    products = w.products is None or (w.products == "bfloat16" and native.rounds())
+    return here and products and isinstance(w.scheme, fp8_channel.Fp8Channel)
+
+
+@linear.register("native by row", _fp8_rows, "our C kernel for FP8 blocks with ones for scales, then each output's own")
+def _native_by_row(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    if x_TK.shape[0] >= LARGE and not weight.products:
+        return F.linear(x_TK, dense(weight, x_TK.dtype))
+    codes = weight.kernels.get("codes")
+    if codes is None:
+        (n, k), block = weight.shape, fp8_block.BLOCK
+        ones = torch.ones(-(-n // block), -(-k // block))
+        kind = native.KIND["fp8_block"]
+        codes = native.Weight(kind, weight.parts["values"], ones, None, n, k, block, weight.products is not None)
+        weight.kernels["codes"] = codes
+    return native.linear_stored(x_TK.contiguous(), codes) * weight.parts["scales"][:, 0]  # type: ignore[arg-type]
 
 
 @linear.register(

@@ -18,11 +18,12 @@ from ..model.spec import ModelSpec
 from ..model.weights import LINEAR_ROLES, Weight
 
 # families of schemes for the large matrices -> scheme of the head; others: bf16 where they are FP8, else int8
-HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16"}
+HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp8_channel": "bf16"}
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
-ROUNDS = ("bf16", "fp8_block", "int8", "int4")  # families with a kernel for BF16 products on CPUs; others gain nothing
+# families with a kernel for BF16 products on CPUs; others gain nothing
+ROUNDS = ("bf16", "fp8_block", "fp8_channel", "int8", "int4")
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {

@@ -1,12 +1,12 @@
 """Schemes: how weights are stored. `get("int8")` finds one; a new format is a new file and a row here."""
 
 from ..errors import UsageError
-from . import fp8_block, grouped, int8, plain, tiles
+from . import fp8_block, fp8_channel, grouped, int8, plain, tiles
 from .base import Dim, PartSpec, Scheme, Stored, bytes_of, parts_of, row_quantum
 from .plain import Plain
 
 SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for module in (plain, fp8_block, int8, grouped) for scheme in module.SCHEMES
+    scheme.name: scheme for module in (plain, fp8_block, fp8_channel, int8, grouped) for scheme in module.SCHEMES
 }
 
 

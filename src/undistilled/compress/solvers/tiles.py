@@ -6,15 +6,16 @@ output and input moments from compress/calibrate.py. E experts (or nothing), B b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from ...scheme.base import Parts, Scheme
-from ...scheme.grouped import NORMAL, normal
+from ...scheme.grouped import NORMAL, Grouped, normal
 from ...scheme.packing import QUANTUM
 from ...scheme.tiles import WIDTHS, Tiles
-from . import gptq, search
+from . import gptq, hqq, search
 
 MEASURED = 5  # candidates for a scale where only the loss is wanted
 
@@ -42,24 +43,44 @@ def losses(
 def solve(scheme: Tiles, w: torch.Tensor, moments: torch.Tensor, outputs: torch.Tensor) -> Parts:
     """[..., N, K] in `scheme`: widths by loss, values by GPTQ, for mean moments [..., K, K] and [..., N]."""
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    middle = scheme.counts[len(scheme.counts) // 2][0]
-    order = losses(scheme, w, diagonal, outputs, (middle,))[middle].argsort(-1)
-    scales = None
+    order = _order(scheme, w, diagonal, outputs)
+    scales, kind = _scales(scheme, w, order, lambda form: search.fit(form, w, diagonal[..., None, :]))
     place = order.argsort(-1)
-    kind = torch.tensor(scheme.widths, device=w.device)[place]  # [..., B, S, T] bits by place in the weight
-    for bits, _ in scheme.counts:
-        form = normal(bits, scheme.cols)
-        fitted, _ = form.steps(search.fit(form, w, diagonal[..., None, :]))
-        by_tile = scheme.tiled(fitted.repeat_interleave(scheme.cols, -1)[..., : w.shape[-1]])[..., 0]
-        scales = by_tile if scales is None else torch.where((kind == bits)[..., None], by_tile, scales)
-    assert scales is not None
-    meta = scheme.stored_scales(scheme.sorted(scales, order))
+    meta = scheme.stored_scales(scales)
     steps = scheme.sorted(scheme.read_scales(meta), place)
     wide = (_spread(scheme, by_row, w) for by_row in (steps, _begins(kind)[..., None].expand_as(steps)))
     scale, kinds = (t.reshape(-1, *w.shape[-2:]) for t in wide)
     grid = gptq.Grid(scale, None, kinds, nearest)
     codes = gptq.rounded(gptq.stacked(w), gptq.stacked(moments), grid).reshape(w.shape)
     return scheme.pack(scheme.sorted(scheme.tiled(codes), order), order, meta)
+
+
+def plain(scheme: Tiles, w: torch.Tensor) -> Parts:
+    """[..., N, K] in `scheme` without moments: widths by loss, scales by half-quadratic splitting, nearest levels."""
+    order = _order(scheme, w, w.new_ones(w.shape[-1]), w.new_ones(w.shape[-2]))
+    scales, _ = _scales(scheme, w, order, lambda form: hqq.fit(form, w))
+    return scheme.assemble(scheme.tiled(w), scales, order)
+
+
+def _order(scheme: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Tiles [..., B, S, T] by what they lose at the middle width."""
+    middle = scheme.counts[len(scheme.counts) // 2][0]
+    return losses(scheme, w, inputs, outputs, (middle,))[middle].argsort(-1)
+
+
+def _scales(
+    scheme: Tiles, w: torch.Tensor, order: torch.Tensor, fit: Callable[[Grouped], Parts]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [..., B, S, T, R] in stored order, as `fit` has them for a width; bits [..., B, S, T] by place."""
+    scales = None
+    kind = torch.tensor(scheme.widths, device=w.device)[order.argsort(-1)]
+    for bits, _ in scheme.counts:
+        form = normal(bits, scheme.cols)
+        fitted, _ = form.steps(fit(form))
+        by_tile = scheme.tiled(fitted.repeat_interleave(scheme.cols, -1)[..., : w.shape[-1]])[..., 0]
+        scales = by_tile if scales is None else torch.where((kind == bits)[..., None], by_tile, scales)
+    assert scales is not None
+    return scheme.sorted(scales, order), kind
 
 
 def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

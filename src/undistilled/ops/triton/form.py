@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from ...scheme import Stored, fp8_block, grouped, int8
+from ...scheme import Stored, fp8_block, fp8_channel, grouped, int8
 from ...scheme.packing import PLANES
 
 NONE, FLOAT32, FLOAT16, E4M3, E8M0 = range(5)  # how a group's scale is stored
@@ -86,6 +86,8 @@ def form_of(scheme: object) -> Form | None:
         return Form("int8", (8,), scheme.group, scale=FLOAT32)
     if isinstance(scheme, fp8_block.Fp8Block):
         return Form("fp8", (8,), fp8_block.BLOCK, tall=fp8_block.BLOCK, scale=FLOAT32)
+    if isinstance(scheme, fp8_channel.Fp8Channel):
+        return Form("fp8", (8,), 0, by_row=True)
     return _grouped(scheme) if isinstance(scheme, grouped.Grouped) else None
 
 
