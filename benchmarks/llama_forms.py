@@ -165,9 +165,13 @@ def same_tokens(folder: Path, bins: Path, text: Path, ours: list[int]) -> None:
         raise SystemExit(f"llama.cpp reads {text} as other tokens than ours from token {at} on.")
 
 
+def file_of(folder: Path, kind: str) -> Path:
+    return folder / f"llama-{kind.replace(':', '-')}.gguf"
+
+
 def form(folder: Path, bins: Path, kind: str, matrix: Path) -> Path:
     """A quantised file; its log says which tensors fell back."""
-    path = folder / f"llama-{kind.replace(':', '-')}.gguf"
+    path = file_of(folder, kind)
     part, base, options = path.with_suffix(".part"), kind, ["--imatrix", matrix]
     if kind.startswith(DOWN):
         base = "Q4_0"  # of no tensor: each has its type said
@@ -215,8 +219,8 @@ def checked(folder: Path, bins: Path, kinds: list[str], tokens: int) -> list[dic
     command(*asked, "-m", model.path, "-f", text, log=folder / "base.log")
     before, found = later_halves(model, cut), []
     for kind in kinds:
-        path = folder / f"llama-{kind}.gguf"
-        theirs = command(*asked, "-m", path, "--kl-divergence", log=folder / f"check-{kind}.log")
+        path = file_of(folder, kind)
+        theirs = command(*asked, "-m", path, "--kl-divergence", log=folder / f"check-{path.stem}.log")
         found.append({"name": path.stem} | measured(theirs) | compared(before, later_halves(find(str(path)), cut)))
     base.unlink()
     return found
