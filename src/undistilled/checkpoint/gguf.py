@@ -276,7 +276,7 @@ class GGUFFile:
         if kind.decode is None:
             raise BadArtefact(
                 f"{self.path}: tensor {tensor.name!r} has type {kind.name}, which cannot be read yet.",
-                "Use a file in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K.",
+                "Use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K or IQ1_S to IQ4_XS.",
             )
         block, raw, step = kind.elements, self.raw(tensor.name), CHUNK_BYTES // (4 * kind.elements)
         last = first + out.numel()

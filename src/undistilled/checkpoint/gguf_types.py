@@ -9,27 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from undistilled.checkpoint import gguf_iq as iq
+from undistilled.checkpoint.gguf_bits import bits, f16, nibbles
+
 Decode = Callable[[np.ndarray], np.ndarray]
 
 CHUNK_BYTES = 16 << 20
 """Largest float32 output, in bytes, that one dequantisation step produces."""
-
-
-def _f16(part: np.ndarray) -> np.ndarray:
-    """uint8 [n, 2k] -> float32 [n, k]."""
-    return np.ascontiguousarray(part).view("<f2").astype(np.float32)
-
-
-def _nibbles(packed: np.ndarray, width: int) -> np.ndarray:
-    """uint8 [n, k] -> uint8 [n, k/width, 2, width]: of each `width` bytes first the low, then the high nibbles."""
-    groups = packed.reshape(len(packed), -1, 1, width)
-    return np.concatenate([groups & 15, groups >> 4], axis=2)
-
-
-def _bits(packed: np.ndarray, width: int, step: int) -> np.ndarray:
-    """uint8 [n, k] -> uint8 [n, k/width, 8/step, width]: `step`-bit fields, low bits first."""
-    shifts = np.arange(0, 8, step, dtype=np.uint8).reshape(1, 1, -1, 1)
-    return (packed.reshape(len(packed), -1, 1, width) >> shifts) & np.uint8((1 << step) - 1)
 
 
 def _plain(dtype: str) -> Decode:
@@ -42,63 +28,63 @@ def _bf16(blocks: np.ndarray) -> np.ndarray:
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * _f16(blocks[:, :2])
+    return blocks[:, 2:].view(np.int8).astype(np.float32) * f16(blocks[:, :2])
 
 
 def _q4_0(blocks: np.ndarray) -> np.ndarray:
-    values = _nibbles(blocks[:, 2:], 16).reshape(len(blocks), 32).astype(np.float32)
+    values = nibbles(blocks[:, 2:], 16).reshape(len(blocks), 32).astype(np.float32)
     values -= 8
-    return _f16(blocks[:, :2]) * values
+    return f16(blocks[:, :2]) * values
 
 
 def _q4_1(blocks: np.ndarray) -> np.ndarray:
-    scale_min = _f16(blocks[:, :4])
-    values = _nibbles(blocks[:, 4:], 16).reshape(len(blocks), 32).astype(np.float32)
+    scale_min = f16(blocks[:, :4])
+    values = nibbles(blocks[:, 4:], 16).reshape(len(blocks), 32).astype(np.float32)
     return scale_min[:, :1] * values + scale_min[:, 1:]
 
 
 def _five(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Fifth bits uint8 [n, 4] (bit i is element i) and nibbles [n, 16] -> float32 [n, 32], 0..31."""
     top = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
-    return (_nibbles(low, 16).reshape(len(low), 32) | (top << 4)).astype(np.float32)
+    return (nibbles(low, 16).reshape(len(low), 32) | (top << 4)).astype(np.float32)
 
 
 def _q5_0(blocks: np.ndarray) -> np.ndarray:
     values = _five(blocks[:, 2:6], blocks[:, 6:])
     values -= 16
-    return _f16(blocks[:, :2]) * values
+    return f16(blocks[:, :2]) * values
 
 
 def _q5_1(blocks: np.ndarray) -> np.ndarray:
-    scale_min = _f16(blocks[:, :4])
+    scale_min = f16(blocks[:, :4])
     return scale_min[:, :1] * _five(blocks[:, 4:8], blocks[:, 8:]) + scale_min[:, 1:]
 
 
 def _q2_k(blocks: np.ndarray) -> np.ndarray:
     n = len(blocks)
-    d = _f16(blocks[:, 80:84])
+    d = f16(blocks[:, 80:84])
     scales = d[:, :1] * (blocks[:, :16] & 15).astype(np.float32)
     mins = d[:, 1:] * (blocks[:, :16] >> 4).astype(np.float32)
-    values = _bits(blocks[:, 16:80], 32, 2).reshape(n, 16, 16).astype(np.float32)
+    values = bits(blocks[:, 16:80], 32, 2).reshape(n, 16, 16).astype(np.float32)
     return (scales[:, :, None] * values - mins[:, :, None]).reshape(n, 256)
 
 
 def _q3_k(blocks: np.ndarray) -> np.ndarray:
     n = len(blocks)
-    low = _nibbles(blocks[:, 96:104], 8).reshape(n, 16)
-    high = _bits(blocks[:, 104:108], 4, 2).reshape(n, 16)
+    low = nibbles(blocks[:, 96:104], 8).reshape(n, 16)
+    high = bits(blocks[:, 104:108], 4, 2).reshape(n, 16)
     scales = (low | (high << 4)).astype(np.float32)
     scales -= 32
-    scales = _f16(blocks[:, 108:110]) * scales
-    values = _bits(blocks[:, 32:96], 32, 2).reshape(n, 256).astype(np.float32)
+    scales = f16(blocks[:, 108:110]) * scales
+    values = bits(blocks[:, 32:96], 32, 2).reshape(n, 256).astype(np.float32)
     # A clear mask bit takes 4 off: the mask holds the value's third bit, and values run from -4.
-    values -= 4 * (1 - _bits(blocks[:, :32], 32, 1).reshape(n, 256))
+    values -= 4 * (1 - bits(blocks[:, :32], 32, 1).reshape(n, 256))
     return (scales[:, :, None] * values.reshape(n, 16, 16)).reshape(n, 256)
 
 
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Q4_K and Q5_K headers (d, dmin, twelve bytes of 6-bit fields) -> scales and mins, float32 [n, 8, 1]."""
-    d = _f16(blocks[:, :4])
+    d = f16(blocks[:, :4])
     first, second, mixed = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, (mixed & 15) | ((first >> 2) & 48)], axis=1)
     mins = np.concatenate([second & 63, (mixed >> 4) | ((second >> 2) & 48)], axis=1)
@@ -107,24 +93,24 @@ def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
     scales, mins = _k_scales(blocks)
-    values = _nibbles(blocks[:, 16:], 32).reshape(-1, 8, 32).astype(np.float32)
+    values = nibbles(blocks[:, 16:], 32).reshape(-1, 8, 32).astype(np.float32)
     return (scales * values - mins).reshape(-1, 256)
 
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
     scales, mins = _k_scales(blocks)
-    high = _bits(blocks[:, 16:48], 32, 1).reshape(-1, 8, 32)
-    values = (_nibbles(blocks[:, 48:], 32).reshape(-1, 8, 32) | (high << 4)).astype(np.float32)
+    high = bits(blocks[:, 16:48], 32, 1).reshape(-1, 8, 32)
+    values = (nibbles(blocks[:, 48:], 32).reshape(-1, 8, 32) | (high << 4)).astype(np.float32)
     return (scales * values - mins).reshape(-1, 256)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     n = len(blocks)
-    low = _nibbles(blocks[:, :128], 64).reshape(n, 256)
-    high = _bits(blocks[:, 128:192], 32, 2).reshape(n, 256)
+    low = nibbles(blocks[:, :128], 64).reshape(n, 256)
+    high = bits(blocks[:, 128:192], 32, 2).reshape(n, 256)
     values = (low | (high << 4)).astype(np.float32)
     values -= 32
-    scales = _f16(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    scales = f16(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
     return (scales[:, :, None] * values.reshape(n, 16, 16)).reshape(n, 256)
 
 
@@ -141,7 +127,7 @@ class BlockType:
 
 TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4, _plain("<f4")),
-    1: BlockType("F16", 1, 2, _f16),
+    1: BlockType("F16", 1, 2, f16),
     2: BlockType("Q4_0", 32, 18, _q4_0),
     3: BlockType("Q4_1", 32, 20, _q4_1),
     6: BlockType("Q5_0", 32, 22, _q5_0),
@@ -154,20 +140,20 @@ TYPES: dict[int, BlockType] = {
     13: BlockType("Q5_K", 256, 176, _q5_k),
     14: BlockType("Q6_K", 256, 210, _q6_k),
     15: BlockType("Q8_K", 256, 292),
-    16: BlockType("IQ2_XXS", 256, 66),
-    17: BlockType("IQ2_XS", 256, 74),
-    18: BlockType("IQ3_XXS", 256, 98),
-    19: BlockType("IQ1_S", 256, 50),
-    20: BlockType("IQ4_NL", 32, 18),
-    21: BlockType("IQ3_S", 256, 110),
-    22: BlockType("IQ2_S", 256, 82),
-    23: BlockType("IQ4_XS", 256, 136),
+    16: BlockType("IQ2_XXS", 256, 66, iq.iq2_xxs),
+    17: BlockType("IQ2_XS", 256, 74, iq.iq2_xs),
+    18: BlockType("IQ3_XXS", 256, 98, iq.iq3_xxs),
+    19: BlockType("IQ1_S", 256, 50, iq.iq1_s),
+    20: BlockType("IQ4_NL", 32, 18, iq.iq4_nl),
+    21: BlockType("IQ3_S", 256, 110, iq.iq3_s),
+    22: BlockType("IQ2_S", 256, 82, iq.iq2_s),
+    23: BlockType("IQ4_XS", 256, 136, iq.iq4_xs),
     24: BlockType("I8", 1, 1, _plain("i1")),
     25: BlockType("I16", 1, 2, _plain("<i2")),
     26: BlockType("I32", 1, 4, _plain("<i4")),
     27: BlockType("I64", 1, 8, _plain("<i8")),
     28: BlockType("F64", 1, 8, _plain("<f8")),
-    29: BlockType("IQ1_M", 256, 56),
+    29: BlockType("IQ1_M", 256, 56, iq.iq1_m),
     30: BlockType("BF16", 1, 2, _bf16),
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
