@@ -1,0 +1,383 @@
+"""Products with dynamic blocks (scheme/tiles.py), of linears and of stacked experts; shapes as in ops/linear.py.
+
+A warp takes 16 rows of a weight and, at a time, 4 quanta of 32 inputs from a run of tiles of one width: thread
+4 g + t the quantum t of rows g and g + 8, whole, from memory to the tensor cores (levels.py, lanes.py). A level times
+its tile row's FP8 scale has 11 bits, so it is exact in float16, and so are activations after a power of two a row
+(`halves`, which also puts them in the order that codes come in). Only the sums round, in float32, and in an order that
+the weight's shape alone decides: a row has the same bits in any company.
+
+How many tiles of each width there are, a kernel reads; it is compiled for the set of widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ...scheme import Stored
+from ...scheme.grouped import NORMAL
+from ...scheme.packing import PLANES
+from ...scheme.tiles import WIDTHS, Tiles
+from . import experts as routed
+from .decode import e4m3
+from .lanes import kept4, mma, passing
+from .levels import eight, scale_pair
+from .linear import counters
+
+LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
+FEW = 64  # tokens; above, a product on a dense copy is faster
+COLUMNS = 8  # tokens or pairs that an instruction multiplies by
+WARPS = 2
+REGISTERS = None
+PROGRAMS = 132 * 10  # that a split aims at
+ORDER, SCALES, MULTIPLIERS, COUNTS, SECTIONS, TILES, LOG = tl.constexpr(5), *map(tl.constexpr, (6, 7, 8, 13, 14, 15))
+
+
+@triton.jit
+def _fetched(values, order, scales, unit, count, place, log, g, t, BITS: tl.constexpr):
+    """What does not depend on activations of a thread's quantum: words of both rows, tile, scales of both rows.
+
+    Past the end of the run it is the last one with scales of zero.
+    """
+    wanted = 4 * unit + t
+    at = tl.minimum(wanted, (count << log) - 1)
+    tile, inside = at >> log, at & ((1 << log) - 1)
+    row = BITS << log  # words
+    words = values + ((tile * 16 + g) * row + inside * BITS)
+    there = wanted == at
+    scale = scales + (place + tile) * 16 + g
+    first = tl.load(scale, mask=there, other=0).to(tl.int32)
+    second = tl.load(scale + 8, mask=there, other=0).to(tl.int32)
+    quantum = (tl.load(order + place + tile).to(tl.int32) << log) + inside
+    return passing(words, BITS), passing(words + 8 * row, BITS), quantum, first, second
+
+
+@triton.jit
+def _multiplied(acc, x, rows, fetched, BITS: tl.constexpr):
+    """acc + 16 rows x 4 quanta times the activations of each group of 8 columns."""
+    first2, bias2 = scale_pair(fetched[3])
+    second2, bias2_too = scale_pair(fetched[4])
+    x += fetched[2] * 16
+    for j in tl.static_range(4):
+        a = eight(fetched[0], first2, bias2, BITS, j)
+        b = eight(fetched[1], second2, bias2_too, BITS, j)
+        total: tl.tuple = ()
+        for i in tl.static_range(len(rows)):
+            y = kept4(x + rows[i] + 4 * j)
+            c = acc[4 * i : 4 * i + 4]
+            c = mma(a[0], b[0], a[1], b[1], y[0], y[1], c[0], c[1], c[2], c[3])
+            total = total + mma(a[2], b[2], a[3], b[3], y[2], y[3], c[0], c[1], c[2], c[3])
+        acc = total
+    return acc
+
+
+@triton.jit
+def _run(
+    acc, x, rows, values, order, scales, count, place, log, first, last, step, g, t, warp,
+    BITS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """acc + rounds first, first + step … of a run of tiles; the next round's bytes are on their way meanwhile."""
+    if first < last:
+        now = _fetched(values, order, scales, first * WARPS + warp, count, place, log, g, t, BITS)
+        for r in range(first, last, step):
+            ahead = _fetched(values, order, scales, (r + step) * WARPS + warp, count, place, log, g, t, BITS)
+            acc = _multiplied(acc, x, rows, now, BITS)
+            now = ahead
+    return acc
+
+
+@triton.jit
+def _section(acc, x, rows, weight, at, part, SPLIT, g, t, warp, SET: tl.constexpr, WARPS: tl.constexpr):
+    """acc + the part's share of a section of a block's tiles."""
+    log = tl.load(weight + LOG).to(tl.int32)
+    tiles = tl.load(weight + TILES).to(tl.int32)
+    order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16)) + at * tiles
+    scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8)) + at * tiles * 16
+    place = 0
+    before = 0
+    for i in tl.static_range(5):
+        if (SET >> (i + 2)) & 1:
+            count = tl.load(weight + COUNTS + i).to(tl.int32)
+            values = tl.load(weight + i).to(tl.pointer_type(tl.int32)) + at * count * (16 * (i + 2) << log)
+            rounds = ((count << log) + 4 * WARPS - 1) // (4 * WARPS)
+            first = (part + SPLIT - before % SPLIT) % SPLIT  # so that parts differ by a round at most
+            acc = _run(
+                acc, x, rows, values, order, scales, count, place, log, first, rounds, SPLIT, g, t, warp, i + 2, WARPS
+            )
+            place += count
+            before += rounds
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "T", "STRIDE", "SPLIT", "k_each", "each"])
+def _product(
+    x, factors, y, parts, counters, weight, other, pairs, shares, T, N, STRIDE, SPLIT, k_each, each,
+    STAGE: tl.constexpr, SET: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """One block of 16 rows times up to 8 GROUPS tokens or pairs.
+
+    pairs: (order, experts, starts, counts) of ops/triton/experts.py, `each` apart. STRIDE: words of a row of x.
+    UP: the grid's third axis is the weight (`weight`, `other`), whose results [2, P, N] lie in the order of experts.
+    """
+    lane = tl.arange(0, 32 * WARPS)
+    warp, g, t = lane // 32, lane % 32 // 4, lane % 4
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    part = 0
+    expert, start, count = 0, 0, T
+    if STAGE == LINEAR:
+        part = tl.program_id(1)
+    else:
+        slot = tl.program_id(1)
+        count = tl.load(pairs + 3 * each + slot)
+        if count == 0:
+            return
+        expert = tl.load(pairs + each + slot)
+        start = tl.load(pairs + 2 * each + slot)
+    if STAGE == UP and tl.program_id(2) == 1:
+        weight = other
+        y += each.to(tl.int64) * N
+    rows: tl.tuple = ()
+    for i in tl.static_range(GROUPS):
+        row = start + tl.minimum(8 * i + g, count - 1)
+        if STAGE == UP:
+            row = tl.load(pairs + row) // k_each
+        rows += (row.to(tl.int64) * STRIDE,)
+    acc: tl.tuple = ()
+    for _ in tl.static_range(4 * GROUPS):
+        acc += (tl.zeros([32 * WARPS], tl.float32),)
+    sections = tl.load(weight + SECTIONS).to(tl.int32)
+    at = (blocks.to(tl.int64) * expert + block) * sections
+    for s in range(sections):
+        inputs = tl.load(weight + TILES).to(tl.int32) << tl.load(weight + LOG).to(tl.int32)  # quanta of a section
+        acc = _section(acc, x + s * inputs * 16, rows, weight, at + s, part, SPLIT, g, t, warp, SET, WARPS)
+    lane = tl.arange(0, 32)
+    g, t = lane // 4, lane % 4
+    done: tl.tuple = ()
+    for i in tl.static_range(4 * GROUPS):
+        done += (tl.sum(tl.reshape(acc[i], [WARPS, 32]), 0),)
+    if SPLIT > 1:
+        mine = parts + (block * 4 * GROUPS) * 32 + lane
+        step = blocks * (4 * GROUPS) * 32
+        for i in tl.static_range(4 * GROUPS):
+            tl.store(mine + part * step + i * 32, done[i])
+        tl.debug_barrier()  # every thread's part is written before this program is counted
+        if tl.atomic_add(counters + block, 1, sem="acq_rel") != SPLIT - 1:
+            return
+        tl.store(counters + block, 0)
+        total: tl.tuple = ()
+        for i in tl.static_range(4 * GROUPS):
+            value = tl.zeros([32], tl.float32)
+            for p in range(SPLIT):
+                value += tl.load(mine + p * step + i * 32, cache_modifier=".cg")
+            total += (value,)
+        done = total
+    multipliers = tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.bfloat16))
+    multipliers += (blocks.to(tl.int64) * expert + block) * 16
+    for i in tl.static_range(4 * GROUPS):
+        r = g + i % 4 // 2 * 8
+        m = i // 4 * 8 + 2 * t + i % 2
+        there = (m < count) & (block * 16 + r < N)
+        row = start + tl.minimum(m, count - 1)
+        source = row
+        if STAGE == UP:
+            source = tl.load(pairs + row) // k_each
+        value = done[i] * tl.load(multipliers + r).to(tl.float32) * tl.load(factors + source)
+        if STAGE == DOWN:
+            row = tl.load(pairs + row)
+            value *= tl.load(shares + row)
+        tl.store(y + row.to(tl.int64) * N + block * 16 + r, value.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["K", "STRIDE"])
+def _halves(x, up, out, factors, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of activations, or of silu(x) * up, in float16: times the power of two that brings its largest value just
+    below 2^15, zeros behind it, inputs k and k + 16 of each 32 side by side. `factors`: what undoes it, and the 2^-8
+    of `scale_pair`."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    k = at // 32 * 32 + at % 32 // 2 + at % 2 * 16
+    value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    if SILU:
+        value = value / (1.0 + tl.exp(-value)) * tl.load(up + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    exponent = tl.max(tl.abs(value), 0).to(tl.int32, bitcast=True) >> 23  # with a bias of 127
+    power = tl.maximum(exponent - 141, -100)
+    small = ((127 - power) << 23).to(tl.float32, bitcast=True)
+    tl.store(out + row * STRIDE + at, (value * small).to(tl.float16), mask=at < STRIDE)
+    tl.store(factors + row, ((135 + power) << 23).to(tl.float32, bitcast=True))
+
+
+def halves(x: torch.Tensor, up: torch.Tensor | None, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float16 [rows, stride], factors [rows]) of x [rows, K], or of silu(x) * up."""
+    rows, inputs = x.shape
+    out = torch.empty(rows, stride, dtype=torch.float16, device=x.device)
+    factors = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(stride)
+    warps = min(32, max(4, block // 1024))
+    other = x if up is None else up
+    _halves[(rows,)](x, other, out, factors, inputs, stride, SILU=up is not None, BLOCK=block, num_warps=warps)
+    return out, factors
+
+
+@dataclass(frozen=True)
+class Described:
+    """A weight as the kernels take it. `row`: int64 on the device, addresses and counts; `parts`: what lies there."""
+
+    row: torch.Tensor
+    parts: list[torch.Tensor]
+    set: int  # bit b: there are tiles of b bits
+    stride: int  # inputs with the padding of sections
+
+
+def described(weight: Stored) -> Described:
+    """The weight's description, worked out once and kept with it."""
+    found = weight.kernels.get("triton")
+    if found is None:
+        found = weight.kernels["triton"] = _described(weight)
+    return found  # type: ignore[return-value]
+
+
+def _described(weight: Stored) -> Described:
+    scheme, parts = weight.scheme, weight.parts
+    assert isinstance(scheme, Tiles)
+    counts = dict(scheme.counts)
+    names = [*(f"values{bits}" if bits in counts else "scales" for bits in WIDTHS), "order", "scales", "multipliers"]
+    kept = [parts[name].detach() for name in names]
+    sections = parts["order"].shape[-2]
+    numbers = [counts.get(bits, 0) for bits in WIDTHS]
+    rest = (sections, len(scheme.widths), (scheme.cols // 32).bit_length() - 1)
+    row = torch.tensor([*(part.data_ptr() for part in kept), *numbers, *rest], device=weight.device)
+    return Described(row, kept, sum(1 << bits for bits in counts), sections * scheme.section)
+
+
+def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """The kernel for few tokens, cuBLAS on a dense copy for many; any number of leading dimensions."""
+    x = x_TK.reshape(-1, x_TK.shape[-1])
+    if len(x) > FEW:
+        return F.linear(x_TK, dense(weight))
+    return few(x.contiguous(), weight).view(*x_TK.shape[:-1], weight.shape[0])
+
+
+def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """At most FEW tokens."""
+    (N, _), T = weight.shape, len(x_TK)
+    y = x_TK.new_empty(T, N)
+    if T == 0:
+        return y
+    d = described(weight)
+    x, factors = halves(x_TK, None, d.stride)
+    blocks, groups = -(-N // 16), groups_for(T)
+    split = max(1, min(PROGRAMS // blocks, d.stride // (256 * WARPS)))
+    parts = torch.empty(blocks * split * groups * 128 if split > 1 else 0, dtype=torch.float32, device=y.device)
+    _product[(blocks, split)](
+        x.view(torch.int32), factors, y, parts, counters(y.device, blocks), d.row, d.row, counters(y.device, blocks),
+        factors, T, N, d.stride // 2, split, 1, 0,
+        STAGE=LINEAR.value, SET=d.set, GROUPS=groups, WARPS=WARPS, num_warps=WARPS, maxnreg=REGISTERS,
+    )  # fmt: skip
+    return y
+
+
+def groups_for(rows: int) -> int:
+    """Groups of 8 columns for so many rows of activations: a power of two."""
+    return triton.next_power_of_2(-(-rows // COLUMNS))
+
+
+def experts(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    """The op's meaning, in [T, D] of x's dtype; the three weights may have different tiles."""
+    (T, D), k, (E, W, _) = x_TD.shape, ids_Tk.shape[1], gate.shape
+    out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    if T == 0:
+        return out
+    pairs, few = T * k, T * k <= routed.FEW
+    x, ids = x_TD.contiguous(), ids_Tk.contiguous()
+    slots, made = routed.tiles(ids, E, COLUMNS if few else FEW, few)
+    settings = {"GROUPS": 1 if few else FEW // COLUMNS, "WARPS": WARPS, "num_warps": WARPS, "maxnreg": REGISTERS}
+    a, b, c = described(gate), described(up), described(down)
+    stride = max(a.stride, b.stride)
+    middle = x.new_empty(2, pairs, W, dtype=torch.float32 if few else x.dtype)
+    y = x.new_empty(pairs, D, dtype=middle.dtype)
+    shares, none = weights_Tk.float().contiguous(), middle
+    halved, factors = halves(x, None, stride)
+    _product[(-(-W // 16), slots, 2)](
+        halved.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
+        0, W, stride // 2, 1, k, pairs, STAGE=UP.value, SET=a.set | b.set, **settings,
+    )  # fmt: skip
+    halved, factors = halves(middle[0], middle[1], c.stride)
+    _product[(-(-D // 16), slots)](
+        halved.view(torch.int32), factors, y, none, none, c.row, c.row, made, shares,
+        0, D, c.stride // 2, 1, k, pairs, STAGE=DOWN.value, SET=c.set, **settings,
+    )  # fmt: skip
+    routed.summed(y, ids, out, E)
+    return out
+
+
+@triton.jit
+def _code(at, k, BITS: tl.constexpr, FIRST: tl.constexpr):
+    """Code k of 32 whose bytes begin at `at`; FIRST: bits of the first plane."""
+    code = (tl.load(at + k % (4 * FIRST)) >> (k // (4 * FIRST) * FIRST).to(tl.uint8)) & ((1 << FIRST) - 1)
+    if BITS > FIRST:
+        REST: tl.constexpr = BITS - FIRST
+        byte = tl.load(at + 4 * FIRST + k % (4 * REST))
+        code |= ((byte >> (k // (4 * REST) * REST).to(tl.uint8)) & ((1 << REST) - 1)) << FIRST
+    return code
+
+
+@triton.constexpr_function
+def first_plane(bits):
+    return PLANES[bits][0]
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def _dense(out, weight, levels, N, K, COLS: tl.constexpr, SET: tl.constexpr, AT_ONCE: tl.constexpr):
+    """AT_ONCE tiles of a section of a block of rows. levels: int8 [64] for each width from 2 bits on."""
+    block, section = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    sections = tl.load(weight + SECTIONS).to(tl.int32)
+    tiles = tl.load(weight + TILES).to(tl.int32)
+    at = block * sections + section
+    r, c = tl.arange(0, 16)[:, None], tl.arange(0, COLS)[None, :]
+    row = block * 16 + r
+    multiplier = tl.load(tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.bfloat16)) + row).to(tl.float32)
+    first = tl.program_id(0) * AT_ONCE
+    for place in range(first, tl.minimum(first + AT_ONCE, tiles)):
+        level = tl.zeros([16, COLS], tl.float32)
+        before = 0
+        for i in tl.static_range(5):
+            if (SET >> (i + 2)) & 1:
+                count = tl.load(weight + COUNTS + i).to(tl.int32)
+                if (place >= before) & (place < before + count):
+                    run = tl.load(weight + i).to(tl.pointer_type(tl.uint8))
+                    byte = run + ((at * count + place - before) * 16 + r) * (COLS // 8 * (i + 2))
+                    code = _code(byte + c // 32 * (4 * (i + 2)), c % 32, i + 2, first_plane(i + 2))
+                    level = tl.load(levels + i * 64 + code).to(tl.float32)
+                before += count
+        scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8))
+        scale = e4m3(tl.load(scales + (at * tiles + place) * 16 + r))
+        order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16))
+        k = (section * tiles + tl.load(order + at * tiles + place).to(tl.int32)) * COLS + c
+        value = level * (scale * multiplier)
+        tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=(row < N) & (k < K))
+
+
+def dense(weight: Stored) -> torch.Tensor:
+    """The weight [N, K] in bfloat16."""
+    (N, K), scheme, d = weight.shape, weight.scheme, described(weight)
+    assert isinstance(scheme, Tiles)
+    out = torch.empty(N, K, dtype=torch.bfloat16, device=weight.device)
+    at_once = 512 // scheme.cols or 1
+    grid = (-(-len(scheme.widths) // at_once), -(-N // 16), weight.parts["order"].shape[-2])
+    _dense[grid](out, d.row, levels(weight.device), N, K, COLS=scheme.cols, SET=d.set, AT_ONCE=at_once, num_warps=2)
+    return out
+
+
+@cache
+def levels(device: torch.device) -> torch.Tensor:
+    """int8 [widths, 64]: the level of each code of each width."""
+    padded = [[int(level) for level in NORMAL[bits]] + [0] * (64 - (1 << bits)) for bits in WIDTHS]
+    return torch.tensor(padded, dtype=torch.int8, device=device)
