@@ -22,8 +22,8 @@ SMALL, LARGE = 8, 128  # pairs in a tile
 ROWS = {True: (64, 4, 5), False: (64, 4, 3)}  # few: rows of a weight in a program, warps, depth of the pipeline
 
 
-@triton.jit(do_not_specialize=["P"])
-def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
+@triton.jit
+def arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
     """One program: each pair's place by expert and, where a tile begins there, its expert, start and count."""
     i = tl.arange(0, PP)
     mine = tl.load(ids + i, mask=i < P, other=E).to(tl.int32)
@@ -46,6 +46,11 @@ def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl
     tl.store(experts + place, mine, mask=i < P)
     tl.store(starts + place, place, mask=i < P)
     tl.store(counts + place, tl.where(begins, tl.minimum(total - rank, BM), 0), mask=i < P)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
+    arrange(ids, order, experts, starts, counts, P, E, BM, PP, STEP)
 
 
 @triton.jit
@@ -128,15 +133,20 @@ def _sum(y, ids, out, D, E, k_each: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-def tiles(ids: torch.Tensor, experts: int, size: int, few: bool) -> tuple[int, torch.Tensor]:
+def arranged(ids: torch.Tensor, experts: int) -> tuple[int, torch.Tensor]:
+    """As `tiles`, of up to SMALL pairs, for FEW pairs at most."""
+    pairs = ids.numel()
+    made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
+    padded = max(16, triton.next_power_of_2(pairs))
+    _arrange[(1,)](ids, *made, pairs, experts, BM=SMALL, PP=padded, STEP=min(padded, 32), num_warps=8)
+    return pairs, made
+
+
+def tiles(ids: torch.Tensor, experts: int, size: int) -> tuple[int, torch.Tensor]:
     """(tiles of up to `size` pairs there can be, int32 [4, P]: order, and expert, start and count of each tile), all
     on the device."""
     pairs = ids.numel()
     made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
-    if few:
-        padded = max(16, triton.next_power_of_2(pairs))
-        _arrange[(1,)](ids, *made, pairs, experts, BM=size, PP=padded, STEP=min(padded, 32), num_warps=8)
-        return pairs, made
     flat = ids.flatten()
     flat = flat.where((flat >= 0) & (flat < experts), experts).int()
     by_expert, order = flat.sort(stable=True)
@@ -170,7 +180,7 @@ def experts(
         return out
     few = T * k <= FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    slots, made = tiles(ids, E, SMALL if few else LARGE, few)
+    slots, made = arranged(ids, E) if few else tiles(ids, E, LARGE)
     h = x.new_empty(T * k, W)
     y = torch.empty(T * k, D, dtype=torch.float32 if few else x.dtype, device=x.device)
     a, b, c = arguments(gate), arguments(up), arguments(down)

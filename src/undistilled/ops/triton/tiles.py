@@ -194,12 +194,12 @@ def _product(
         tl.store(y + row.to(tl.int64) * N + block * 16 + r, value.to(y.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["K", "STRIDE"])
-def _halves(x, up, out, factors, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def halved(x, up, out, factors, row, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """A row of activations, or of silu(x) * up, in float16: times the power of two that brings its largest value just
     below 2^15, zeros behind it, inputs k and k + 16 of each 32 side by side. `factors`: what undoes it, and the 2^-8
     of `scale_pair`."""
-    row = tl.program_id(0).to(tl.int64)
+    row = row.to(tl.int64)
     at = tl.arange(0, BLOCK)
     k = at // 32 * 32 + at % 32 // 2 + at % 2 * 16
     value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -212,6 +212,23 @@ def _halves(x, up, out, factors, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.conste
     tl.store(factors + row, ((135 + power) << 23).to(tl.float32, bitcast=True))
 
 
+@triton.jit(do_not_specialize=["K", "STRIDE"])
+def _halves(x, up, out, factors, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    halved(x, up, out, factors, tl.program_id(0), K, STRIDE, SILU, BLOCK)
+
+
+@triton.jit(do_not_specialize=["K", "STRIDE", "P"])
+def _begin(
+    x, out, factors, K, STRIDE, ids, pairs, P, E,
+    BLOCK: tl.constexpr, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The order of pairs, by the first program, and the halves of x's rows, by the others: one launch."""
+    if tl.program_id(0) == 0:
+        routed.arrange(ids, pairs, pairs + P, pairs + 2 * P, pairs + 3 * P, P, E, BM, PP, STEP)
+    else:
+        halved(x, x, out, factors, tl.program_id(0) - 1, K, STRIDE, False, BLOCK)
+
+
 def halves(x: torch.Tensor, up: torch.Tensor | None, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(float16 [rows, stride], factors [rows]) of x [rows, K], or of silu(x) * up."""
     rows, inputs = x.shape
@@ -222,6 +239,22 @@ def halves(x: torch.Tensor, up: torch.Tensor | None, stride: int) -> tuple[torch
     other = x if up is None else up
     _halves[(rows,)](x, other, out, factors, inputs, stride, SILU=up is not None, BLOCK=block, num_warps=warps)
     return out, factors
+
+
+def begun(
+    x: torch.Tensor, ids: torch.Tensor, experts: int, stride: int
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tiles of up to COLUMNS pairs there can be, what `routed.tiles` makes, and `halves` of x) for few pairs."""
+    (rows, inputs), pairs = x.shape, ids.numel()
+    made = torch.empty(4, pairs, dtype=torch.int32, device=x.device)
+    out = torch.empty(rows, stride, dtype=torch.float16, device=x.device)
+    factors = torch.empty(rows, dtype=torch.float32, device=x.device)
+    padded = max(16, triton.next_power_of_2(pairs))
+    _begin[(rows + 1,)](
+        x, out, factors, inputs, stride, ids, made, pairs, experts,
+        BLOCK=triton.next_power_of_2(stride), BM=COLUMNS, PP=padded, STEP=min(padded, 32), num_warps=8,
+    )  # fmt: skip
+    return pairs, made, out, factors
 
 
 @dataclass(frozen=True)
@@ -297,21 +330,24 @@ def experts(
         return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    slots, made = routed.tiles(ids, E, COLUMNS if few else FEW, few)
     settings = {"GROUPS": 1 if few else FEW // COLUMNS, "WARPS": WARPS, "num_warps": WARPS, "maxnreg": REGISTERS}
     a, b, c = described(gate), described(up), described(down)
     stride = max(a.stride, b.stride)
     middle = x.new_empty(2, pairs, W, dtype=torch.float32 if few else x.dtype)
     y = x.new_empty(pairs, D, dtype=middle.dtype)
     shares, none = weights_Tk.float().contiguous(), middle
-    halved, factors = halves(x, None, stride)
+    if few:
+        slots, made, half, factors = begun(x, ids, E, stride)
+    else:
+        slots, made = routed.tiles(ids, E, FEW)
+        half, factors = halves(x, None, stride)
     _product[(-(-W // 16), slots, 2)](
-        halved.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
+        half.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
         0, W, stride // 2, 1, k, pairs, STAGE=UP.value, SET=a.set | b.set, **settings,
     )  # fmt: skip
-    halved, factors = halves(middle[0], middle[1], c.stride)
+    half, factors = halves(middle[0], middle[1], c.stride)
     _product[(-(-D // 16), slots)](
-        halved.view(torch.int32), factors, y, none, none, c.row, c.row, made, shares,
+        half.view(torch.int32), factors, y, none, none, c.row, c.row, made, shares,
         0, D, c.stride // 2, 1, k, pairs, STAGE=DOWN.value, SET=c.set, **settings,
     )  # fmt: skip
     routed.summed(y, ids, out, E)
