@@ -25,9 +25,13 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("outputs, inputs, cols", [(576, 7168, 64), (7168, 2048, 128), (100, 200, 32), (33, 96, 32)])
-def test_linear(mix, outputs, inputs, cols):
+SHAPES = [(576, 7168, 64), (7168, 2048, 128), (33, 520, 32)]
+CASES = [*((mix, (100, 200, 32)) for mix in MIXES), *((mix, shape) for mix in ("all", "usual") for shape in SHAPES)]
+
+
+@pytest.mark.parametrize("mix, shape", CASES)
+def test_linear(mix, shape):
+    outputs, inputs, cols = shape
     w = stored(parts_of(inputs, cols, *MIXES[mix]), outputs, inputs)
     assert error(dense(w, torch.bfloat16), exact(w)) < ROUNDING
     for tokens in (1, 8, 32, 100):

@@ -46,6 +46,12 @@ def kept4(p):
 
 
 @triton.jit
+def settled(lane):
+    """Loads above are issued here, not where they are needed: ptxas moves them down to save registers."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1)
+
+
+@triton.jit
 def passing1(p):
     """A word at p that is read once."""
     return tl.load(p, eviction_policy="evict_first")
@@ -55,7 +61,7 @@ def passing1(p):
 def passing2(p):
     """As `passing1`, two words at a multiple of 8 bytes."""
     return tl.inline_asm_elementwise(
-        "ld.global.nc.L1::evict_first.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [p.to(tl.int64)], (tl.int32,) * 2, True, 1
+        "ld.global.L1::evict_first.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [p.to(tl.int64)], (tl.int32,) * 2, False, 1
     )
 
 
@@ -63,8 +69,8 @@ def passing2(p):
 def passing4(p):
     """As `passing1`, four words at a multiple of 16 bytes."""
     return tl.inline_asm_elementwise(
-        "ld.global.nc.L1::evict_first.v4.b32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,l", [p.to(tl.int64)], (tl.int32,) * 4, True, 1,
+        "ld.global.L1::evict_first.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l", [p.to(tl.int64)], (tl.int32,) * 4, False, 1,
     )  # fmt: skip
 
 

@@ -25,36 +25,39 @@ from ...scheme.packing import PLANES
 from ...scheme.tiles import WIDTHS, Tiles
 from . import experts as routed
 from .decode import e4m3
-from .lanes import kept4, mma, passing
+from .lanes import kept4, mma, passing, settled
 from .levels import eight, scale_pair
 from .linear import counters
 
 LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
 FEW = 64  # tokens; above, a product on a dense copy is faster
 COLUMNS = 8  # tokens or pairs that an instruction multiplies by
-WARPS = 2
-REGISTERS = None
-PROGRAMS = 132 * 10  # that a split aims at
+REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
+PROGRAMS = 132 * 20  # that a split aims at
 ORDER, SCALES, MULTIPLIERS, COUNTS, SECTIONS, TILES, LOG = tl.constexpr(5), *map(tl.constexpr, (6, 7, 8, 13, 14, 15))
 
 
 @triton.jit
-def _fetched(values, order, scales, unit, count, place, log, g, t, BITS: tl.constexpr):
+def _fetched(run, step, order, scales, tiles, log, g, t, BITS: tl.constexpr):
     """What does not depend on activations of a thread's quantum: words of both rows, tile, scales of both rows.
 
     Past the end of the run it is the last one with scales of zero.
     """
-    wanted = 4 * unit + t
-    at = tl.minimum(wanted, (count << log) - 1)
+    values, count, place, _, _ = run
+    wanted = 4 * step + t
+    at = tl.maximum(tl.minimum(wanted, (count << log) - 1), 0)
     tile, inside = at >> log, at & ((1 << log) - 1)
     row = BITS << log  # words
     words = values + ((tile * 16 + g) * row + inside * BITS)
-    there = wanted == at
-    scale = scales + (place + tile) * 16 + g
+    there = wanted < (count << log)
+    place = tl.minimum(place + tile, tiles - 1)
+    scale = scales + place * 16 + g
+    quantum = (tl.load(order + place).to(tl.int32) << log) + inside
     first = tl.load(scale, mask=there, other=0).to(tl.int32)
     second = tl.load(scale + 8, mask=there, other=0).to(tl.int32)
-    quantum = (tl.load(order + place + tile).to(tl.int32) << log) + inside
-    return passing(words, BITS), passing(words + 8 * row, BITS), quantum, first, second
+    found = (passing(words, BITS), passing(words + 8 * row, BITS), quantum, first, second)
+    settled(t)
+    return found
 
 
 @triton.jit
@@ -76,56 +79,63 @@ def _multiplied(acc, x, rows, fetched, BITS: tl.constexpr):
     return acc
 
 
-@triton.jit
-def _run(
-    acc, x, rows, values, order, scales, count, place, log, first, last, step, g, t, warp,
-    BITS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """acc + rounds first, first + step … of a run of tiles; the next round's bytes are on their way meanwhile."""
-    if first < last:
-        now = _fetched(values, order, scales, first * WARPS + warp, count, place, log, g, t, BITS)
-        for r in range(first, last, step):
-            ahead = _fetched(values, order, scales, (r + step) * WARPS + warp, count, place, log, g, t, BITS)
-            acc = _multiplied(acc, x, rows, now, BITS)
-            now = ahead
-    return acc
+@triton.constexpr_function
+def following(set_, bits):
+    """The next width of a set of widths; 0 after the last."""
+    return next((b for b in range(bits + 1, 7) if set_ >> b & 1), 0)
 
 
 @triton.jit
-def _section(acc, x, rows, weight, at, part, SPLIT, g, t, warp, SET: tl.constexpr, WARPS: tl.constexpr):
-    """acc + the part's share of a section of a block's tiles."""
+def _section(acc, x, rows, weight, at, part, SPLIT, g, t, SET: tl.constexpr):
+    """acc + the part's share of a section of a block's tiles; a step's bytes are asked for a step before."""
     log = tl.load(weight + LOG).to(tl.int32)
     tiles = tl.load(weight + TILES).to(tl.int32)
     order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16)) + at * tiles
     scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8)) + at * tiles * 16
     place = 0
     before = 0
+    runs: tl.tuple = ()
     for i in tl.static_range(5):
+        count = 0
+        steps = 0
+        values = tl.load(weight + i).to(tl.pointer_type(tl.int32))
         if (SET >> (i + 2)) & 1:
             count = tl.load(weight + COUNTS + i).to(tl.int32)
-            values = tl.load(weight + i).to(tl.pointer_type(tl.int32)) + at * count * (16 * (i + 2) << log)
-            rounds = ((count << log) + 4 * WARPS - 1) // (4 * WARPS)
-            first = (part + SPLIT - before % SPLIT) % SPLIT  # so that parts differ by a round at most
-            acc = _run(
-                acc, x, rows, values, order, scales, count, place, log, first, rounds, SPLIT, g, t, warp, i + 2, WARPS
-            )
-            place += count
-            before += rounds
+            values += at * count * (16 * (i + 2) << log)
+            steps = ((count << log) + 3) // 4
+        first = (part + SPLIT - before % SPLIT) % SPLIT  # so that parts differ by a step at most
+        runs += ((values, count, place, first, steps),)
+        place += count
+        before += steps
+    head: tl.constexpr = following(SET, 0)
+    now = _fetched(runs[head - 2], runs[head - 2][3], order, scales, tiles, log, g, t, head)
+    for i in tl.static_range(5):
+        if (SET >> (i + 2)) & 1:
+            run = runs[i]
+            after = now
+            if following(SET, i + 2):
+                other = runs[following(SET, i + 2) - 2]
+                after = _fetched(other, other[3], order, scales, tiles, log, g, t, following(SET, i + 2))
+            for step in range(run[3], run[4], SPLIT):
+                ahead = _fetched(run, step + SPLIT, order, scales, tiles, log, g, t, i + 2)
+                acc = _multiplied(acc, x, rows, now, i + 2)
+                now = ahead
+            now = after
     return acc
 
 
 @triton.jit(do_not_specialize=["N", "T", "STRIDE", "SPLIT", "k_each", "each"])
 def _product(
     x, factors, y, parts, counters, weight, other, pairs, shares, T, N, STRIDE, SPLIT, k_each, each,
-    STAGE: tl.constexpr, SET: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    STAGE: tl.constexpr, SET: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One block of 16 rows times up to 8 GROUPS tokens or pairs.
 
     pairs: (order, experts, starts, counts) of ops/triton/experts.py, `each` apart. STRIDE: words of a row of x.
     UP: the grid's third axis is the weight (`weight`, `other`), whose results [2, P, N] lie in the order of experts.
     """
-    lane = tl.arange(0, 32 * WARPS)
-    warp, g, t = lane // 32, lane % 32 // 4, lane % 4
+    lane = tl.arange(0, 32)
+    g, t = lane // 4, lane % 4
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
     part = 0
@@ -150,22 +160,17 @@ def _product(
         rows += (row.to(tl.int64) * STRIDE,)
     acc: tl.tuple = ()
     for _ in tl.static_range(4 * GROUPS):
-        acc += (tl.zeros([32 * WARPS], tl.float32),)
+        acc += (tl.zeros([32], tl.float32),)
     sections = tl.load(weight + SECTIONS).to(tl.int32)
     at = (blocks.to(tl.int64) * expert + block) * sections
     for s in range(sections):
         inputs = tl.load(weight + TILES).to(tl.int32) << tl.load(weight + LOG).to(tl.int32)  # quanta of a section
-        acc = _section(acc, x + s * inputs * 16, rows, weight, at + s, part, SPLIT, g, t, warp, SET, WARPS)
-    lane = tl.arange(0, 32)
-    g, t = lane // 4, lane % 4
-    done: tl.tuple = ()
-    for i in tl.static_range(4 * GROUPS):
-        done += (tl.sum(tl.reshape(acc[i], [WARPS, 32]), 0),)
+        acc = _section(acc, x + s * inputs * 16, rows, weight, at + s, part, SPLIT, g, t, SET)
     if SPLIT > 1:
         mine = parts + (block * 4 * GROUPS) * 32 + lane
         step = blocks * (4 * GROUPS) * 32
         for i in tl.static_range(4 * GROUPS):
-            tl.store(mine + part * step + i * 32, done[i])
+            tl.store(mine + part * step + i * 32, acc[i])
         tl.debug_barrier()  # every thread's part is written before this program is counted
         if tl.atomic_add(counters + block, 1, sem="acq_rel") != SPLIT - 1:
             return
@@ -176,7 +181,7 @@ def _product(
             for p in range(SPLIT):
                 value += tl.load(mine + p * step + i * 32, cache_modifier=".cg")
             total += (value,)
-        done = total
+        acc = total
     multipliers = tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.bfloat16))
     multipliers += (blocks.to(tl.int64) * expert + block) * 16
     for i in tl.static_range(4 * GROUPS):
@@ -187,7 +192,7 @@ def _product(
         source = row
         if STAGE == UP:
             source = tl.load(pairs + row) // k_each
-        value = done[i] * tl.load(multipliers + r).to(tl.float32) * tl.load(factors + source)
+        value = acc[i] * tl.load(multipliers + r).to(tl.float32) * tl.load(factors + source)
         if STAGE == DOWN:
             row = tl.load(pairs + row)
             value *= tl.load(shares + row)
@@ -279,8 +284,9 @@ def _described(weight: Stored) -> Described:
     scheme, parts = weight.scheme, weight.parts
     assert isinstance(scheme, Tiles)
     counts = dict(scheme.counts)
-    names = [*(f"values{bits}" if bits in counts else "scales" for bits in WIDTHS), "order", "scales", "multipliers"]
-    kept = [parts[name].detach() for name in names]
+    names = [*(f"values{bits}" for bits in WIDTHS), "order", "scales", "multipliers"]
+    nothing = torch.zeros(16 * 6 * scheme.cols, dtype=torch.uint8, device=weight.device)  # read, where a run is empty
+    kept = [parts[name].detach() if name in parts else nothing for name in names]
     sections = parts["order"].shape[-2]
     numbers = [counts.get(bits, 0) for bits in WIDTHS]
     rest = (sections, len(scheme.widths), (scheme.cols // 32).bit_length() - 1)
@@ -305,12 +311,12 @@ def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     d = described(weight)
     x, factors = halves(x_TK, None, d.stride)
     blocks, groups = -(-N // 16), groups_for(T)
-    split = max(1, min(PROGRAMS // blocks, d.stride // (256 * WARPS)))
+    split = max(1, min(PROGRAMS // blocks, d.stride // 256))
     parts = torch.empty(blocks * split * groups * 128 if split > 1 else 0, dtype=torch.float32, device=y.device)
     _product[(blocks, split)](
         x.view(torch.int32), factors, y, parts, counters(y.device, blocks), d.row, d.row, counters(y.device, blocks),
         factors, T, N, d.stride // 2, split, 1, 0,
-        STAGE=LINEAR.value, SET=d.set, GROUPS=groups, WARPS=WARPS, num_warps=WARPS, maxnreg=REGISTERS,
+        STAGE=LINEAR.value, SET=d.set, GROUPS=groups, num_warps=1, maxnreg=REGISTERS.get(groups),
     )  # fmt: skip
     return y
 
@@ -330,7 +336,8 @@ def experts(
         return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    settings = {"GROUPS": 1 if few else FEW // COLUMNS, "WARPS": WARPS, "num_warps": WARPS, "maxnreg": REGISTERS}
+    groups = 1 if few else FEW // COLUMNS
+    settings = {"GROUPS": groups, "num_warps": 1, "maxnreg": REGISTERS.get(groups)}
     a, b, c = described(gate), described(up), described(down)
     stride = max(a.stride, b.stride)
     middle = x.new_empty(2, pairs, W, dtype=torch.float32 if few else x.dtype)
