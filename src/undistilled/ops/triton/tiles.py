@@ -32,6 +32,7 @@ from .linear import counters
 LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
 FEW = 64  # tokens; above, a product on a dense copy is faster
 COLUMNS = 8  # tokens or pairs that an instruction multiplies by
+MANY = 32  # pairs that a program of many takes; 64 took twice as long to compile
 REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
 PROGRAMS = 132 * 20  # that a split aims at
 ORDER, SCALES, MULTIPLIERS, COUNTS, SECTIONS, TILES, LOG = tl.constexpr(5), *map(tl.constexpr, (6, 7, 8, 13, 14, 15))
@@ -336,7 +337,7 @@ def experts(
         return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    groups = 1 if few else FEW // COLUMNS
+    groups = 1 if few else MANY // COLUMNS
     settings = {"GROUPS": groups, "num_warps": 1, "maxnreg": REGISTERS.get(groups)}
     a, b, c = described(gate), described(up), described(down)
     stride = max(a.stride, b.stride)
@@ -346,7 +347,7 @@ def experts(
     if few:
         slots, made, half, factors = begun(x, ids, E, stride)
     else:
-        slots, made = routed.tiles(ids, E, FEW)
+        slots, made = routed.tiles(ids, E, MANY)
         half, factors = halves(x, None, stride)
     _product[(-(-W // 16), slots, 2)](
         half.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
