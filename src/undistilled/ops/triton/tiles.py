@@ -3,16 +3,13 @@
 A warp takes 16 rows of a weight and, at a time, 4 quanta of 32 inputs from a run of tiles of one width: thread
 4 g + t the quantum t of rows g and g + 8, whole, from memory to the tensor cores (levels.py, lanes.py). A level times
 its tile row's FP8 scale has 11 bits, so it is exact in float16, and so are activations after a power of two a row
-(`halves`, which also puts them in the order that codes come in). Only the sums round, in float32, and in an order that
-the weight's shape alone decides: a row has the same bits in any company.
+(halves.py, which also puts them in the order that codes come in). Only the sums round, in float32, and in an order
+that the weight's shape alone decides: a row has the same bits in any company.
 
 How many tiles of each width there are, a kernel reads; it is compiled for the set of widths.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +17,19 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
-from ...scheme.grouped import NORMAL
-from ...scheme.packing import PLANES
-from ...scheme.tiles import WIDTHS, Tiles
 from . import experts as routed
-from .decode import e4m3
+from .blocks_dense import dense
+from .described import COUNTS, LOG, MULTIPLIERS, ORDER, SCALES, SECTIONS, TILES, described
+from .halves import COLUMNS, begun, halves
 from .lanes import kept4, mma, passing, settled
 from .levels import eight, scale_pair
 from .linear import counters
 
 LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
 FEW = 64  # tokens; above, a product on a dense copy is faster
-COLUMNS = 8  # tokens or pairs that an instruction multiplies by
 MANY = 32  # pairs that a program of many takes; 64 took twice as long to compile
 REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
 PROGRAMS = 132 * 20  # that a split aims at
-ORDER, SCALES, MULTIPLIERS, COUNTS, SECTIONS, TILES, LOG = tl.constexpr(5), *map(tl.constexpr, (6, 7, 8, 13, 14, 15))
 
 
 @triton.jit
@@ -200,101 +194,6 @@ def _product(
         tl.store(y + row.to(tl.int64) * N + block * 16 + r, value.to(y.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def halved(x, up, out, factors, row, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of activations, or of silu(x) * up, in float16: times the power of two that brings its largest value just
-    below 2^15, zeros behind it, inputs k and k + 16 of each 32 side by side. `factors`: what undoes it, and the 2^-8
-    of `scale_pair`."""
-    row = row.to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    k = at // 32 * 32 + at % 32 // 2 + at % 2 * 16
-    value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    if SILU:
-        value = value / (1.0 + tl.exp(-value)) * tl.load(up + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    exponent = tl.max(tl.abs(value), 0).to(tl.int32, bitcast=True) >> 23  # with a bias of 127
-    power = tl.maximum(exponent - 141, -100)
-    small = ((127 - power) << 23).to(tl.float32, bitcast=True)
-    tl.store(out + row * STRIDE + at, (value * small).to(tl.float16), mask=at < STRIDE)
-    tl.store(factors + row, ((135 + power) << 23).to(tl.float32, bitcast=True))
-
-
-@triton.jit(do_not_specialize=["K", "STRIDE"])
-def _halves(x, up, out, factors, K, STRIDE, SILU: tl.constexpr, BLOCK: tl.constexpr):
-    halved(x, up, out, factors, tl.program_id(0), K, STRIDE, SILU, BLOCK)
-
-
-@triton.jit(do_not_specialize=["K", "STRIDE", "P"])
-def _begin(
-    x, out, factors, K, STRIDE, ids, pairs, P, E,
-    BLOCK: tl.constexpr, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """The order of pairs, by the first program, and the halves of x's rows, by the others: one launch."""
-    if tl.program_id(0) == 0:
-        routed.arrange(ids, pairs, pairs + P, pairs + 2 * P, pairs + 3 * P, P, E, BM, PP, STEP)
-    else:
-        halved(x, x, out, factors, tl.program_id(0) - 1, K, STRIDE, False, BLOCK)
-
-
-def halves(x: torch.Tensor, up: torch.Tensor | None, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float16 [rows, stride], factors [rows]) of x [rows, K], or of silu(x) * up."""
-    rows, inputs = x.shape
-    out = torch.empty(rows, stride, dtype=torch.float16, device=x.device)
-    factors = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(stride)
-    warps = min(32, max(4, block // 1024))
-    other = x if up is None else up
-    _halves[(rows,)](x, other, out, factors, inputs, stride, SILU=up is not None, BLOCK=block, num_warps=warps)
-    return out, factors
-
-
-def begun(
-    x: torch.Tensor, ids: torch.Tensor, experts: int, stride: int
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tiles of up to COLUMNS pairs there can be, what `routed.tiles` makes, and `halves` of x) for few pairs."""
-    (rows, inputs), pairs = x.shape, ids.numel()
-    made = torch.empty(4, pairs, dtype=torch.int32, device=x.device)
-    out = torch.empty(rows, stride, dtype=torch.float16, device=x.device)
-    factors = torch.empty(rows, dtype=torch.float32, device=x.device)
-    padded = max(16, triton.next_power_of_2(pairs))
-    _begin[(rows + 1,)](
-        x, out, factors, inputs, stride, ids, made, pairs, experts,
-        BLOCK=triton.next_power_of_2(stride), BM=COLUMNS, PP=padded, STEP=min(padded, 32), num_warps=8,
-    )  # fmt: skip
-    return pairs, made, out, factors
-
-
-@dataclass(frozen=True)
-class Described:
-    """A weight as the kernels take it. `row`: int64 on the device, addresses and counts; `parts`: what lies there."""
-
-    row: torch.Tensor
-    parts: list[torch.Tensor]
-    set: int  # bit b: there are tiles of b bits
-    stride: int  # inputs with the padding of sections
-
-
-def described(weight: Stored) -> Described:
-    """The weight's description, worked out once and kept with it."""
-    found = weight.kernels.get("triton")
-    if found is None:
-        found = weight.kernels["triton"] = _described(weight)
-    return found  # type: ignore[return-value]
-
-
-def _described(weight: Stored) -> Described:
-    scheme, parts = weight.scheme, weight.parts
-    assert isinstance(scheme, Tiles)
-    counts = dict(scheme.counts)
-    names = [*(f"values{bits}" for bits in WIDTHS), "order", "scales", "multipliers"]
-    nothing = torch.zeros(16 * 6 * scheme.cols, dtype=torch.uint8, device=weight.device)  # read, where a run is empty
-    kept = [parts[name].detach() if name in parts else nothing for name in names]
-    sections = parts["order"].shape[-2]
-    numbers = [counts.get(bits, 0) for bits in WIDTHS]
-    rest = (sections, len(scheme.widths), (scheme.cols // 32).bit_length() - 1)
-    row = torch.tensor([*(part.data_ptr() for part in kept), *numbers, *rest], device=weight.device)
-    return Described(row, kept, sum(1 << bits for bits in counts), sections * scheme.section)
-
-
 def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     """The kernel for few tokens, cuBLAS on a dense copy for many; any number of leading dimensions."""
     x = x_TK.reshape(-1, x_TK.shape[-1])
@@ -360,68 +259,3 @@ def experts(
     )  # fmt: skip
     routed.summed(y, ids, out, E)
     return out
-
-
-@triton.jit
-def _code(at, k, BITS: tl.constexpr, FIRST: tl.constexpr):
-    """Code k of 32 whose bytes begin at `at`; FIRST: bits of the first plane."""
-    code = (tl.load(at + k % (4 * FIRST)) >> (k // (4 * FIRST) * FIRST).to(tl.uint8)) & ((1 << FIRST) - 1)
-    if BITS > FIRST:
-        REST: tl.constexpr = BITS - FIRST
-        byte = tl.load(at + 4 * FIRST + k % (4 * REST))
-        code |= ((byte >> (k // (4 * REST) * REST).to(tl.uint8)) & ((1 << REST) - 1)) << FIRST
-    return code
-
-
-@triton.constexpr_function
-def first_plane(bits):
-    return PLANES[bits][0]
-
-
-@triton.jit(do_not_specialize=["N", "K"])
-def _dense(out, weight, levels, N, K, COLS: tl.constexpr, SET: tl.constexpr, AT_ONCE: tl.constexpr):
-    """AT_ONCE tiles of a section of a block of rows. levels: int8 [64] for each width from 2 bits on."""
-    block, section = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    sections = tl.load(weight + SECTIONS).to(tl.int32)
-    tiles = tl.load(weight + TILES).to(tl.int32)
-    at = block * sections + section
-    r, c = tl.arange(0, 16)[:, None], tl.arange(0, COLS)[None, :]
-    row = block * 16 + r
-    multiplier = tl.load(tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.bfloat16)) + row).to(tl.float32)
-    first = tl.program_id(0) * AT_ONCE
-    for place in range(first, tl.minimum(first + AT_ONCE, tiles)):
-        level = tl.zeros([16, COLS], tl.float32)
-        before = 0
-        for i in tl.static_range(5):
-            if (SET >> (i + 2)) & 1:
-                count = tl.load(weight + COUNTS + i).to(tl.int32)
-                if (place >= before) & (place < before + count):
-                    run = tl.load(weight + i).to(tl.pointer_type(tl.uint8))
-                    byte = run + ((at * count + place - before) * 16 + r) * (COLS // 8 * (i + 2))
-                    code = _code(byte + c // 32 * (4 * (i + 2)), c % 32, i + 2, first_plane(i + 2))
-                    level = tl.load(levels + i * 64 + code).to(tl.float32)
-                before += count
-        scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8))
-        scale = e4m3(tl.load(scales + (at * tiles + place) * 16 + r))
-        order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16))
-        k = (section * tiles + tl.load(order + at * tiles + place).to(tl.int32)) * COLS + c
-        value = level * (scale * multiplier)
-        tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=(row < N) & (k < K))
-
-
-def dense(weight: Stored) -> torch.Tensor:
-    """The weight [N, K] in bfloat16."""
-    (N, K), scheme, d = weight.shape, weight.scheme, described(weight)
-    assert isinstance(scheme, Tiles)
-    out = torch.empty(N, K, dtype=torch.bfloat16, device=weight.device)
-    at_once = 512 // scheme.cols or 1
-    grid = (-(-len(scheme.widths) // at_once), -(-N // 16), weight.parts["order"].shape[-2])
-    _dense[grid](out, d.row, levels(weight.device), N, K, COLS=scheme.cols, SET=d.set, AT_ONCE=at_once, num_warps=2)
-    return out
-
-
-@cache
-def levels(device: torch.device) -> torch.Tensor:
-    """int8 [widths, 64]: the level of each code of each width."""
-    padded = [[int(level) for level in NORMAL[bits]] + [0] * (64 - (1 << bits)) for bits in WIDTHS]
-    return torch.tensor(padded, dtype=torch.int8, device=device)
