@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exact import ROUNDING, activations, error, exact, reference, stored
 
 from undistilled import scheme as schemes
 from undistilled.ops.attention import attend_rows
@@ -20,25 +21,6 @@ SOME = [
     "int8", "int8-g32", "fp8_block", "fp8_channel", "int4", "int4-g32-sym", "int3", "int5-g64", "int6", "nl3-g32",
     "nvfp4",
 ]
-ROUNDING = 4e-3  # of results in bfloat16
-
-
-def stored(name, *shape):
-    scheme = schemes.get(name)
-    return Stored(scheme, shape, scheme.compress(torch.randn(*shape, device="cuda") * shape[-1] ** -0.5))
-
-
-def exact(weight):
-    return weight.dense(torch.float32).double()
-
-
-def error(ours, truth):
-    assert ours.isfinite().all()
-    return float((ours.double() - truth).norm() / truth.norm())
-
-
-def activations(*shape):
-    return torch.randn(*shape, device="cuda").bfloat16()
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -69,16 +51,6 @@ def test_a_row_in_any_company(name):
     for rows in (8, 16, 33):  # tiles for more rows run other instructions of the tensor cores
         assert error(apply(x[:rows], w), together[:rows].double()) < ROUNDING
     assert torch.equal(apply(x, w), together)
-
-
-def reference(x, ids, shares, gate, up, down):
-    out = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
-    for e in range(gate.shape[0]):
-        g, u, d = (exact(w.expert(e)) for w in (gate, up, down))
-        share = torch.where(ids == e, shares, 0).sum(-1).double()
-        a = x.double() @ g.T
-        out += share[:, None] * ((a * a.sigmoid() * (x.double() @ u.T)) @ d.T)
-    return out
 
 
 def bank(name, count, width, hidden):

@@ -12,9 +12,10 @@ import torch
 
 from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
-from ..model.layers import LocalBank
+from ..model.layers import Linear, LocalBank
 from ..ops import triton as cuda
 from ..ops.experts import fused
+from ..ops.linear import served
 from ..ops.registry import forced
 
 ROWS = 64  # above, launches are a small part of a pass
@@ -26,7 +27,10 @@ def capturable(decoder: Decoder) -> bool:
     stored = decoder.embed_tokens.stored
     if stored.device.type != "cuda" or decoder.dtype is not torch.bfloat16 or forced() or cuda.why_missing():
         return False
-    banks = [module for module in decoder.modules() if isinstance(module, LocalBank)]
+    modules = list(decoder.modules())
+    if not all(served(module.stored, decoder.dtype) for module in modules if isinstance(module, Linear)):
+        return False
+    banks = [module for module in modules if isinstance(module, LocalBank)]
     return all(fused(bank.gate.stored, bank.up.stored, bank.down.stored, decoder.dtype) for bank in banks)
 
 

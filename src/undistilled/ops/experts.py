@@ -95,9 +95,22 @@ def _triton(
     return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
 
 
+@experts.register("triton tiles", cuda.tiles_ready, "our Triton kernels for dynamic blocks, no word to the host")
+def _triton_tiles(
+    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
+) -> torch.Tensor:
+    from .triton import tiles as kernels
+
+    run = kernels.experts if fused(gate, up, down, x_TD.dtype) else experts.reference.run
+    return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
+
+
 def fused(gate: Stored, up: Stored, down: Stored, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels serve these three, which the choice of a kernel by `gate` alone does not say."""
-    return gate.scheme == up.scheme and all(cuda.ready(w, dtype) for w in (gate, up, down))
+    """Whether one set of Triton kernels serves these three, which the choice by `gate` alone does not say."""
+    three = (gate, up, down)
+    if all(cuda.tiles_ready(w, dtype) for w in three):
+        return True
+    return gate.scheme == up.scheme and all(cuda.ready(w, dtype) for w in three)
 
 
 def _stack(weight: Stored) -> native.Experts:

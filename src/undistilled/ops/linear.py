@@ -41,6 +41,11 @@ def _choose(x_TK: torch.Tensor, weight: Stored) -> Kernel:
     return kernel
 
 
+def served(weight: Stored, dtype: torch.dtype) -> bool:
+    """Whether no product of this weight falls back to decompressing it in PyTorch."""
+    return isinstance(weight.scheme, plain.Plain) or linear.resolve(weight, dtype) is not linear.reference
+
+
 @linear.register(
     "dense",
     lambda w, dtype: not w.products and isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
@@ -161,6 +166,15 @@ def _triton(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return kernels.linear(x_TK, weight)
 
 
+@linear.register(
+    "triton tiles", cuda.tiles_ready, "our Triton kernel for dynamic blocks: up to 64 tokens in one, else cuBLAS"
+)
+def _triton_tiles(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    from .triton import tiles as kernels
+
+    return kernels.linear(x_TK, weight)
+
+
 def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight as a plain tensor [N, K], by our kernels where they serve; not a copy where it is one already."""
     if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
@@ -171,4 +185,8 @@ def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
         from .triton import linear as kernels
 
         return kernels.dense(weight)
+    if len(weight.shape) == 2 and not forced() and cuda.tiles_ready(weight, dtype):
+        from .triton import tiles
+
+        return tiles.dense(weight)
     return weight.dense(dtype)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from ...scheme import Stored
+from ...scheme.tiles import Tiles
 from .form import form_of
 
 OLDEST = (8, 0)  # compute capability: bfloat16 arithmetic on pairs
@@ -35,8 +36,19 @@ def serves(x: torch.Tensor) -> bool:
 
 def ready(weight: Stored, dtype: torch.dtype) -> bool:
     """Whether the kernels multiply by this weight: quantised, on a CUDA device, activations in bfloat16."""
-    here = weight.device.type == "cuda" and dtype is torch.bfloat16
-    if not here or form_of(weight.scheme) is None or why_missing():  # type: ignore[arg-type]  # frozen
+    return form_of(weight.scheme) is not None and _here(weight, dtype)  # type: ignore[arg-type]  # frozen
+
+
+def tiles_ready(weight: Stored, dtype: torch.dtype) -> bool:
+    """As `ready`, for dynamic blocks: of 16 rows, whose quanta of a row are a power of two."""
+    scheme = weight.scheme
+    if not isinstance(scheme, Tiles) or scheme.rows != 16 or scheme.cols & (scheme.cols - 1):
+        return False
+    return _here(weight, dtype)
+
+
+def _here(weight: Stored, dtype: torch.dtype) -> bool:
+    if weight.device.type != "cuda" or dtype is not torch.bfloat16 or why_missing():
         return False
     if weight.shape[-2] * weight.shape[-1] >= 1 << 31:  # offsets are 32 bits
         return False

@@ -61,7 +61,7 @@ def _plain(w, v, S: tl.constexpr, piece: tl.constexpr):
     if get(S, "kind") == "int8":
         return w.to(tl.int8, bitcast=True).to(CODE)
     elif get(S, "kind") == "fp8":
-        return _e4m3(w).to(CODE)
+        return e4m3(w).to(CODE)
     else:
         code = (w.to(tl.int32) >> taken(S, piece, 0)) & taken(S, piece, 1)
         if get(S, "second"):
@@ -76,7 +76,7 @@ def _plain(w, v, S: tl.constexpr, piece: tl.constexpr):
 
 
 @triton.jit
-def _e4m3(b):
+def e4m3(b):
     bits = ((b.to(tl.int32) & 128) << 24) | ((b.to(tl.int32) & 127) << 20)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
@@ -85,7 +85,7 @@ def _e4m3(b):
 def scale(raw, S: tl.constexpr):
     """Stored scales to float32, times the form's factor."""
     if get(S, "scale") == 3:
-        value = _e4m3(raw)
+        value = e4m3(raw)
     elif get(S, "scale") == 4:
         power = (raw.to(tl.int32) << 23).to(tl.float32, bitcast=True)
         value = tl.where(raw == 0, 5.877471754111438e-39, power)  # 2^-127

@@ -22,8 +22,8 @@ SMALL, LARGE = 8, 128  # pairs in a tile
 ROWS = {True: (64, 4, 5), False: (64, 4, 3)}  # few: rows of a weight in a program, warps, depth of the pipeline
 
 
-@triton.jit(do_not_specialize=["P"])
-def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
+@triton.jit
+def arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
     """One program: each pair's place by expert and, where a tile begins there, its expert, start and count."""
     i = tl.arange(0, PP)
     mine = tl.load(ids + i, mask=i < P, other=E).to(tl.int32)
@@ -48,6 +48,11 @@ def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl
     tl.store(counts + place, tl.where(begins, tl.minimum(total - rank, BM), 0), mask=i < P)
 
 
+@triton.jit(do_not_specialize=["P"])
+def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
+    arrange(ids, order, experts, starts, counts, P, E, BM, PP, STEP)
+
+
 @triton.jit
 def _up(
     x, h, order, experts, starts, counts, k_each,
@@ -70,16 +75,12 @@ def _up(
     steps = tl.cdiv(K, BK)
     w, s, low, w2, s2, low2 = gw + w_at, gs + s_at, gl + s_at, uw + w_at, us + s_at, ul + s_at
     if AFTER:  # in turn: measured faster by 8% at one token and 4 bits
-        g, _ = product(
-            x, row, live, w, s, low, w, s, low, n, 0, steps, K, WR, GR, S, BN, BM, BK, EVEN, AFTER, False
-        )
+        g, _ = product(x, row, live, w, s, low, w, s, low, n, 0, steps, K, WR, GR, S, BN, BM, BK, EVEN, AFTER, False)
         u, _ = product(
             x, row, live, w2, s2, low2, w2, s2, low2, n, 0, steps, K, WR, GR, S, BN, BM, BK, EVEN, AFTER, False
         )
     else:
-        g, u = product(
-            x, row, live, w, s, low, w2, s2, low2, n, 0, steps, K, WR, GR, S, BN, BM, BK, EVEN, AFTER, True
-        )
+        g, u = product(x, row, live, w, s, low, w2, s2, low2, n, 0, steps, K, WR, GR, S, BN, BM, BK, EVEN, AFTER, True)
     g = multiplied(g, gm + e * W, n, S)
     u = multiplied(u, um + e * W, n, S)
     t = tl.arange(0, BM)
@@ -132,26 +133,41 @@ def _sum(y, ids, out, D, E, k_each: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-def _tiles(ids: torch.Tensor, experts: int, few: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """(tiles there can be, (order [P], expert, start and count of each tile)), all on the device."""
+def arranged(ids: torch.Tensor, experts: int) -> tuple[int, torch.Tensor]:
+    """As `tiles`, of up to SMALL pairs, for FEW pairs at most."""
     pairs = ids.numel()
-    if few:
-        made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
-        size = max(16, triton.next_power_of_2(pairs))
-        _arrange[(1,)](ids, *made, pairs, experts, BM=SMALL, PP=size, STEP=min(size, 32), num_warps=8)
-        return pairs, tuple(made)
+    made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
+    padded = max(16, triton.next_power_of_2(pairs))
+    _arrange[(1,)](ids, *made, pairs, experts, BM=SMALL, PP=padded, STEP=min(padded, 32), num_warps=8)
+    return pairs, made
+
+
+def tiles(ids: torch.Tensor, experts: int, size: int) -> tuple[int, torch.Tensor]:
+    """(tiles of up to `size` pairs there can be, int32 [4, P]: order, and expert, start and count of each tile), all
+    on the device."""
+    pairs = ids.numel()
+    made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
     flat = ids.flatten()
     flat = flat.where((flat >= 0) & (flat < experts), experts).int()
     by_expert, order = flat.sort(stable=True)
     edges = torch.searchsorted(by_expert, torch.arange(experts + 1, dtype=torch.int32, device=ids.device))
-    need = (edges.diff() + LARGE - 1) // LARGE
+    need = (edges.diff() + size - 1) // size
     ends = need.cumsum(0)
-    tiles = min(pairs, experts + pairs // LARGE)
-    tile = torch.arange(tiles, device=ids.device)
+    most = min(pairs, experts + pairs // size)
+    tile = torch.arange(most, device=ids.device)
     expert = torch.searchsorted(ends, tile, right=True).clamp_(max=experts - 1)
-    start = edges[expert] + (tile - (ends - need)[expert]) * LARGE
-    count = (edges[expert + 1] - start).clamp(0, LARGE).where(tile < ends[-1], 0)
-    return tiles, tuple(t.int() for t in (order, expert, start, count))
+    start = edges[expert] + (tile - (ends - need)[expert]) * size
+    count = (edges[expert + 1] - start).clamp(0, size).where(tile < ends[-1], 0)
+    made[0] = order
+    for row, found in zip(made[1:], (expert, start, count), strict=True):
+        row[:most] = found
+    return most, made
+
+
+def summed(y: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, experts: int) -> None:
+    """Adds the results [P, D] of each token's choices into `out` [T, D]."""
+    T, D = out.shape
+    _sum[(-(-D // 1024), T)](y, ids, out, D, experts, k_each=ids.shape[1], BLOCK=1024)
 
 
 def experts(
@@ -164,17 +180,17 @@ def experts(
         return out
     few = T * k <= FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    tiles, made = _tiles(ids, E, few)
+    slots, made = arranged(ids, E) if few else tiles(ids, E, LARGE)
     h = x.new_empty(T * k, W)
     y = torch.empty(T * k, D, dtype=torch.float32 if few else x.dtype, device=x.device)
     a, b, c = arguments(gate), arguments(up), arguments(down)
-    _up[lambda meta: (-(-W // meta["BN"]), tiles)](
+    _up[lambda meta: (-(-W // meta["BN"]), slots)](
         x, h, *made, k, *a.parts, *b.parts, W, D, a.row_bytes, a.groups, **_settings(a, D, few),
     )  # fmt: skip
-    _down[lambda meta: (-(-D // meta["BN"]), tiles)](
+    _down[lambda meta: (-(-D // meta["BN"]), slots)](
         h, y, *made, weights_Tk.float().contiguous(), *c.parts, D, W, c.row_bytes, c.groups, **_settings(c, W, few),
     )  # fmt: skip
-    _sum[(-(-D // 1024), T)](y, ids, out, D, E, k_each=k, BLOCK=1024)
+    summed(y, ids, out, E)
     return out
 
 

@@ -1,0 +1,107 @@
+"""Our Triton kernels for dynamic blocks against float64 and against themselves."""
+
+import pytest
+import torch
+from exact import ROUNDING, activations, error, exact, reference, stored
+
+from undistilled.ops.experts import experts
+from undistilled.ops.linear import apply, dense, linear
+
+pytestmark = pytest.mark.gpu
+
+
+def parts_of(inputs, cols, *shares):
+    """The scheme whose sections are all `inputs`: of each width a share, the widest takes the rest."""
+    tiles = -(-inputs // cols)
+    counts = {bits: int(tiles * share) for bits, share in shares}
+    counts[shares[-1][0]] += tiles - sum(counts.values())
+    return f"tiles16x{cols}" + "".join(f"-{bits}x{n}" for bits, n in counts.items() if n)
+
+
+MIXES = {
+    "all": ((2, 0.2), (3, 0.3), (4, 0.2), (5, 0.1), (6, 0.2)),
+    "usual": ((2, 0.2), (3, 0.5), (4, 0.3)),
+    **{f"{bits} bits": ((bits, 1.0),) for bits in (2, 3, 4, 5, 6)},
+}
+
+
+SHAPES = [(576, 7168, 64), (7168, 2048, 128), (33, 520, 32)]
+CASES = [*((mix, (100, 200, 32)) for mix in MIXES), *((mix, shape) for mix in ("all", "usual") for shape in SHAPES)]
+
+
+@pytest.mark.parametrize("mix, shape", CASES)
+def test_linear(mix, shape):
+    outputs, inputs, cols = shape
+    w = stored(parts_of(inputs, cols, *MIXES[mix]), outputs, inputs)
+    assert error(dense(w, torch.bfloat16), exact(w)) < ROUNDING
+    for tokens in (1, 8, 32, 100):
+        x = activations(tokens, inputs)
+        assert linear.resolve(w, x.dtype).name == "triton tiles"
+        assert error(apply(x, w), x.double() @ exact(w).T) < ROUNDING, tokens
+
+
+def test_sections_and_slices():
+    """Two sections of 6 tiles; blocks of rows from the middle; one of two sections, copied as a shard would be."""
+    w, x = stored("tiles16x32-2x3-3x2-6x1", 96, 384), activations(5, 384)
+    whole = apply(x, w)
+    assert error(whole, x.double() @ exact(w).T) < ROUNDING
+    assert torch.equal(apply(x, w.narrow("out", 16, 80)), whole[:, 16:80])
+    half = w.narrow("in", 192, 384)
+    half.parts = {name: part.contiguous() for name, part in half.parts.items()}
+    assert error(apply(x[:, 192:], half), x[:, 192:].double() @ exact(half).T) < ROUNDING
+
+
+def test_any_scale_of_activations():
+    """Float16 would overflow, or lose small ones; zeros stay zeros."""
+    w, x = stored("tiles16x64-2x4-3x8-5x4", 64, 1024), activations(6, 1024)
+    x = x * torch.tensor([1e30, 1e-30, 1e6, 1e-6, 1.0, 0.0], device="cuda").bfloat16()[:, None]
+    x[4, 7] = 3e4  # one large among small ones
+    y, truth = apply(x, w), x.double() @ exact(w).T
+    for row in range(5):
+        assert error(y[row], truth[row]) < ROUNDING, row
+    assert not y[5].any()
+
+
+def test_a_row_in_any_company():
+    w, x = stored("tiles16x64-2x4-3x8-5x4", 576, 1024), activations(64, 1024)
+    together = apply(x, w)
+    for rows in (1, 3, 8, 9, 33):
+        assert torch.equal(apply(x[:rows], w), together[:rows]), rows
+
+
+def bank(count, width, hidden):
+    """Gate, up and down, of different tiles."""
+    gate = parts_of(hidden, 32, *MIXES["usual"])
+    up, down = parts_of(hidden, 64, (3, 0.5), (5, 0.5)), parts_of(width, 32, *MIXES["all"])
+    return stored(gate, count, width, hidden), stored(up, count, width, hidden), stored(down, count, hidden, width)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 200])
+def test_experts(tokens):
+    """Some experts are chosen by nobody, some ids are of other banks."""
+    weights = bank(9, 168, 200)
+    x = activations(tokens, 200)
+    ids = torch.stack([torch.randperm(13, device="cuda")[:4] for _ in range(tokens)]) - 2
+    ids[ids == 5] = 20
+    shares = torch.rand(tokens, 4, device="cuda")
+    kernel = experts.resolve(weights[0], x.dtype)
+    assert kernel.name == "triton tiles"
+    kernel.run(x, ids, shares, *weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = kernel.run(x, ids, shares, *weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert error(ours, reference(x, ids, shares, *weights)) < 2 * ROUNDING
+    assert torch.equal(ours, kernel.run(x, ids, shares, *weights))
+    if tokens == 64:
+        alone = torch.cat([kernel.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], *weights) for t in range(5)])
+        assert torch.equal(alone, ours[:5])
+
+
+def test_experts_at_r1s_widths():
+    weights = bank(2, 2048, 7168)
+    x, shares = activations(3, 7168), torch.rand(3, 2, device="cuda")
+    ids = torch.tensor([[0, 1], [1, 0], [1, 5]], device="cuda")
+    ours = experts.resolve(weights[0], x.dtype).run(x, ids, shares, *weights)
+    assert error(ours, reference(x, ids, shares, *weights)) < 2 * ROUNDING
