@@ -39,7 +39,9 @@ def awq(codes, zeros, scales, bits, index):
 def gptq(codes, zeros, scales, bits, index, added=1):
     stored = (zeros - added) % (1 << bits)
     found = {
-        "qweight": stream(codes.T, bits), "qzeros": stream(stored, bits).T, "scales": scales.T,
+        "qweight": stream(codes.T, bits),
+        "qzeros": stream(stored, bits).T,
+        "scales": scales.T,
         "g_idx": index.astype(np.int32),
     }
     return {part: np.ascontiguousarray(value) for part, value in found.items()}

@@ -1,6 +1,7 @@
 """Checkpoints of AWQ and GPTQ: their values come out as they went in, and what is odd is refused."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -112,6 +113,17 @@ def test_inputs_in_any_order_load_dense(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadArtefact, match="g_idx"):
         load(folder, scheme=None)
+
+
+@pytest.mark.parametrize("said, symmetric", [("gptq_v2", True), ("gptq_v2", False), ("gptq", True)])
+def test_zero_points_of_the_second_format(said, symmetric, tmp_path):
+    """Some symmetric files hold these and say that they hold the first format's."""
+    folder = write_checkpoint(tmp_path / "m", CONFIGS["llama"] | {"torch_dtype": "float16"}, dtype=torch.float16)
+    quant = GPTQ | {"checkpoint_format": said, "sym": symmetric}
+    dense = quantised(folder, partial(gptq, added=0), quant, symmetric=symmetric)
+    source = find(str(folder)).source()
+    for name, expected in dense.items():
+        assert torch.equal(read(source, name)[1], torch.from_numpy(expected).float().double())
 
 
 def test_modules_that_gptq_left_alone(tmp_path):

@@ -23,6 +23,7 @@ from ..model.weights import Weight, weights
 from ..scheme.base import Parts
 from ..scheme.fp8_block import BLOCK
 from ..scheme.grouped import Grouped
+from ..scheme.packing import pack
 from .bits import unpack
 from .safetensors import SafetensorsSource
 
@@ -54,7 +55,9 @@ def _awq(form: Packed, raw: Raw, start: int, stop: int) -> Read:
 
 def _gptq(form: Packed, raw: Raw, start: int, stop: int) -> Read:
     """qweight [K * bits / 32, N], qzeros [G, N * bits / 32], scales [G, N], g_idx [K]; the inputs lie in words."""
-    zeros = _columns(raw["qzeros"], form.bits, start, stop).T + form.zero & (1 << form.bits) - 1
+    zeros = _columns(raw["qzeros"], form.bits, start, stop).T
+    if not (form.symmetric and (zeros == 1 << (form.bits - 1)).all()):  # some files say v1 and hold v2's zero points
+        zeros = zeros + form.zero & (1 << form.bits) - 1
     return unpack(raw["qweight"][:, start:stop].T, form.bits), raw["scales"][:, start:stop].T, zeros
 
 
@@ -84,13 +87,23 @@ def _fp8(form: Packed, raw: Raw, start: int, stop: int) -> Parts:
     return {"values": values, "scales": scales[start // BLOCK : -(-stop // BLOCK)]}
 
 
+def _mxfp4(form: Packed, raw: Raw, start: int, stop: int) -> Parts:
+    """weight_packed uint8 [N, K / 2], neighbours in a byte, weight_scale uint8 [N, K / 32], exponents."""
+    words = raw["weight_packed"][start:stop].view(torch.int32)
+    return {"values": pack(unpack(words, 4), 4), "scales": raw["weight_scale"][start:stop]}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a weight, the first of which every packed weight has, and those that may lack."""
+    """The tensors of a weight, the first of which every packed weight has, and those that may lack.
+
+    Integers are `read`; what is a scheme's parts but for the packing is `parts`.
+    """
 
     tensors: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    read: Callable[[Packed, Raw, int, int], Read] | None = None  # None: FP8
+    read: Callable[[Packed, Raw, int, int], Read] | None = None
+    parts: Callable[[Packed, Raw, int, int], Parts] | None = None
 
 
 LAYOUTS = {
@@ -98,7 +111,8 @@ LAYOUTS = {
     "gptq": Layout(("qweight", "qzeros", "scales"), ("g_idx",), _gptq),
     "packed": Layout(("weight_packed", "weight_scale", "weight_shape"), ("weight_zero_point",), _packed),
     "plain": Layout(("weight", "weight_scale"), ("weight_zero_point",), _plain),
-    "fp8": Layout(("weight", "weight_scale")),
+    "fp8": Layout(("weight", "weight_scale"), parts=_fp8),
+    "mxfp4": Layout(("weight_packed", "weight_scale"), parts=_mxfp4),
 }
 BESIDE = ("input_scale", "input_zero_point", "k_scale", "v_scale")  # of activations, which stay as they are
 
@@ -112,6 +126,7 @@ class PackedSource(SafetensorsSource):
         held = [weight for weight in weights(spec) if weight.name in found]
         self.weights: dict[str, Weight] = {name: weight for weight in held for name in weight.tensor_names}
         self.forms: dict[str, Packed] = {n: found[w.name] for n, w in self.weights.items()}
+        self._biases = {weight.name for weight in weights(spec) if weight.role == "bias"}
         self._last: tuple[str, Raw] = ("", {})
 
     def names(self) -> set[str]:
@@ -126,7 +141,7 @@ class PackedSource(SafetensorsSource):
                 found.add(entry)
             elif part == layout.tensors[0]:
                 found.add(f"{stem}.weight")
-            elif part == "bias" and self.read(entry, 0, self.shape(entry)[0]).any():
+            elif part == "bias" and (entry in self._biases or self.read(entry, 0, self.shape(entry)[0]).any()):
                 found.add(entry)  # old files have one of zeros beside every weight
         return found
 
@@ -139,11 +154,10 @@ class PackedSource(SafetensorsSource):
     def parts(self, name: str, start: int, stop: int) -> Parts:
         if name not in self.forms:
             return super().parts(name, start, stop)
-        form, raw = self.forms[name], self._raw(name)
-        read = LAYOUTS[form.layout].read
-        if read is None:
-            return _fp8(form, raw, start, stop)
-        codes, scales, zeros = self._checked(name, read(form, raw, start, stop))
+        form, raw, layout = self._stored(name)
+        if layout.parts is not None:
+            return layout.parts(form, raw, start, stop)
+        codes, scales, zeros = self._codes(name, start, stop)
         scheme, cols = schemes.get(str(form.scheme)), self.weights[name].shape[1]
         firsts = self._groups(name)[:: getattr(scheme, "group", 0) or cols]  # a scheme's groups are as long or shorter
         scales = scales[:, firsts].float()
@@ -155,17 +169,22 @@ class PackedSource(SafetensorsSource):
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self.forms:
             return super().dense(name, start, stop)
-        form, raw = self.forms[name], self._raw(name)
-        read = LAYOUTS[form.layout].read
-        if read is None:
-            parts = _fp8(form, raw, start, stop)
-            return schemes.get("fp8_block").decompress(parts, tuple(parts["values"].shape), torch.float32)
-        codes, scales, zeros = self._checked(name, read(form, raw, start, stop))
+        form, raw, layout = self._stored(name)
+        if layout.parts is not None:
+            shape = (stop - start, self.weights[name].shape[1])
+            return schemes.get(str(form.scheme)).decompress(layout.parts(form, raw, start, stop), shape, torch.float32)
+        codes, scales, zeros = self._codes(name, start, stop)
         groups = self._groups(name)
         return (codes.float() - zeros.float()[:, groups]) * scales.float()[:, groups]
 
-    def _checked(self, name: str, read: Read) -> Read:
-        form, (codes, scales, zeros) = self.forms[name], read
+    def _stored(self, name: str) -> tuple[Packed, Raw, Layout]:
+        form = self.forms[name]
+        return form, self._raw(name), LAYOUTS[form.layout]
+
+    def _codes(self, name: str, start: int, stop: int) -> Read:
+        form, raw, layout = self._stored(name)
+        assert layout.read is not None
+        codes, scales, zeros = layout.read(form, raw, start, stop)
         if form.symmetric and (zeros != 1 << (form.bits - 1)).any():
             self._fail(name, "has other zero points than its config.json, which says that it is symmetric")
         return codes[:, : self.weights[name].shape[1]], scales, zeros
@@ -197,8 +216,9 @@ class PackedSource(SafetensorsSource):
         """(shape of the weight, part -> tensor); BadArtefact where a tensor lacks or has another shape or dtype."""
         form, (rows, cols) = self.forms[name], self.weights[name].shape
         layout, stem = LAYOUTS[form.layout], name.removesuffix("weight")
-        parts = [*layout.tensors, *(part for part in layout.optional if stem + part in self.entries)]
-        tensors = {part: stem + part for part in parts}
+        needed = () if form.symmetric else ("weight_zero_point",)
+        more = [part for part in layout.optional if part in needed or stem + part in self.entries]
+        tensors = {part: stem + part for part in (*layout.tensors, *more)}
         for part, tensor in tensors.items():
             entry = self._entry(tensor)
             kinds, shapes = _expected(form, rows, cols)[part]
@@ -236,6 +256,10 @@ def _expected(form: Packed, rows: int, cols: int) -> dict[str, Expected]:
             "weight": (("I8",), [(rows, cols)]),
             "weight_scale": scale,
             "weight_zero_point": (("I8",), [(rows, groups)]),
+        },
+        "mxfp4": {
+            "weight_packed": (("U8",), [(rows, -(-cols // 2))]),
+            "weight_scale": (("U8",), [(rows, groups)]),
         },
         "fp8": {"weight": (("F8_E4M3",), [(rows, cols)]), "weight_scale": (FLOATS, [blocks, (1,), (1, 1)])},
     }

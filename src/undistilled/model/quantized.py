@@ -1,7 +1,8 @@
 """Checkpoints that other programs quantised: how each weight lies in the file, from `quantization_config` alone.
 
 Read: AWQ (AutoAWQ's gemm layout), GPTQ (2, 3, 4 and 8 bits) and compressed-tensors (pack-quantized, int-quantized,
-float-quantized). Each weight is held by a scheme of ours; what none can hold is refused here, before a weight is read.
+float-quantized, mxfp4-pack-quantized). Each weight is held by a scheme of ours; what none can hold is refused here,
+before a weight is read.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BadArtefact
+from .fields import MAX_SIZE
 from .spec import NATIVE, ModelSpec
 from .weights import Weight, weights
 
+FLOAT = {"fp8": "fp8_block", "mxfp4": "mxfp4"}  # layout of floating-point codes -> the scheme that holds it
 WAY_OUT = "Take the released weights and `undistilled quantize` them."
 
 
@@ -35,8 +38,8 @@ class Packed:
     @property
     def scheme(self) -> str | None:
         """The scheme that holds it; None where there is none, and it is read dense."""
-        if self.layout == "fp8":
-            return "fp8_block"
+        if self.layout in FLOAT:
+            return FLOAT[self.layout]
         if not self.ordered or (self.bits == 8 and not self.symmetric):
             return None
         if self.bits == 8 and not self.group:
@@ -51,9 +54,9 @@ def _bad(what: str, way_out: str = WAY_OUT) -> BadArtefact:
 
 
 def _checked(form: Packed) -> Packed:
-    if form.bits not in (2, 3, 4, 5, 6, 8):
+    if type(form.bits) is not int or form.bits not in (2, 3, 4, 5, 6, 8):
         raise _bad(f"{form.bits!r:.80} bits are not read", "Known: 2 to 6 and 8 bits.")
-    if type(form.group) is not int or form.group < 0 or form.group % 32:
+    if type(form.group) is not int or not 0 <= form.group <= MAX_SIZE or form.group % 32:
         raise _bad(f"groups of {form.group!r:.80} inputs are not read", "Known: multiples of 32, or whole rows.")
     return form
 
@@ -130,6 +133,7 @@ LAYOUTS = {
     ("naive-quantized", "int"): "plain",
     ("naive-quantized", "float"): "fp8",
     ("float-quantized", "float"): "fp8",
+    ("mxfp4-pack-quantized", "float"): "mxfp4",
 }
 
 
@@ -166,7 +170,7 @@ def _target(quant: dict[str, Any], group: dict[str, Any]) -> tuple[_Names, Packe
     said, args = str(group.get("format") or quant.get("format")), group.get("weights") or {}
     kind, strategy, bits = str(args.get("type", "int")), args.get("strategy"), args.get("num_bits", 8)
     layout = LAYOUTS.get((said, kind))
-    if layout is None or (layout == "fp8" and bits != 8) or args.get("actorder") == "group":
+    if layout is None or bits != {"fp8": 8, "mxfp4": 4}.get(layout, bits) or args.get("actorder") == "group":
         known = ", ".join(f"{a} of {b}" for a, b in LAYOUTS)
         raise _bad(f"compressed-tensors {said!r:.80}, {kind!r:.80} of {bits!r:.80} bits", f"Known: {known}.")
     names = _Names(group.get("targets") or ())
@@ -174,6 +178,8 @@ def _target(quant: dict[str, Any], group: dict[str, Any]) -> tuple[_Names, Packe
         if strategy not in ("tensor", "block") or args.get("block_structure") not in (None, [128, 128]):
             raise _bad(f"FP8 with a scale by {strategy!r:.80}", "Known: by tensor and by block of 128 x 128.")
         return names, Packed("fp8", 8)
+    if layout == "mxfp4":
+        return names, Packed("mxfp4", 4, 32)
     if strategy not in ("group", "channel") or (layout == "plain" and bits != 8):
         raise _bad(f"{bits!r:.80} bits with a scale by {strategy!r:.80}", "Known: by group and by channel.")
     size = _group(args.get("group_size")) if strategy == "group" else 0
@@ -197,6 +203,8 @@ def forms(config: dict[str, Any], spec: ModelSpec) -> dict[str, Packed]:
         if len(kinds) > 1:
             raise _bad(f"the experts of {weight.name} are not all stored alike")
         if (form := kinds.pop()) is not None:
+            if form.layout == "mxfp4" and weight.shape[1] % 32:
+                raise _bad(f"{weight.name} has {weight.shape[1]} inputs, no whole blocks of 32")
             found[weight.name] = form
     return found
 
