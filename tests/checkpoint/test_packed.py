@@ -75,6 +75,25 @@ def test_a_minimum_is_rounded_to_half_a_unit_of_float16(write, quant, tmp_path):
     assert worst > 0  # it does round
 
 
+def test_awq_is_what_compressed_tensors_converts(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    folder = write_checkpoint(tmp_path / "m", CONFIGS["llama"] | {"torch_dtype": "float16"}, dtype=torch.float16)
+    quantised(folder, awq, AWQ)
+    source, tensors = find(str(folder)).source(), load_file(folder / "model.safetensors")
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    for stem in ("model.layers.0.self_attn.k_proj.", "model.layers.2.mlp.down_proj."):
+        made = AutoAWQConverter(group_size=32).process({n: t for n, t in tensors.items() if n.startswith(stem)})
+        state = {name.removeprefix(stem): tensor for name, tensor in made.items()}
+        state["weight_scale"] = state["weight_scale"].float()
+        theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme)["weight"]
+        assert torch.equal(source.dense(stem + "weight", 0, theirs.shape[0]), theirs)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2"])
 def test_a_model_loads_and_answers(name, tmp_path):
     config = CONFIGS[name] | {"torch_dtype": "float16"}

@@ -8,6 +8,9 @@ import torch
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [..., n] -> uint8 [..., 32 n / bits], rounded down; 1 to 8 bits, also across words."""
     held = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return held[..., None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1).flatten(-2)
     count = 8 * held.shape[-1] // bits
     place = torch.arange(count) * bits
     low = held[..., place // 8].int()

@@ -78,14 +78,17 @@ def _tokens(tokenizer: Tokenizer, raw: tokenizers.Tokenizer, model: dict[str, An
         tokens.append(f"[PAD{id}]" if token is None else token)
         if token is None:
             kinds.append(UNUSED)
-        elif id in added:
-            kinds.append(CONTROL if added[id].special else USER)
         elif token == model.get("unk_token"):
             kinds.append(UNKNOWN)
+        elif id in added:
+            kinds.append(CONTROL if added[id].special else USER)
         else:
             byte = tokenizer.kind == "pieces" and re.fullmatch("<0x[0-9A-F]{2}>", token)
             kinds.append(BYTE if byte else NORMAL)
-    return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    found: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    if UNKNOWN in kinds:
+        found["tokenizer.ggml.unknown_token_id"] = kinds.index(UNKNOWN)
+    return found
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:
