@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from byte_tokens import byte_tokenizer
 from tiny import LLAMA, write_checkpoint
 
 
@@ -36,6 +37,15 @@ def test_what_does_not_fit_is_exit_4_and_still_json():
     assert "GB" in done.stderr
 
 
+def test_export(tmp_path):
+    byte_tokenizer().save(write_checkpoint(tmp_path / "m", LLAMA))
+    done = run("export", tmp_path / "m", tmp_path / "m.gguf", "--format", "gguf", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["schemes"] == {"fp32": 30} and said["dense"] == []
+    assert (tmp_path / "m.gguf").stat().st_size > said["bytes"]
+
+
 def test_inspect_r1():
     found = json.loads(run("inspect", "deepseek-r1", "--json").stdout)
     assert found["parameters"]["total"] == 671_026_419_200 and found["parameters"]["active"] == 36_625_625_600
@@ -51,6 +61,7 @@ def test_inspect_r1():
         (["plan", "deepseek-r1", "--context", "999999999"], 2),
         (["plan", "/no/such/model"], 3),
         (["inspect", "nobody/nothing"], 3),
+        (["export", "deepseek-r1", "nowhere", "--format", "onnx"], 2),
         (["prove", "deepseek-r1", "--tokens", "64"], 3),
     ],
 )

@@ -263,6 +263,7 @@ def prove(
 app.command()(verbs.train)
 app.command()(verbs.quantize)
 app.command()(verbs.compare)
+app.command()(verbs.export)
 
 
 @app.command(hidden=True)

@@ -68,6 +68,13 @@ def quantized(done: dict[str, Any]) -> None:
     )
 
 
+def exported(done: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
+    show.out.print(f"{escape(done['out'])}: {size(done['bytes'])} as {done['format']}\n[dim]{kinds}[/]")
+    if done["dense"]:
+        show.out.print(f"{len(done['dense'])} of them as BF16 for want of a word: {escape(done['dense'][0])}, …")
+
+
 def compared(found: list[dict[str, Any]], picture: Path | None) -> None:
     table = table_of("form", "weights", "bits", "KL, nats", "same choice", "questions")
     for row in found:

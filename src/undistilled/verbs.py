@@ -72,6 +72,24 @@ def quantize(
         show_quality.quantized(done)
 
 
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint: a folder, a .gguf file, a hub id or a built-in name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make, or with gguf the file.")],
+    form: Annotated[str, typer.Option("--format", help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Weights that the format cannot say go over as BF16; else they are refused.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """Write a checkpoint, codes and scales as they are, in a format that other programs read."""
+    from .checkpoint.export import export as run
+    from .checkpoint.resolve import find
+
+    with show.steps() as say:
+        done = run(find(model), out, form, dense=dense, say=say)
+    print(json.dumps(done, indent=1)) if as_json else show_quality.exported(done)
+
+
 def compare(
     receipts: Annotated[list[Path], typer.Argument(help="Receipts that `prove -o` wrote, of forms of one model.")],
     picture: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it (.svg, .png).")] = None,

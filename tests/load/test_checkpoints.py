@@ -94,7 +94,7 @@ def overlap(header):
         (lambda h: h["model.norm.weight"].update(shape=[2**40, 2**40]), "model.norm.weight"),
         (lambda h: h["model.norm.weight"].update(shape=[0]), "model.norm.weight"),
         (lambda h: h["model.norm.weight"].update(shape="x"), "model.norm.weight"),
-        (lambda h: h["model.norm.weight"].update(dtype="I64"), "I64"),
+        (lambda h: h["model.norm.weight"].update(dtype="F64"), "F64"),
         (lambda h: h["model.norm.weight"].update(dtype=["F32"]), "model.norm.weight"),
         (lambda h: h["model.norm.weight"].update(dtype=None), "model.norm.weight"),
         (lambda h: h.pop("model.norm.weight"), "model.norm.weight"),

@@ -40,6 +40,9 @@ for _part in ("gate", "up", "down"):
     _LAYER[f"ffn_{_part}_exps"] = (f"mlp.experts.*.{_part}_proj",)
     _LAYER[f"ffn_{_part}_shexp"] = (f"mlp.shared_experts.{_part}_proj",)
 
+_HF = {hf: gguf for gguf, hf in _TOP.items()}
+_HF_LAYER = {names[0]: part for part, names in _LAYER.items() if len(names) == 1 and not part.endswith("_b")}
+
 _DERIVED = {"rope_freqs.weight"}
 """Tables computed from the configuration, not weights. `llama3_rope` reads them back."""
 
@@ -69,6 +72,15 @@ def hf_names(name: str) -> tuple[str, ...] | None:
     return tuple(f"{layer}{hf}.{kind}" for hf in _LAYER[part])
 
 
+def gguf_name(name: str) -> str:
+    """GGUF's name of a Hugging Face weight outside the experts; KeyError where there is none."""
+    if name in _HF:
+        return _HF[name]
+    _, _, layer, rest = name.split(".", 3)
+    part, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_HF_LAYER[part]}.{kind}"
+
+
 def unpermute_rows(n_rows: int, n_heads: int) -> torch.Tensor:
     """int64 [n_rows]: row i of the released matrix is row `result[i]` of the GGUF one.
 
@@ -94,13 +106,17 @@ def llama3_rope(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str,
     factor = float(values.max()) if values.size == head_dim // 2 else 0.0
     if not 1 <= factor < 1e6:
         raise ValueError("is not a table of Llama 3 rope factors")
-    wavelength = 2 * pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if not np.allclose(values, expected, rtol=1e-4):
+    if not np.allclose(values, llama3_table(factor, theta, head_dim), rtol=1e-4):
         raise ValueError("is not Llama 3's rope scaling (low 1, high 4, original length 8192)")
     sizes = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "factor": factor, **sizes}
+
+
+def llama3_table(factor: float, theta: float, head_dim: int) -> np.ndarray:
+    """The table that `llama3_rope` reads, float32 [head_dim / 2]."""
+    wavelength = 2 * pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _decimal(value: float) -> float:

@@ -15,7 +15,7 @@ EXACT = {
     "F16": "fp16",
     "BF16": "bf16",
     "Q8_0": "int8-g32",
-    "Q4_0": "int4-g32",
+    "Q4_0": "int4-g32-sym",
     "Q4_1": "int4-g32",
 }
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,7 +49,9 @@ class GGUFStream:
         found = self._once(name, lambda: self.inner.quantised(name))
         if found is None:  # a scale beyond float16
             return schemes.get(EXACT[kind]).compress(self.dense(name, start, stop))
-        return {PART.get(part, part): tensor[start:stop] for part, tensor in found[1].items()}
+        wanted = schemes.get(EXACT[kind]).layout()
+        parts = {PART.get(part, part): tensor for part, tensor in found[1].items()}
+        return {part: parts[part][start:stop] for part in wanted}  # Q4_0's minimums follow from its scales
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._rows(name, start, stop, torch.float32)

@@ -52,7 +52,7 @@ def _one_of(ranges: str) -> str:
 _OLD_DEEPSEEK = [r"[\r\n]", rf"\s?{_one_of(_CASED)}+", rf"\s?{_one_of(_PUNCTUATION)}+", r"\s+$", f"{_one_of(_CJK)}+"]
 _DIGITS = "digits"
 """Not a pattern: the release uses `Digits`, which counts a few code points beyond \\p{N} as digits."""
-_SPLITS: dict[str, list[str]] = {
+SPLITS: dict[str, list[str]] = {
     "gpt-2": [_GPT2],
     "smollm": [_DIGITS, _GPT2],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
@@ -131,8 +131,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str = "GGUF file") -
 def _pre_name(vocabulary: _Vocabulary) -> str:
     pre = vocabulary.one("pre", str, "default")
     name = _ALIASES.get(pre, pre)
-    if name not in _SPLITS:
-        known = ", ".join(sorted([*_SPLITS, *_ALIASES]))
+    if name not in SPLITS:
+        known = ", ".join(sorted([*SPLITS, *_ALIASES]))
         vocabulary.fail("pre", f"{pre[:60]!r} is not a known pre-tokenizer (known: {known})")
     return name
 
@@ -157,7 +157,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=name == "llama-bpe"))
     if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    splits = [_split(pattern) for pattern in _SPLITS[name]]
+    splits = [_split(pattern) for pattern in SPLITS[name]]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()

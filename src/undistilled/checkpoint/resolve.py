@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArtefact
-from ..model.spec import ModelSpec, spec_from_config
+from ..model.spec import ModelSpec, is_packed, spec_from_config
 
 if TYPE_CHECKING:
     from .source import Source
@@ -69,6 +69,10 @@ class Model:
 
             return GGUFStream(GGUFSource(self.path))
         folder = self.path if self.path.is_dir() else self.path.parent
+        if is_packed(self.config):
+            from .packed import PackedSource
+
+            return PackedSource(folder, self.config, self.spec)
         if self.spec.stored:
             from .compressed import CompressedSource
 

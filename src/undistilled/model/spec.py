@@ -118,21 +118,29 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 OURS = "undistilled"  # the config's key for what compress/ did: the scheme of every weight
+PACKED = ("awq", "gptq", "compressed-tensors")  # `quant_method`s of other programs
 NATIVE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _native(config: dict[str, Any]) -> str:
-    if OURS in config:
+    quant = table(config, "quantization_config")
+    if OURS in config or is_packed(config):
         return "mixed"
-    if (quant := table(config, "quantization_config")) is None:
+    if quant is None:
         return NATIVE.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), "bf16")
     block = quant.get("weight_block_size")
     if quant.get("quant_method") == "fp8" and quant.get("fmt", "e4m3") == "e4m3" and block == [128, 128]:
         return "fp8_block"
     raise BadArtefact(
         f"config.json: quantization_config {quant.get('quant_method')!r:.80}, blocks {block!r:.80}, is not read yet.",
-        "Known: fp8 (e4m3) with 128 x 128 blocks, as DeepSeek-R1 is released.",
+        f"Known: fp8 (e4m3) with 128 x 128 blocks, as DeepSeek-R1 is released, {', '.join(PACKED)}.",
     )
+
+
+def is_packed(config: dict[str, Any]) -> bool:
+    """Whether another program quantised the checkpoint; quantized.py reads how."""
+    quant = config.get("quantization_config")
+    return OURS not in config and isinstance(quant, dict) and quant.get("quant_method") in PACKED
 
 
 def _stored(config: dict[str, Any]) -> dict[str, str]:
@@ -276,6 +284,11 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
             raise BadArtefact("config.json asks for code of its own (auto_map).", "Code from checkpoints is never run.")
         raise bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
     try:
-        return ARCHITECTURES[kind](config)
+        spec = ARCHITECTURES[kind](config)
+        if is_packed(config):
+            from .quantized import with_stored  # which needs the weights of a spec
+
+            return with_stored(spec, config)
+        return spec
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise BadArtefact(f"config.json makes no sense ({type(error).__name__}: {str(error)[:200]}).") from error
