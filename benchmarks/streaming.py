@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from undistilled.checkpoint.resolve import find
 from undistilled.model.spec import spec_from_config
 from undistilled.model.weights import Weight, weights
@@ -36,16 +38,16 @@ print(json.dumps(dict(seconds=seconds, peak=peak_bytes(), before=before, weights
 """
 
 
-def config_for(gigabytes: float) -> dict:
-    """R1's config with one MoE layer, a small vocabulary, and as many experts as fill the shard."""
+def config_for(gigabytes: float, vocab: int = 1024) -> dict:
+    """R1's config with one MoE layer, a small vocabulary, and as many experts as fill the shard, R1's at most."""
     r1 = find("deepseek-r1").config
-    experts = max(16, int((gigabytes * 1e9 - 0.25e9) / 44.05e6) // 8 * 8)
+    experts = min(256, max(16, int((gigabytes * 1e9 - 0.25e9) / 44.05e6) // 8 * 8))
     return r1 | {
         "num_hidden_layers": 1,
         "first_k_dense_replace": 0,
         "num_nextn_predict_layers": 0,
         "n_routed_experts": experts,
-        "vocab_size": 1024,
+        "vocab_size": vocab,
     }
 
 
@@ -56,6 +58,7 @@ def write_shard(folder: Path, config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, tensors, offset = {}, [], 0
+    pool = torch.randn(1 << 26).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     for w in weights(spec_from_config(config)):
         for name in w.tensor_names:
             for part, dtype, shape, count in parts(w):
@@ -67,7 +70,7 @@ def write_shard(folder: Path, config: dict) -> None:
     with unfinished.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for dtype, shape in tensors:
-            file.write(random_bytes(torch, dtype, shape))
+            file.write(random_bytes(torch, dtype, shape, pool))
     unfinished.rename(folder / "model.safetensors")
 
 
@@ -82,9 +85,11 @@ def parts(w: Weight):
         yield "", dtype, list(w.shape), rows * cols * size
 
 
-def random_bytes(torch, dtype: str, shape: list[int]) -> bytes:
+def random_bytes(torch, dtype: str, shape: list[int], pool) -> bytes:
+    """FP8 values are a stretch of the pool from a random place on: drawing billions takes longer than writing them."""
     if dtype == "F8_E4M3":
-        return torch.randn(shape).to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes()
+        first = int(torch.randint(len(pool), ()))
+        return np.resize(np.roll(pool, -first), shape).tobytes()
     if dtype == "F32":
         return (torch.rand(shape) * 0.01 + 1e-4).numpy().tobytes()
     return torch.randn(shape).bfloat16().view(torch.uint8).numpy().tobytes()

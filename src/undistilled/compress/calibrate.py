@@ -20,7 +20,7 @@ from ..model.layers import Linear, LocalBank
 from ..ops.experts import by_expert
 
 FEW = 32  # tokens that say too little of an expert
-LARGEST = 1 << 30  # bytes of a layer's [E, K, K]; where they would be more, its experts share one [K, K]
+LARGEST = 256 << 20  # bytes of a layer's [E, K, K]; where they would be more, its experts share one [K, K]
 
 
 @dataclass

@@ -29,8 +29,8 @@ BY_ROW = (*WHOLE, "int6-g64", "int5-g32", "nl4-g32")  # of a head, of which a ti
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
-AT_ONCE = {"cpu": 4 << 20, "cuda": 128 << 20}  # values of stacked experts that are worked on together
-SAMPLE = 8 << 20  # values of a weight that are measured: rows of it, evenly spaced, in ranges of RANGE
+AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}  # values of stacked experts that are worked on together
+SAMPLE = 2 << 20  # values of a weight that are measured: rows of it, evenly spaced, in ranges of RANGE
 RANGE = 128  # rows: whole blocks of tiles, and of R1's FP8
 
 
