@@ -128,7 +128,7 @@ def test_floats_that_bf16_does_not_hold_are_refused():
 
 
 @needs_products
-@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+@pytest.mark.parametrize("scheme", ["bf16", "int8,expert=nl3-g64,expert.down=int4"])
 def test_r1_nano_writes_the_same_tokens_alone_in_a_batch_and_preempted(scheme):
     model = find("r1-nano")
     ask = Ask(scheme, 256, 4, False, "cpu", dtype="bfloat16")
