@@ -13,8 +13,8 @@ setup(
     ext_modules=[
         Extension(
             "undistilled.ops.cpu._kernels",
-            sources=[f"{CPU}/kernels.cpp", f"{CPU}/attend.cpp", f"{CPU}/experts.cpp", f"{CPU}/product.cpp"],
-            depends=[f"{CPU}/simd.h", f"{CPU}/matrix.h", f"{CPU}/product.h", f"{CPU}/codes.h"],
+            sources=[f"{CPU}/{name}.cpp" for name in ("kernels", "attend", "experts", "product", "coded", "decode")],
+            depends=[f"{CPU}/{name}.h" for name in ("simd", "matrix", "product", "codes", "coded", "scratch")],
             language="c++",
             optional=True,
             extra_compile_args=[

@@ -84,7 +84,9 @@ def test_a_plan_is_held_to(tmp_path):
 
 def test_doctor():
     found = json.loads(run("doctor", "--json").stdout)
-    assert {row["scheme"] for row in found["kernels"]} >= {"bf16", "int8", "int4", "fp8_block"}
+    on_cpu = [row for row in found["kernels"] if row["device"] == "cpu"]
+    assert {row["scheme"] for row in on_cpu} >= {"bf16", "int8", "int4", "fp8_block", "nl3-g64", "dynamic blocks"}
+    assert not found["native_kernels"] or "reference" not in {row["kernel"] for row in on_cpu}
 
 
 def test_reference_can_be_forced():

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undistilled import scheme as schemes
+from undistilled.ops import linear as layer
 from undistilled.ops.cpu import native
-from undistilled.ops.cpu.native import KIND
-from undistilled.ops.linear import LARGE, apply, linear
+from undistilled.ops.cpu.matrix import KIND, matrix
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_missing())
 
 SOME = settings(max_examples=40, deadline=None)
+STORED = [kind for kind in KIND if kind != "coded"]
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EPS = torch.finfo(torch.float32).eps
 
@@ -24,6 +25,14 @@ def _restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def linear(kind, x, *weight, rounded=False):
+    return native.linear(x, matrix(kind, *weight, rounded))
+
+
+def dequantise(kind, *weight, rows=None):
+    return native.dequantise(matrix(kind, *weight), rows)
 
 
 def stored(kind: str, n: int, k: int, group: int = 32, mins: bool = False, seed: int = 0):
@@ -62,7 +71,7 @@ def stored(kind: str, n: int, k: int, group: int = 32, mins: bool = False, seed:
 
 weights = st.fixed_dictionaries(
     {
-        "kind": st.sampled_from(list(KIND)),
+        "kind": st.sampled_from(STORED),
         "n": st.one_of(st.integers(1, 20), st.integers(120, 260)),
         "k": st.one_of(st.integers(1, 70), st.integers(500, 1300)),
         "mins": st.booleans(),
@@ -84,19 +93,19 @@ def draw(case):
 def test_linear_and_dequantise_are_exact(case, m):
     kind, weight, exact = draw(case)
     x = torch.randn(m, weight[4], generator=torch.Generator().manual_seed(1))
-    y = native.linear(kind, x, *weight)
+    y = linear(kind, x, *weight)
     # int4 codes are multiplied before their offset is taken away: up to 2 x 15 / 8 more rounding
     bound = (x.double().abs() @ exact.abs().T + 15 * x.abs().sum(1, keepdim=True)) * EPS * 8
     assert torch.all((y.double() - x.double() @ exact.T).abs() <= bound)
 
-    w = native.dequantise(kind, *weight)
+    w = dequantise(kind, *weight)
     want = exact.float()
     if weight[2] is None:
         assert torch.equal(w, want)
     else:  # one rounding of q * scale + min; float64 holds it exactly
         assert torch.equal(w, want)
     n0, n1 = weight[3] // 3, weight[3] // 2 + 1
-    assert torch.equal(native.dequantise(kind, *weight, rows=(n0, n1)), want[n0:n1])
+    assert torch.equal(dequantise(kind, *weight, rows=(n0, n1)), want[n0:n1])
 
 
 @SOME
@@ -105,33 +114,32 @@ def test_linear_keeps_the_bits_of_a_row(case, m):
     kind, weight, _ = draw(case)
     x = torch.randn(m, weight[4], generator=torch.Generator().manual_seed(2))
     torch.set_num_threads(2)
-    together = native.linear(kind, x, *weight)
-    assert torch.equal(native.linear_stored(x, native.Weight(kind, *weight)), together)
+    together = linear(kind, x, *weight)
     for some in (1, 2, 3, 5):
-        assert torch.equal(native.linear(kind, x[:some].clone(), *weight), together[:some])
+        assert torch.equal(linear(kind, x[:some].clone(), *weight), together[:some])
     for row in range(m):
-        assert torch.equal(native.linear(kind, x[row], *weight), together[row])
+        assert torch.equal(linear(kind, x[row], *weight), together[row])
     torch.set_num_threads(1)
-    assert torch.equal(native.linear(kind, x, *weight), together)
+    assert torch.equal(linear(kind, x, *weight), together)
     x[1:] = float("nan")
-    assert torch.equal(native.linear(kind, x, *weight)[0], together[0])
+    assert torch.equal(linear(kind, x, *weight)[0], together[0])
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "fp8_block", "int8"])
 def test_every_code_is_decoded_exactly(kind):
     if kind in FLOATS:
         values = torch.arange(-32768, 32768).to(torch.int16).view(FLOATS[kind]).view(256, 256)
-        got = native.dequantise(KIND[kind], values, None, None, 256, 256, 256)
+        got = dequantise(KIND[kind], values, None, None, 256, 256, 256)
         assert torch.equal(got.nan_to_num(7), values.float().nan_to_num(7))
     elif kind == "fp8_block":
         values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).view(1, 256)
-        got = native.dequantise(KIND[kind], values, torch.tensor([[0.3, 0.7]]), None, 1, 256, 128)
+        got = dequantise(KIND[kind], values, torch.tensor([[0.3, 0.7]]), None, 1, 256, 128)
         want = values.float() * torch.tensor([0.3, 0.7]).repeat_interleave(128)
         finite = ~want.isnan()
         assert finite.sum() == 254 and torch.equal(got[finite], want[finite])
     else:
         values = torch.arange(-128, 128).to(torch.int8).view(1, 256)
-        got = native.dequantise(KIND[kind], values, torch.tensor([[0.3]]), None, 1, 256, 256)
+        got = dequantise(KIND[kind], values, torch.tensor([[0.3]]), None, 1, 256, 256)
         assert torch.equal(got, values.float() * 0.3)
 
 
@@ -260,10 +268,15 @@ def test_rope_rows(rows, heads, c, interleaved, before):
 
 
 def stack(kind, experts, n, k, group, mins, seed):
-    """`native.Experts` of random weights, and the same weights in float64."""
+    """Random weights as `matrix`'s arguments, and in float64."""
     parts = [stored(kind, n, k, group, mins, seed * 100 + e) for e in range(experts)]
     tensors = [None if parts[0][0][i] is None else torch.stack([p[0][i] for p in parts]) for i in range(3)]
-    return native.Experts(KIND[kind], *tensors, experts, n, k, group), torch.stack([p[1] for p in parts])
+    return (KIND[kind], *tensors, n, k, group), torch.stack([p[1] for p in parts])
+
+
+def one_expert(weight, e):
+    """The arguments of an expert of `stack`'s."""
+    return weight[0], *(t if t is None else t[e] for t in weight[1:4]), *weight[4:]
 
 
 def routed(rows, top, experts, d, seed):
@@ -276,7 +289,7 @@ def routed(rows, top, experts, d, seed):
 
 @SOME
 @given(
-    st.sampled_from(list(KIND)),
+    st.sampled_from(STORED),
     st.booleans(),
     st.integers(1, 8),
     st.integers(1, 4),
@@ -286,9 +299,10 @@ def routed(rows, top, experts, d, seed):
 )
 def test_experts_rows(kind, mins, rows, top, d, inner, seed):
     count = 6
-    gate, gate_w = stack(kind, count, inner, d, 32, mins, 1)
-    up, up_w = stack(kind, count, inner, d, 32, mins, 2)
-    down, down_w = stack(kind, count, d, inner, 32, mins, 3)
+    shapes = (inner, d), (inner, d), (d, inner)
+    made = [stack(kind, count, *shape, 32, mins, at) for at, shape in enumerate(shapes, 1)]
+    (gate_w, up_w, down_w), given = (exact for _, exact in made), [arguments for arguments, _ in made]
+    gate, up, down = (matrix(*arguments, experts=count) for arguments in given)
     x, chosen, weights = routed(rows, top, count, d, seed)
     torch.set_num_threads(2)
     got = native.experts_rows(x, gate, up, down, chosen, weights)
@@ -298,9 +312,9 @@ def test_experts_rows(kind, mins, rows, top, d, inner, seed):
         for e, weight in zip(chosen[r].tolist(), weights[r], strict=True):
             if e == count:
                 continue
-            one = [(p.matrix.kind, *(None if t is None else t[e] for t in p.parts)) for p in (gate, up, down)]
-            a, b = (native.linear(w[0], x[r], *w[1:], inner, d, 32) for w in one[:2])
-            y = native.linear(one[2][0], native.silu_mul(a, b), *one[2][1:], d, inner, 32)
+            one = [matrix(*one_expert(arguments, e)) for arguments in given]
+            a, b = (native.linear(x[r], w) for w in one[:2])
+            y = native.linear(native.silu_mul(a, b), one[2])
             want = want.double().add(weight.double() * y.double()).float()
             wide = x[r].double()
             h = torch.nn.functional.silu(gate_w[e] @ wide) * (up_w[e] @ wide)
@@ -320,16 +334,16 @@ def test_wrong_arguments_are_refused():
     x = torch.randn(2, 64)
     for bad in (x.double(), x.T, torch.randn(2, 63)):
         with pytest.raises(ValueError):
-            native.linear(KIND["int8"], bad, *weight)
+            linear(KIND["int8"], bad, *weight)
     with pytest.raises(ValueError):
-        native.linear(KIND["int8"], x, weight[0], weight[1][:, :1].contiguous(), *weight[2:])
+        linear(KIND["int8"], x, weight[0], weight[1][:, :1].contiguous(), *weight[2:])
     with pytest.raises(ValueError):
-        native.linear(KIND["int4"], x, *weight)
+        linear(KIND["int4"], x, *weight)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
 def test_one_openmp_runtime_is_loaded():
-    native.linear(KIND["fp32"], torch.randn(1, 512), torch.randn(512, 512), None, None, 512, 512, 512)
+    linear(KIND["fp32"], torch.randn(1, 512), torch.randn(512, 512), None, None, 512, 512, 512)
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line or "libomp" in line}
     assert len(runtimes) == 1
@@ -340,9 +354,9 @@ def test_fp8_by_channel_runs_on_the_kernel_for_blocks(rows):
     scheme = schemes.get("fp8_channel")
     weight = schemes.Stored(scheme, (130, 200), scheme.compress(torch.randn(130, 200)))
     x = torch.randn(rows, 200)
-    assert linear.resolve(weight, x.dtype).name == "native by row"
+    assert layer.linear.resolve(weight, x.dtype).name == "native by row"
     exact = weight.parts["values"].double() * weight.parts["scales"].double()
-    y, bound = apply(x, weight), (x.double().abs() @ exact.abs().T) * EPS * 8
+    y, bound = layer.apply(x, weight), (x.double().abs() @ exact.abs().T) * EPS * 8
     assert torch.all((y.double() - x.double() @ exact.T).abs() <= bound)
-    if rows < LARGE:
-        assert torch.equal(apply(x[-1:], weight), y[-1:])
+    if rows < layer.LARGE:
+        assert torch.equal(layer.apply(x[-1:], weight), y[-1:])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native import EPS, SOME, _restore_threads, draw, routed, stack, weights  # noqa: F401
+from test_native import EPS, SOME, STORED, _restore_threads, draw, linear, one_expert, routed, stack, weights  # noqa: F401
 
 from runs import greedy
 from undistilled import scheme as schemes
@@ -14,12 +14,12 @@ from undistilled.load.build import build
 from undistilled.ops import linear as ops
 from undistilled.ops import registry
 from undistilled.ops.cpu import native
-from undistilled.ops.cpu.native import KIND
+from undistilled.ops.cpu.matrix import KIND, matrix
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 
 needs_products = pytest.mark.skipif(not native.rounds(), reason="needs AVX512_BF16, here and in the build")
-ROUNDED = [kind for kind in KIND if kind not in ("fp32", "fp16")]
+ROUNDED = [kind for kind in STORED if kind not in ("fp32", "fp16")]
 cases = weights.filter(lambda case: case["kind"] in ROUNDED)
 
 
@@ -33,7 +33,7 @@ def rounded(x):
 def test_products_are_exact_for_rounded_activations(case, m):
     kind, weight, exact = draw(case)
     x = torch.randn(m, weight[4], generator=torch.Generator().manual_seed(1))
-    y = native.linear(kind, x, *weight, rounded=True)
+    y = linear(kind, x, *weight, rounded=True)
     bound = (x.double().abs() @ exact.abs().T + 15 * x.abs().sum(1, keepdim=True)) * EPS * 16
     assert torch.all((y.double() - rounded(x) @ exact.T).abs() <= bound)
 
@@ -45,21 +45,21 @@ def test_a_row_has_the_same_bits_alone_in_company_and_on_any_threads(case, m):
     kind, weight, _ = draw(case)
     x = torch.randn(m, weight[4], generator=torch.Generator().manual_seed(2))
     torch.set_num_threads(2)
-    together = native.linear(kind, x, *weight, rounded=True)
+    together = linear(kind, x, *weight, rounded=True)
     for some in (1, 2, 3, 5, 33):
-        assert torch.equal(native.linear(kind, x[:some].clone(), *weight, rounded=True), together[:some])
-    assert torch.equal(native.linear(kind, x[m - 1], *weight, rounded=True), together[m - 1])
+        assert torch.equal(linear(kind, x[:some].clone(), *weight, rounded=True), together[:some])
+    assert torch.equal(linear(kind, x[m - 1], *weight, rounded=True), together[m - 1])
     torch.set_num_threads(1)
-    assert torch.equal(native.linear(kind, x, *weight, rounded=True), together)
+    assert torch.equal(linear(kind, x, *weight, rounded=True), together)
     x[1:] = float("nan")
-    assert torch.equal(native.linear(kind, x, *weight, rounded=True)[0], together[0])
+    assert torch.equal(linear(kind, x, *weight, rounded=True)[0], together[0])
 
 
 @needs_products
 def test_activations_round_to_nearest_even():
     x = torch.cat([torch.randn(4000), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, 3e38, 1e-37])])[:, None]
     weight = torch.ones(1, 1, dtype=torch.bfloat16), None, None, 1, 1, 1
-    assert torch.equal(native.linear(KIND["bf16"], x, *weight, rounded=True), x.bfloat16().float())
+    assert torch.equal(linear(KIND["bf16"], x, *weight, rounded=True), x.bfloat16().float())
 
 
 @needs_products
@@ -76,11 +76,8 @@ def test_activations_round_to_nearest_even():
 def test_experts(kind, mins, rows, top, d, inner, seed):
     count = 6
     shapes = (inner, d), (inner, d), (d, inner)
-    plain = [stack(kind, count, *shape, 32, mins, at) for at, shape in enumerate(shapes)]
-    gate, up, down = (
-        native.Experts(KIND[kind], *p.parts, count, *shape, 32, rounded=True)
-        for (p, _), shape in zip(plain, shapes, strict=True)
-    )
+    given = [stack(kind, count, *shape, 32, mins, at)[0] for at, shape in enumerate(shapes)]
+    gate, up, down = (matrix(*arguments, rounded=True, experts=count) for arguments in given)
     x, chosen, shares = routed(rows, top, count, d, seed)
     torch.set_num_threads(2)
     got = native.experts_rows(x, gate, up, down, chosen, shares)
@@ -88,9 +85,9 @@ def test_experts(kind, mins, rows, top, d, inner, seed):
         want, size = torch.zeros(d), 1e-6
         for e, share in zip(chosen[r].tolist(), shares[r], strict=True):
             if e < count:
-                one = [(KIND[kind], *(None if t is None else t[e] for t in p.parts)) for p in (gate, up, down)]
-                a, b = (native.linear(w[0], x[r], *w[1:], inner, d, 32, rounded=True) for w in one[:2])
-                y = native.linear(one[2][0], native.silu_mul(a, b), *one[2][1:], d, inner, 32, rounded=True)
+                one = [matrix(*one_expert(arguments, e), rounded=True) for arguments in given]
+                a, b = (native.linear(x[r], w) for w in one[:2])
+                y = native.linear(native.silu_mul(a, b), one[2])
                 want, size = want.double().add(share.double() * y.double()).float(), size + float(y.abs().max())
         assert torch.allclose(got[r], want, rtol=3e-7, atol=size * 2e-7)
     one = slice(rows - 1, rows)
@@ -100,7 +97,7 @@ def test_experts(kind, mins, rows, top, d, inner, seed):
 
 
 @needs_products
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4", "int4-g32-sym", "fp8_block", "fp8_channel"])
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8_block", "fp8_channel"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_kernel_computes_what_the_reference_says(scheme, rows):
     found = schemes.get(scheme)
@@ -127,11 +124,11 @@ def test_without_the_kernel_the_reference_runs_and_says_so(monkeypatch):
 def test_floats_that_bf16_does_not_hold_are_refused():
     w = torch.randn(4, 8)
     with pytest.raises(ValueError, match="rounded"):
-        native.linear(KIND["fp32"], torch.randn(2, 8), w, None, None, 4, 8, 8, rounded=True)
+        linear(KIND["fp32"], torch.randn(2, 8), w, None, None, 4, 8, 8, rounded=True)
 
 
 @needs_products
-@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+@pytest.mark.parametrize("scheme", ["bf16", "int8,expert=nl3-g64,expert.down=int4"])
 def test_r1_nano_writes_the_same_tokens_alone_in_a_batch_and_preempted(scheme):
     model = find("r1-nano")
     ask = Ask(scheme, 256, 4, False, "cpu", dtype="bfloat16")
@@ -155,7 +152,7 @@ def mixed(gate, down, products):
     made = []
     for name, shape in ((gate, (4, 64, 96)), (gate, (4, 64, 96)), (down, (4, 96, 64))):
         scheme = schemes.get(name)
-        of = products if name in ("int8", "bf16") else None
+        of = None if name == "fp16" else products
         made.append(schemes.Stored(scheme, shape, scheme.compress(torch.randn(shape) / 8), of))
     return made
 
@@ -183,7 +180,7 @@ def test_experts_whose_projections_have_different_schemes(gate, down, products, 
 @needs_products
 def test_no_rows_are_no_rows():
     w = schemes.get("int8").compress(torch.randn(32, 64))
-    y = native.linear(KIND["int8"], torch.empty(0, 64), w["values"], w["scales"], None, 32, 64, 64, rounded=True)
+    y = linear(KIND["int8"], torch.empty(0, 64), w["values"], w["scales"], None, 32, 64, 64, rounded=True)
     assert y.shape == (0, 32)
 
 

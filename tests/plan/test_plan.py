@@ -226,11 +226,14 @@ def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
             check(plan.model_copy(update={"compute_dtype": dtype}), model.spec, model.config)
 
 
-def test_schemes_without_a_kernel_keep_float32_products_and_their_dense_copy():
+def test_values_that_bf16_does_not_hold_and_routers_keep_float32_products():
     from undistilled.plan.recipes import products_of
 
-    assert products_of("attention.o", "int8-g64", "cpu", "bfloat16") == "bfloat16"
-    for scheme in ("nl3-g64", "int3", "mxfp4", "fp16", "tiles16x32-2x3-3x5"):
+    for scheme in ("int8-g64", "nl3-g64", "int3", "mxfp4", "tiles16x32-2x3-3x5"):
+        assert products_of("attention.o", scheme, "cpu", "bfloat16") == "bfloat16"
+        assert products_of("router", scheme, "cpu", "bfloat16") is None
+        assert products_of("attention.o", scheme, "cpu", "float32") is None
+    for scheme in ("fp16", "fp32"):
         assert products_of("attention.o", scheme, "cpu", "bfloat16") is None
     spec = find("deepseek-r1").spec
     sizes = {

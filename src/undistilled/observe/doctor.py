@@ -10,6 +10,8 @@ from .. import scheme as schemes
 from ..plan.hardware import describe, known_machines, load_machine
 from ..plan.recipes import products_of
 
+BLOCKS = schemes.get("tiles16x32-2x1-3x1-4x1")  # stands for dynamic blocks of any shape
+
 
 def examine(measure: bool = False, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The machine, its ceilings, the presets, and a row for each scheme and device: kernel and reason."""
@@ -49,9 +51,9 @@ def kernels(kind: str) -> list[dict[str, str]]:
         return []
     rows = []
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
-    for name, scheme in schemes.SCHEMES.items():
+    for name, scheme in {**schemes.SCHEMES, "dynamic blocks": BLOCKS}.items():
         parts = {k: v.to(kind) for k, v in scheme.compress(torch.zeros(64, 64)).items()}
-        rounded = products_of("attention.o", name, kind, "bfloat16") if native.rounds() else None
+        rounded = products_of("attention.o", scheme.name, kind, "bfloat16") if native.rounds() else None
         for products in (None, rounded) if rounded else (None,):
             kernel = linear.resolve(schemes.Stored(scheme, (64, 64), parts, products), dtype)
             missing = kind == "cuda" and kernel is linear.reference and cuda.why_missing()

@@ -10,7 +10,7 @@ import torch
 from ..scheme import Stored
 from . import triton as cuda
 from .cpu import native
-from .linear import LARGE, apply, native_ready, product_arguments, rounds_ready
+from .linear import LARGE, apply, checked, native_ready, rounds_ready
 from .registry import op
 from .swiglu import silu_mul
 
@@ -78,11 +78,11 @@ def _rows(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     (tokens, width), pairs, inner = x_TD.shape, ids_Tk.numel(), gate.shape[1]
-    scratch = 4 * pairs * (2 * inner + width) + 2 * (tokens * width + pairs * inner)  # bytes
+    scratch = 4 * pairs * (2 * inner + width) + 2 * (2 * tokens * width + pairs * inner)  # bytes
     if scratch > SCRATCH:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
-    return native.experts_rows(x_TD.contiguous(), _stack(gate), _stack(up), _stack(down), chosen, shares)
+    return native.experts_rows(x_TD.contiguous(), checked(gate), checked(up), checked(down), chosen, shares)
 
 
 @experts.register("triton", cuda.ready, "our Triton kernels: pairs sorted by expert on the GPU, no word to the host")
@@ -111,10 +111,3 @@ def fused(gate: Stored, up: Stored, down: Stored, dtype: torch.dtype) -> bool:
     if all(cuda.tiles_ready(w, dtype) for w in three):
         return True
     return gate.scheme == up.scheme and all(cuda.ready(w, dtype) for w in three)
-
-
-def _stack(weight: Stored) -> native.Experts:
-    found = weight.kernels.get("stack")
-    if found is None:
-        found = weight.kernels["stack"] = native.Experts(*product_arguments(weight))
-    return found  # type: ignore[return-value]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..scheme import Stored, fp8_block, fp8_channel, grouped, int8, plain
+from ..scheme import Stored, fp8_block, fp8_channel, int8, plain
 from . import triton as cuda
-from .cpu import native
+from .cpu import matrix, native
 from .registry import Kernel, forced, op, say_fallback
 
 LARGE = 32  # tokens from which a matrix product on a dense copy beats the kernels for few
@@ -77,31 +77,6 @@ def _int8_torch(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return y.float() * scales
 
 
-def native_kind(scheme: object) -> int | None:
-    """The C kernels' number for a scheme, or None."""
-    if isinstance(scheme, plain.Plain):
-        return native.KIND[scheme.name]
-    for kind, cls in (("fp8_block", fp8_block.Fp8Block), ("int8", int8.Int8)):
-        if isinstance(scheme, cls):
-            return native.KIND[kind]
-    if isinstance(scheme, grouped.Grouped) and scheme.name.startswith("int4"):
-        return native.KIND["int4"]
-    return None
-
-
-def native_arguments(weight: Stored) -> tuple:
-    """(kind, values, scales, minimums, experts where there are some, N, K, group) as the C kernels take them."""
-    parts = weight.parts
-    group = getattr(weight.scheme, "group", 0) or weight.shape[-1]
-    kind = native_kind(weight.scheme)
-    return kind, parts["values"], parts.get("scales"), parts.get("minimums"), *weight.shape, group
-
-
-def product_arguments(weight: Stored) -> tuple:
-    """`native_arguments`, and whether activations are rounded: what `native.Weight` and `native.Experts` take."""
-    return *native_arguments(weight), weight.products is not None
-
-
 def native_ready(w: Stored, dtype: torch.dtype) -> bool:
     """Whether the C kernels serve this weight with these activations, which stay float32."""
     return not w.products and _native_reads(w, dtype)
@@ -109,32 +84,33 @@ def native_ready(w: Stored, dtype: torch.dtype) -> bool:
 
 def _native_reads(w: Stored, dtype: torch.dtype) -> bool:
     here = w.device.type == "cpu" and dtype == torch.float32
-    return here and native.library() is not None and native_kind(w.scheme) is not None
+    return here and native.library() is not None and matrix.takes(w)
 
 
 def rounds_ready(w: Stored, dtype: torch.dtype) -> bool:
     """Whether the C kernels serve this weight's products with activations rounded to BF16."""
-    exact = native_kind(w.scheme) not in (None, native.KIND["fp32"], native.KIND["fp16"])
+    exact = w.scheme.name not in ("fp32", "fp16")
     return w.products == "bfloat16" and exact and native.rounds() and _native_reads(w, dtype)
 
 
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if x_TK.shape[0] < LARGE:
-        return native.linear_stored(x_TK.contiguous(), _checked(weight))
+        return native.linear(x_TK.contiguous(), checked(weight))
     return F.linear(x_TK, dense(weight, x_TK.dtype))
 
 
-def _checked(weight: Stored) -> native.Weight:
-    checked = weight.kernels.get("native")
-    if checked is None:
-        checked = weight.kernels["native"] = native.Weight(*product_arguments(weight))
-    return checked  # type: ignore[return-value]
+def checked(weight: Stored) -> matrix.Matrix:
+    """The weight as the C kernels take it, made once."""
+    found = weight.kernels.get("matrix")
+    if found is None:
+        found = weight.kernels["matrix"] = matrix.of(weight)
+    return found  # type: ignore[return-value]
 
 
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    return native.linear_stored(x_TK.contiguous(), _checked(weight))
+    return native.linear(x_TK.contiguous(), checked(weight))
 
 
 def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:
@@ -151,10 +127,10 @@ def _native_by_row(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if codes is None:
         (n, k), block = weight.shape, fp8_block.BLOCK
         ones = torch.ones(-(-n // block), -(-k // block))
-        kind = native.KIND["fp8_block"]
-        codes = native.Weight(kind, weight.parts["values"], ones, None, n, k, block, weight.products is not None)
+        kind, rounded = matrix.KIND["fp8_block"], weight.products is not None
+        codes = matrix.matrix(kind, weight.parts["values"], ones, None, n, k, block, rounded)
         weight.kernels["codes"] = codes
-    return native.linear_stored(x_TK.contiguous(), codes) * weight.parts["scales"][:, 0]  # type: ignore[arg-type]
+    return native.linear(x_TK.contiguous(), codes) * weight.parts["scales"][:, 0]  # type: ignore[arg-type]
 
 
 @linear.register(
@@ -180,7 +156,7 @@ def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
     if len(weight.shape) == 2 and not forced() and _native_reads(weight, dtype):
-        return native.dequantise(*native_arguments(weight))
+        return native.dequantise(checked(weight))
     if len(weight.shape) == 2 and not forced() and cuda.ready(weight, dtype):
         from .triton import linear as kernels
 

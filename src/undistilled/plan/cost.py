@@ -12,7 +12,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import ROUNDS, family
+from .recipes import rounds
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -121,7 +121,7 @@ def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int
     moved = 0.0
     for p in placed:
         if p.row.compute == device and p.weight.is_linear:
-            dense = 0 if p.row.scheme == "fp32" or (rounded and family(p.row.scheme) in ROUNDS) else 8 * p.weight.params
+            dense = 0 if p.row.scheme == "fp32" or (rounded and rounds(p.row.scheme)) else 8 * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
 
@@ -141,7 +141,7 @@ def activation_bytes(
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
-    # a kernel of BF16 products needs rounded rows and no dense copy; a scheme or a processor without one needs that
+    # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
     return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute == "bfloat16" else 0)
 

@@ -22,8 +22,6 @@ HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
-# families with a kernel for BF16 products on CPUs; others gain nothing
-ROUNDS = ("bf16", "fp8_block", "fp8_channel", "int8", "int4")
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {
@@ -83,13 +81,18 @@ def _own(weight: Weight, spec: ModelSpec) -> str:
     return spec.stored[weight.name]
 
 
+def rounds(scheme: str) -> bool:
+    """Whether a scheme, or a recipe's, may multiply in BF16: its codes are exact there."""
+    return family(scheme) not in ROUNDED_OFF
+
+
 def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
     """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
 
     A GPU's activations have the plan's dtype already. A router's product decides which experts run.
     """
-    rounds = home == "cpu" and compute != "float32" and role != "router" and family(scheme) in ROUNDS
-    return compute if rounds else None
+    rounded = home == "cpu" and compute != "float32" and role != "router" and rounds(scheme)
+    return compute if rounded else None
 
 
 def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:

@@ -16,7 +16,7 @@ from .cost import Dtype, Placed
 from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .plan import Plan, Predicted, Row, config_hash
-from .recipes import MIXED, ROUNDED_OFF, ROUNDS, family, parse, scheme_of
+from .recipes import parse, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
@@ -93,7 +93,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 def _check_dtype(ask: Ask, scheme: str) -> None:
     if ask.dtype not in DTYPES:
         raise UsageError(f"--dtype {ask.dtype!r} is not known.", f"Known: {', '.join(DTYPES)}.")
-    if ask.dtype == "bfloat16" and family(parse(scheme)[0]) in ROUNDED_OFF:
+    if ask.dtype == "bfloat16" and not rounds(parse(scheme)[0]):
         raise UsageError(f"{scheme} weights multiply in float32.", "Leave --dtype out, or ask for another --scheme.")
 
 
@@ -103,8 +103,7 @@ def _compute(ask: Ask, scheme: str, device: Device) -> Dtype:
         return "float32"
     if ask.dtype == "bfloat16" or device.kind != "cpu":
         return "bfloat16"
-    base = parse(scheme)[0]
-    return "bfloat16" if device.bf16_products and (base == MIXED or family(base) in ROUNDS) else "float32"
+    return "bfloat16" if device.bf16_products and rounds(parse(scheme)[0]) else "float32"
 
 
 def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> Predicted:

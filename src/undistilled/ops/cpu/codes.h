@@ -44,19 +44,51 @@ struct Fp8Codes : Bytes<Fp8Codes> {
   }
 };
 
-// Codes 0..15, from LOWEST on. A group begins with a block of 32.
-template <int LOWEST> struct Int4Codes {
-  static constexpr int BITS = 4;
-  INLINE b32 load(const uint8_t* w, long k) {
-    const __m512i FIRST = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512 values = _mm512_cvtepi32_ps(_mm512_add_epi32(FIRST, _mm512_set1_epi32(LOWEST)));
-    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    __m128i both = _mm_loadu_si128((const __m128i*)(w + k / 2));
-    __m256i codes = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
-    __m512i index = _mm512_cvtepu8_epi16(_mm256_and_si256(codes, _mm256_set1_epi8(15)));
-    return (b32)_mm512_permutexvar_epi16(index, table);
+// Position p of a register gets code FIRST[p] of 32: 128 bits of even codes, then of odd ones, of the first and second
+// half of the block in turn. So lie 16 bytes of nibbles when each 128 bits are shifted by 4 more, and 8 bytes of pairs
+// of bits when each 64 bits are shifted by 2 more; see scheme/packing.py.
+constexpr uint16_t FIRST[32] = {0, 2, 4, 6, 8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                1, 3, 5, 7, 9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+// 32 codes of 2 to 6 bits as their levels, in the order of FIRST.
+template <int BITS> struct Decoder {
+  static constexpr int FOUR = BITS >= 4, REST = BITS - (FOUR ? 4 : 2);   // planes: 4 or 2 bits, and the rest
+  __m512i low, high, shifts, rest;   // levels by the 5 lowest bits of a word: of the first half, of the second
+
+  explicit Decoder(const float* levels) {
+    constexpr int HALF = REST ? 1 << (BITS - 1) : 0, REACH = (REST ? HALF : 1 << BITS) - 1;
+    float low_levels[32], high_levels[32];
+    uint16_t by[32], of_rest[32];
+    for (int i = 0; i < 32; i++) {
+      low_levels[i] = levels[i & REACH];
+      high_levels[i] = levels[HALF + (i & REACH)];
+      by[i] = FOUR ? i / 8 * 4 : i / 4 * 2;
+      of_rest[i] = REST == 1 ? 1 << (i / 16 * 8 + FIRST[i] / 4) : i / 4 * 2;
+    }
+    auto table = [](const float* f) {
+      return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(f + 16), _mm512_loadu_ps(f));
+    };
+    low = table(low_levels);
+    high = table(high_levels);
+    shifts = _mm512_loadu_si512(by);
+    rest = _mm512_loadu_si512(of_rest);
   }
-  INLINE b32 load_part(const uint8_t* w, long k, long count) {
-    return (b32)_mm512_maskz_mov_epi16((1u << count) - 1, (__m512i)load(w, k));
+  __attribute__((always_inline)) b32 load(const uint8_t* w) const {
+    int64_t eight;
+    int32_t four;
+    if constexpr (!FOUR) memcpy(&eight, w, 8);
+    __m512i bytes = FOUR ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)w)) : _mm512_set1_epi64(eight);
+    __m512i index = _mm512_srlv_epi16(bytes, shifts);
+    if constexpr (REST == 0) return (b32)_mm512_permutexvar_epi16(index, low);
+    const uint8_t* plane = w + (FOUR ? 16 : 8);
+    if constexpr (REST == 1) {
+      memcpy(&four, plane, 4);
+      __mmask32 second = _mm512_test_epi16_mask(_mm512_set1_epi32(four), rest);
+      return (b32)_mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(index, low), second, index, high);
+    }
+    memcpy(&eight, plane, 8);
+    __m512i above = _mm512_slli_epi16(_mm512_srlv_epi16(_mm512_set1_epi64(eight), rest), 4);
+    index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), index, above, 0xca);   // 15 ? index : above, by bits
+    return (b32)_mm512_permutex2var_epi16(low, index, high);
   }
 };

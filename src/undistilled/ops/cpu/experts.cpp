@@ -3,41 +3,56 @@
 // The (row, choice) pairs are sorted by expert, so that an expert's weights are read once for
 // all rows that chose it. A row's result is summed in the order of its choices.
 #include <cstdlib>
+#include <initializer_list>
 #include "product.h"
 
 namespace {
 
 // Expert e of weights stacked [experts, n, k].
 Matrix expert(Matrix a, long e) {
-  a.values += e * a.n * a.row_bytes();
-  if (a.kind == FP8_BLOCK) a.scales = (const float*)a.scales + e * ((a.n + 127) / 128) * a.groups();
-  if (a.kind == INT8) a.scales = (const float*)a.scales + e * a.n * a.groups();
-  if (a.kind == INT4) a.scales = (const uint16_t*)a.scales + e * a.n * a.groups();
-  if (a.mins) a.mins = (const uint16_t*)a.mins + e * a.n * a.groups();
+  for (Part* part : {&a.values, &a.scales, &a.mins, &a.tiling.order, &a.tiling.multipliers}) part->skip(e);
+  for (int w = 0; w < a.tiling.widths; w++) a.tiling.codes[w].values.skip(e);
   return a;
 }
 
-// Rows of x as floats, where a matrix rounds them as BF16, and their sums over its groups.
-struct Input {
-  const float** x;
-  const uint16_t** rounded;
-  const float** sums;
+template <class T> T* make(long count) { return (T*)malloc((count + 1) * sizeof(T)); }
 
-  void take(const Matrix& a, long i) {
-    if (!has_offsets(a)) return;
-    a.rounds ? group_sums<Bf16>(a, rounded[i], (float*)sums[i]) : group_sums<Fp32>(a, x[i], (float*)sums[i]);
+// Rows of x for a matrix: as floats with their sums over its groups, or rounded as it takes them.
+struct Input {
+  const Matrix& a;
+  long row, group;   // of a rounded row, of a row's sums
+  uint16_t* buffer;
+  float* all_sums;
+  const float **x, **sums;
+  const uint16_t** rounded;
+
+  // `rows` distinct rows of x, `used` places for them.
+  Input(const Matrix& a, long rows, long used)
+      : a(a), row(a.rounds ? (arranged(a) + 31) / 32 * 32 : 0), group(has_offsets(a) ? a.groups() : 0),
+        buffer((uint16_t*)aligned_alloc(64, (rows * row + 32) * 2)), all_sums(make<float>(rows * group)),
+        x(make<const float*>(used)), sums(make<const float*>(used)), rounded(make<const uint16_t*>(used)) {}
+  ~Input() {
+    for (void* p : {(void*)buffer, (void*)all_sums, (void*)x, (void*)sums, (void*)rounded}) free(p);
+  }
+  void take(long r, const float* from) {
+    if (a.rounds) arrange(a, from, buffer + r * row);
+    if (group) group_sums(a, from, all_sums + r * group);
+  }
+  // Place i is distinct row r, which lies at `from`.
+  void put(long i, long r, const float* from) {
+    x[i] = from;
+    rounded[i] = buffer + r * row;
+    sums[i] = all_sums + r * group;
   }
 };
 
 // y[r] = the rows i.. of `in` times the outputs n..n+width, at most TILE; few rows take narrow tiles.
 void wide_tile(const Matrix& a, long n, long width, const Input& in, long i, long rows, float* const* y) {
   const float **x = in.x + i, **sums = in.sums + i;
-  if (a.rounds) return product(a, n, width, in.rounded + i, sums, rows, y);
+  if (a.rounds) return product(a, n, width, in.rounded + i, rows, y);
   long step = rows <= 2 ? 4 : TILE;
   for (long j = 0; j < width; j += step) tile(a, n + j, width - j < step ? width - j : step, x, sums, rows, y);
 }
-
-template <class T> T* make(long count) { return (T*)malloc((count + 1) * sizeof(T)); }
 
 }  // namespace
 
@@ -68,30 +83,17 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
   }
 
   // Everything below is indexed by the sorted place of a pair.
-  long gs = gate->groups(), us = up->groups(), ds = down->groups();
   float *h = make<float>(used * inner), *u = make<float>(used * inner), *o = make<float>(used * d);
-  float* sums = make<float>(used * (gs + us + ds));
-  bool rounds = gate->rounds || up->rounds;
-  uint16_t *xr = make<uint16_t>(rounds ? rows * gate->k : 0), *hr = make<uint16_t>(down->rounds ? used * inner : 0);
-  const float **xs = make<const float*>(used), **hs = make<const float*>(used);
-  const uint16_t **xrs = make<const uint16_t*>(used), **hrs = make<const uint16_t*>(used);
-  Input to_gate = {xs, xrs, make<const float*>(used)}, to_up = {xs, xrs, make<const float*>(used)},
-        to_down = {hs, hrs, make<const float*>(used)};
+  Input to_gate(*gate, rows, used), to_up(*up, rows, used), to_down(*down, used, used);
   float **hy = make<float*>(used), **uy = make<float*>(used), **oy = make<float*>(used);
-  for (long r = 0; rounds && r < rows; r++) round_row(x + r * gate->k, gate->k, xr + r * gate->k);
+  for (long r = 0; r < rows; r++)
+    for (Input* in : {&to_gate, &to_up}) in->take(r, x + r * gate->k);
   for (long i = 0; i < used; i++) {
-    float* s = sums + i * (gs + us + ds);
-    xs[i] = x + pair[i] / top * gate->k;
-    xrs[i] = xr + pair[i] / top * gate->k;
-    hs[i] = hy[i] = h + i * inner;
-    hrs[i] = hr + i * inner;
+    long r = pair[i] / top;
+    for (Input* in : {&to_gate, &to_up}) in->put(i, r, x + r * gate->k);
+    to_down.put(i, i, hy[i] = h + i * inner);
     uy[i] = u + i * inner;
     oy[i] = o + i * d;
-    to_gate.sums[i] = s;
-    to_up.sums[i] = s + gs;
-    to_down.sums[i] = s + gs + us;
-    to_gate.take(*gate, i);
-    to_up.take(*up, i);
   }
 
   long inner_tiles = (inner + TILE - 1) / TILE, tiles = (d + TILE - 1) / TILE;
@@ -110,13 +112,8 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
           store_part(to, silu8(load_part(to, part)) * load_part(uy[r] + n + j, part), part);
         }
     }
-    if (down->rounds || has_offsets(*down)) {
 #pragma omp for schedule(static)
-      for (long i = 0; i < used; i++) {
-        if (down->rounds) round_row(hs[i], inner, hr + i * inner);
-        to_down.take(*down, i);
-      }
-    }
+    for (long i = 0; i < used; i++) to_down.take(i, hy[i]);
 #pragma omp for schedule(dynamic, 4)
     for (long task = 0; task < groups * tiles; task++) {
       long g = task / tiles, n = task % tiles * TILE, i = start[g];
@@ -134,8 +131,7 @@ void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, c
       }
     }
   }
-  void* all[] = {pair, place, start, id, count, h, u, o, sums, xr, hr, xs, hs, xrs, hrs, to_gate.sums, to_up.sums,
-                 to_down.sums, hy, uy, oy};
+  void* all[] = {pair, place, start, id, count, h, u, o, hy, uy, oy};
   for (void* p : all) free(p);
 }
 

@@ -1,7 +1,8 @@
 // Linear layers on stored weights, and the per-row operations around them.
 #include <cmath>
-#include <cstdlib>
+#include "coded.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace {
 
@@ -35,10 +36,27 @@ void tile_of(const Matrix& a, long n, int count, const float* const* x, const fl
   }
 }
 
+thread_local Scratch scratch;
+
+// A coded tile as float32 rows: one look-up serves all rows of x.
+void tile_coded(const Matrix& a, long n, int count, const float* const* x, long rows, float* const* y) {
+  Matrix wide = {FP32, 0, count, a.k, a.k, {}, {}, {}, {}};
+  float* decoded = (float*)scratch.of(count * a.k * 4);
+  wide.values.at = (const uint8_t*)decoded;
+  for (int j = 0; j < count; j++) decode_coded(a, n + j, decoded + j * a.k);
+  for (long m0 = 0; m0 < rows; m0 += ROWS) {
+    long part = rows - m0 < ROWS ? rows - m0 : ROWS;
+    float* to[ROWS];
+    for (long m = 0; m < part; m++) to[m] = y[m0 + m] + n;
+    tile_of<Fp32>(wide, 0, count, x + m0, nullptr, part, to);
+  }
+}
+
 }  // namespace
 
 void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
           float* const* y) {
+  if (a.kind == CODED) return tile_coded(a, n, count, x, rows, y);
   with_loader(a.kind, [&](auto loader) { tile_of<decltype(loader)>(a, n, count, x, sums, rows, y); });
 }
 
@@ -50,19 +68,18 @@ __attribute__((visibility("default"))) void* PyInit__kernels(void) { return null
 // The /proc/cpuinfo flags without which this build must not be called.
 const char* native_isa(void) { return ISA; }
 
-void native_linear(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
-                   float* y, long m, long n, long k, long group) {
-  Matrix a = {kind, values, scales, mins, n, k, group};
-  long groups = a.groups();
+void native_linear(const Matrix* matrix, const float* x, float* y, long m) {
+  const Matrix& a = *matrix;
+  long n = a.n, k = a.k, groups = a.groups();
   const float** xs = (const float**)malloc(m * 3 * sizeof(void*));
   const float** sums = xs + m;
   float** ys = (float**)(xs + 2 * m);
-  float* buffer = kind == INT4 ? (float*)malloc(m * groups * 4) : nullptr;
+  float* buffer = has_offsets(a) ? (float*)malloc(m * groups * 4) : nullptr;
   for (long i = 0; i < m; i++) {
     xs[i] = x + i * k;
     ys[i] = y + i * n;
     sums[i] = buffer + i * groups;
-    if (buffer) group_sums<Fp32>(a, xs[i], buffer + i * groups);
+    if (buffer) group_sums(a, xs[i], buffer + i * groups);
   }
   long width = m <= 2 ? 4 : TILE;   // a wide tile reads x less often, a narrow one streams better
 #pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
@@ -75,30 +92,25 @@ void native_linear(int kind, const float* x, const uint8_t* values, const void* 
 int native_rounds(void) { return HAS_PRODUCTS; }
 
 // native_linear with x rounded to BF16.
-void native_linear_rounded(int kind, const float* x, const uint8_t* values, const void* scales, const void* mins,
-                           float* y, long m, long n, long k, long group) {
+void native_linear_rounded(const Matrix* matrix, const float* x, float* y, long m) {
   if (m == 0) return;
-  Matrix a = {kind, values, scales, mins, n, k, group};
-  long groups = a.groups();
-  const uint16_t** xs = (const uint16_t**)malloc(m * 3 * sizeof(void*));
-  const float** sums = (const float**)(xs + m);
-  float** ys = (float**)(xs + 2 * m);
-  float* buffer = mins ? (float*)malloc(m * groups * 4) : nullptr;
-  uint16_t* rounded = (uint16_t*)malloc(m * k * 2);
+  const Matrix& a = *matrix;
+  long n = a.n, k = a.k, row = (arranged(a) + 31) / 32 * 32;
+  const uint16_t** xs = (const uint16_t**)malloc(m * 2 * sizeof(void*));
+  float** ys = (float**)(xs + m);
+  uint16_t* rounded = (uint16_t*)aligned_alloc(64, m * row * 2);
   // Rows of weights stay in a core's cache while a block of rows of x passes by.
   long width = m < ROWS ? TILE : 4 * TILE, rows = m < PART ? m : PART;
   long panels = (n + width - 1) / width, parts = (m + rows - 1) / rows;
 #pragma omp parallel for schedule(static) if (m >= ROWS)
   for (long i = 0; i < m; i++) {
-    xs[i] = rounded + i * k;
+    xs[i] = rounded + i * row;
     ys[i] = y + i * n;
-    sums[i] = buffer + i * groups;
-    round_row(x + i * k, k, rounded + i * k);
-    if (buffer) group_sums<Bf16>(a, xs[i], buffer + i * groups);
+    arrange(a, x + i * k, rounded + i * row);
   }
   auto task = [&](long at) {
     long n0 = at / parts * width, m0 = at % parts * rows;
-    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, sums + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
+    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
   };
   if (parts == 1 && m < ROWS) {
 #pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
@@ -108,34 +120,38 @@ void native_linear_rounded(int kind, const float* x, const uint8_t* values, cons
     for (long at = 0; at < panels * parts; at++) task(at);
   }
   free(rounded);
-  free(buffer);
   free(xs);
 }
 
 // out [n1 - n0, k] = rows n0..n1 as float32.
-void native_dequantise(int kind, const uint8_t* values, const void* scales, const void* mins, float* out,
-                       long n, long k, long group, long n0, long n1) {
-  Matrix a = {kind, values, scales, mins, n, k, group};
-  with_loader(kind, [&](auto loader) {
+void native_dequantise(const Matrix* matrix, float* out, long n0, long n1) {
+  const Matrix& a = *matrix;
+  long k = a.k, group = a.group;
+  if (a.kind == CODED) {
+#pragma omp parallel for schedule(static) if ((n1 - n0) * k > SERIAL)
+    for (long i = n0; i < n1; i++) decode_coded(a, i, out + (i - n0) * k);
+    return;
+  }
+  with_loader(a.kind, [&](auto loader) {
 #pragma omp parallel for schedule(static) if ((n1 - n0) * k > SERIAL)
     for (long i = n0; i < n1; i++) {
       float factors[PANEL], lows[PANEL], *row = out + (i - n0) * k;
       for (long k0 = 0, k1; k0 < k; k0 = k1) {
         k1 = panel_end(a, k0);
         decode<decltype(loader)>(a.row(i), k0, k1, row + k0);
-        if (kind <= BF16) continue;
+        if (a.kind <= BF16) continue;
         panel_scales(a, i, k0, k1, factors);
-        if (a.mins) {
+        if (a.mins.at) {
           Matrix b = a;
-          b.scales = mins;
+          b.scales = a.mins;
           panel_scales(b, i, k0, k1, lows);
         }
         for (long g = 0, from = k0; from < k1; g++) {
           long end = (from / group + 1) * group;
           end = end < k1 ? end : k1;
-          v8 f = splat(factors[g]), low = splat(mins ? lows[g] : 0);
+          v8 f = splat(factors[g]), low = splat(a.mins.at ? lows[g] : 0);
           auto scaled = [&](v8 w) {
-            return kind != INT4 ? w * f : mins ? fma(w, f, low) : (w - splat(8)) * f;
+            return a.kind != INT4 ? w * f : a.mins.at ? fma(w, f, low) : (w - splat(8)) * f;
           };
           for (; from + 8 <= end; from += 8) store(row + from, scaled(load(row + from)));
           if (from < end) store_part(row + from, scaled(load_part(row + from, end - from)), end - from);

@@ -2,21 +2,46 @@
 #pragma once
 #include "simd.h"
 
-enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4 };
+enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED };
+
+struct Part {            // of a weight, for its first expert
+  const uint8_t* at;
+  long step;             // bytes to the next expert's
+  void skip(long experts) { if (at) at += experts * step; }
+};
+
+struct Codes {           // the tiles of one width in a CODED matrix, see coded.h
+  int bits;
+  long count;            // tiles of a section of a block
+  long block;            // bytes of a block of rows
+  Part values;           // [blocks, sections, count, height, cols / 8 * bits]
+  const float* levels;   // [1 << bits], exact in BF16
+};
+
+struct Tiling {          // how a CODED matrix lies
+  long height, cols;     // rows of a block, inputs of a tile: a multiple of 32
+  long sections, tiles;  // of a row; of a section in all widths
+  long factors;          // scales of a row
+  long padded;           // inputs with those that fill the last tile
+  int format, widths;    // a ScaleFormat; how many codes[] there are
+  Part order;            // int16 [blocks, sections, tiles]: a tile's place in its section; null: the order they lie in
+  Part multipliers;      // bf16 [n] or null: a row's, for all of its scales
+  Codes codes[5];
+};
 
 struct Matrix {          // [n, k], row-major
-  int kind;
-  const uint8_t* values;
-  const void* scales;    // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]
-  const void* mins;      // int4: f16 [n, g], or null for the symmetric scheme
+  int kind, rounds;      // rounds: whether its products are of x rounded to BF16
   long n, k, group;      // group: elements along k that share a scale
-  int rounds = 0;        // whether its products are of x rounded to BF16
+  Part values;           // but for CODED
+  Part scales;           // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]; coded: of tiling.format
+  Part mins;             // int4, coded: f16 [n, g], or null for symmetric schemes
+  Tiling tiling;         // of CODED
 
   long groups() const { return (k + group - 1) / group; }
   long row_bytes() const {
     return kind == INT4 ? (k + 31) / 32 * 16 : kind == FP32 ? k * 4 : kind <= BF16 ? k * 2 : k;
   }
-  const uint8_t* row(long i) const { return values + i * row_bytes(); }
+  const uint8_t* row(long i) const { return values.at + i * row_bytes(); }
 };
 
 constexpr long PANEL = 1024;   // elements of k that are worked on at a time
@@ -61,11 +86,11 @@ template <class L> INLINE void decode(const uint8_t* w, long k0, long k1, float*
 INLINE void panel_scales(const Matrix& a, long n, long k0, long k1, float* out) {
   long first = k0 / a.group, count = (k1 - 1) / a.group - first + 1;
   if (a.kind == INT4)
-    decode<Fp16>((const uint8_t*)a.scales + n * a.groups() * 2, first, first + count, out);
+    decode<Fp16>(a.scales.at + n * a.groups() * 2, first, first + count, out);
   else
     for (long i = 0; i < count; i++)
-      out[i] = a.kind == FP8_BLOCK ? ((const float*)a.scales)[n / 128 * a.groups() + first + i] * 256
-               : a.kind == INT8    ? ((const float*)a.scales)[n * a.groups() + first + i]
+      out[i] = a.kind == FP8_BLOCK ? ((const float*)a.scales.at)[n / 128 * a.groups() + first + i] * 256
+               : a.kind == INT8    ? ((const float*)a.scales.at)[n * a.groups() + first + i]
                                    : 1;
 }
 
@@ -167,26 +192,19 @@ static void add_tile(const Matrix& a, long n, int count, const float* const* x, 
 }
 
 // int4's offsets as a second product: its mins (or scales) with the sums of x over groups.
-INLINE bool has_offsets(const Matrix& a) { return a.mins || (a.kind == INT4 && !a.rounds); }
+INLINE bool has_offsets(const Matrix& a) { return a.kind == INT4; }
 INLINE Matrix offsets(const Matrix& a) {
-  return {FP16, (const uint8_t*)(a.mins ? a.mins : a.scales), nullptr, nullptr, a.n, a.groups(), a.groups()};
+  return {FP16, 0, a.n, a.groups(), a.groups(), a.mins.at ? a.mins : a.scales, {}, {}, {}};
 }
 
-// sums[g] = the sum of x, which X loads, over group g, times the factor of offsets()' weights.
-template <class X> INLINE void group_sums(const Matrix& a, const void* row, float* sums) {
-  const uint8_t* x = (const uint8_t*)row;
+// sums[g] = the sum of x over group g, times the factor of offsets()' weights.
+INLINE void group_sums(const Matrix& a, const float* x, float* sums) {
   for (long k = 0; k < a.k; k += a.group) {
     long end = k + a.group < a.k ? k + a.group : a.k, i = k;
-    v8 s = splat(0), v[1];
-    for (; i + 8 <= end; i += 8) {
-      X::load(x + at<X>(i), v);
-      s = s + v[0];
-    }
-    if (i < end) {
-      load_tail<X>(x + at<X>(i), end - i, v);
-      s = s + v[0];
-    }
-    *sums++ = sum(s) * (a.mins ? 1 : -8);
+    v8 s = splat(0);
+    for (; i + 8 <= end; i += 8) s = s + load(x + i);
+    if (i < end) s = s + load_part(x + i, end - i);
+    *sums++ = sum(s) * (a.mins.at ? 1 : -8);
   }
 }
 

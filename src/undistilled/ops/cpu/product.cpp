@@ -1,11 +1,12 @@
 // Products of rows of x, rounded to BF16, with a stored matrix, by AVX512_BF16's vdpbf16ps.
 //
-// Codes of int8, int4 and fp8 are exact in BF16, so a group is multiplied as codes and its float32 scale
+// Codes of int8 and fp8 are exact in BF16, so a group is multiplied as codes and its float32 scale
 // meets the float32 sum. A vector holds 8 codes of each of 4 outputs and meets 8 values of a row of x four times:
 // x stays as it lies, and sums of 16 outputs are folded together. What a lane sums, and in which order, depends on
 // the matrix alone: a row has the same bits in a product of one row and of a thousand, on any number of threads.
-#include <cstdlib>
+#include "coded.h"
 #include "product.h"
+#include "scratch.h"
 
 #if HAS_PRODUCTS
 #pragma GCC diagnostic ignored "-Wuninitialized"   // GCC 12 sees both inside its own intrinsics
@@ -21,24 +22,23 @@ struct Panel {
   long k, group;
   const uint16_t* codes;       // for each group: [chunk][j][c][CHUNK], zeros behind the last
   const float* scales;         // [group][j][c]
-  const float* mins;           // the same, or null
   long n, count;               // its rows of the matrix
 };
 
-// The g-th scale of a row, or its minimum.
-INLINE float factor(const Matrix& a, const void* from, long row, long g) {
+// The g-th scale of a row.
+INLINE float factor(const Matrix& a, long row, long g) {
+  const float* scales = (const float*)a.scales.at;
   switch (a.kind) {
-    case FP8_BLOCK: return ((const float*)from)[row / 128 * a.groups() + g] * 256;
-    case INT8: return ((const float*)from)[row * a.groups() + g];
-    case INT4: return _cvtsh_ss(((const uint16_t*)from)[row * a.groups() + g]);
+    case FP8_BLOCK: return scales[row / 128 * a.groups() + g] * 256;
+    case INT8: return scales[row * a.groups() + g];
   }
   return 1;
 }
 
-// out[group][j][c] = the scales, or the minimums, of the rows n.., at most OUTPUTS.
-void panel_factors(const Matrix& a, const void* from, long n, long count, float* out) {
+// out[group][j][c] = the scales of the rows n.., at most OUTPUTS.
+void panel_factors(const Matrix& a, long n, long count, float* out) {
   for (long g = 0; g < a.groups(); g++, out += OUTPUTS)
-    for (long i = 0; i < OUTPUTS; i++) out[i % 4 * 4 + i / 4] = i < count ? factor(a, from, n + i, g) : 0;
+    for (long i = 0; i < OUTPUTS; i++) out[i % 4 * 4 + i / 4] = i < count ? factor(a, n + i, g) : 0;
 }
 
 struct Rows { const uint8_t* at[OUTPUTS]; };
@@ -98,19 +98,13 @@ template <int MR> struct Sums {
     UNROLL for (int m = 0; m < MR; m++)
       UNROLL for (int j = 0; j < 4; j++) v[m][j] = _mm512_setzero_ps();
   }
-  // The end of group g. Its minimums meet the sum of x in one lane of each output.
+  // The end of group g.
   template <bool GROUPED>
-  __attribute__((always_inline)) void scale(const Panel& p, long g, const float* const* sums) {
+  __attribute__((always_inline)) void scale(const Panel& p, long g) {
     UNROLL for (int j = 0; j < 4; j++) {
       __m512 f = spread(p.scales + g * OUTPUTS + j * 4);
       UNROLL for (int m = 0; m < MR; m++)
         total[m][j] = GROUPED ? _mm512_fmadd_ps(acc[m][j], f, total[m][j]) : _mm512_mul_ps(acc[m][j], f);
-    }
-    if (!p.mins) return;
-    UNROLL for (int j = 0; j < 4; j++) {
-      __m512 low = spread(p.mins + g * OUTPUTS + j * 4);
-      UNROLL for (int m = 0; m < MR; m++)
-        total[m][j] = _mm512_fmadd_ps(low, _mm512_maskz_broadcastss_ps(0x1111, _mm_load_ss(sums[m] + g)), total[m][j]);
     }
   }
   __attribute__((always_inline)) void put(const Panel& p, float* const* y) {
@@ -123,7 +117,7 @@ template <int MR> struct Sums {
 
 // y[m][n..n+count) = x[m] . the panel's outputs.
 template <bool GROUPED, int MR>
-void block(const Panel& p, const uint16_t* const* x, const float* const* sums, float* const* y) {
+void block(const Panel& p, const uint16_t* const* x, float* const* y) {
   Sums<MR> s;
   s.clear(s.total);
   for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
@@ -136,14 +130,14 @@ void block(const Panel& p, const uint16_t* const* x, const float* const* sums, f
         UNROLL for (int j = 0; j < 4; j++)
           s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v, (b32)_mm512_load_si512(w + j * 32));
       }
-    s.template scale<GROUPED>(p, g, sums);
+    s.template scale<GROUPED>(p, g);
   }
   s.put(p, y);
 }
 
 // block() straight from the stored rows, for so few rows of x that packed weights would be read once.
 template <class L, bool GROUPED, int MR>
-void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, const float* const* sums, float* const* y) {
+void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float* const* y) {
   long ahead = rows.at[1] > rows.at[0] ? OUTPUTS * (rows.at[1] - rows.at[0]) : 0;
   Sums<MR> s;
   s.clear(s.total);
@@ -164,87 +158,75 @@ void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, const 
           UNROLL for (int m = 0; m < MR; m++) s.acc[m][j] = _mm512_dpbf16_ps(s.acc[m][j], v[m][i], (b32)w[i]);
       }
     }
-    s.template scale<GROUPED>(p, g, sums);
+    s.template scale<GROUPED>(p, g);
   }
   s.put(p, y);
 }
 
 // Rows of x in blocks as large as the registers hold accumulators, and totals where there are groups.
 template <bool GROUPED, int MR>
-void blocks(const Panel& p, const uint16_t* const* x, const float* const* sums, long rows, float* const* y) {
-  for (; rows >= MR; rows -= MR, x += MR, sums += MR, y += MR) block<GROUPED, MR>(p, x, sums, y);
+void blocks(const Panel& p, const uint16_t* const* x, long rows, float* const* y) {
+  for (; rows >= MR; rows -= MR, x += MR, y += MR) block<GROUPED, MR>(p, x, y);
   if constexpr (MR > 1)
-    if (rows) blocks<GROUPED, MR - 1>(p, x, sums, rows, y);
+    if (rows) blocks<GROUPED, MR - 1>(p, x, rows, y);
 }
 
-// Grows to what a thread needs and stays for its next tile: fresh memory would be cleared each time.
-struct Scratch {
-  void* held = nullptr;
-  long size = 0;
-  ~Scratch() { free(held); }
-  void* of(long bytes) {
-    if (bytes <= size) return held;
-    free(held);
-    return held = aligned_alloc(64, size = (bytes + 4095) / 4096 * 4096);
-  }
-};
 thread_local Scratch scratch;
 
 template <class L, bool GROUPED>
-void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
-                float* const* y) {
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
   constexpr long SOME = 12;   // rows of x that stay in the first cache while the panels pass by
   bool few = rows <= 2;
   long chunks = (a.group + CHUNK - 1) / CHUNK, panels = (count + OUTPUTS - 1) / OUTPUTS;
   long codes = few ? 0 : a.groups() * chunks * CHUNK * OUTPUTS, factors = a.groups() * OUTPUTS;
-  uint16_t* packed = (uint16_t*)scratch.of(panels * (2 * codes + 8 * factors));
-  float *scales = (float*)(packed + panels * codes), *mins = a.mins ? scales + panels * factors : nullptr;
+  uint16_t* packed = (uint16_t*)scratch.of(panels * (2 * codes + 4 * factors));
+  float* scales = (float*)(packed + panels * codes);
   auto panel = [&](long i) {
     long from = i * OUTPUTS, width = count - from < OUTPUTS ? count - from : OUTPUTS;
-    return Panel{a.k, a.group, packed + i * codes, scales + i * factors, mins ? mins + i * factors : nullptr,
-                 n + from, width};
+    return Panel{a.k, a.group, packed + i * codes, scales + i * factors, n + from, width};
   };
   for (long i = 0; i < panels; i++) {
     Panel p = panel(i);
     Rows from;
     for (long r = 0; r < OUTPUTS; r++) from.at[r] = a.row(p.n + (r < p.count ? r : 0));
-    panel_factors(a, a.scales, p.n, p.count, (float*)p.scales);
-    if (mins) panel_factors(a, a.mins, p.n, p.count, (float*)p.mins);
+    panel_factors(a, p.n, p.count, (float*)p.scales);
     if (!few) pack<L>(a, from, (uint16_t*)p.codes);
-    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, sums, y) : straight<L, GROUPED, 2>(p, from, x, sums, y);
+    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, y) : straight<L, GROUPED, 2>(p, from, x, y);
   }
   for (long m = 0; m < (few ? 0 : rows); m += SOME)
     for (long i = 0; i < panels; i++)
-      blocks<GROUPED, GROUPED ? 3 : 6>(panel(i), x + m, sums + m, rows - m < SOME ? rows - m : SOME, y + m);
+      blocks<GROUPED, GROUPED ? 3 : 6>(panel(i), x + m, rows - m < SOME ? rows - m : SOME, y + m);
 }
 
 }  // namespace
 
-void round_row(const float* x, long k, uint16_t* out) {
-  for (long i = 0; i < k; i += 16) {
-    __mmask16 lanes = k - i < 16 ? (1u << (k - i)) - 1 : 0xffff;
+long arranged(const Matrix& a) { return a.kind == CODED ? arranged_coded(a) : a.k; }
+
+void arrange(const Matrix& a, const float* x, uint16_t* out) {
+  if (a.kind == CODED) return arrange_coded(a, x, out);
+  for (long i = 0; i < a.k; i += 16) {
+    __mmask16 lanes = a.k - i < 16 ? (1u << (a.k - i)) - 1 : 0xffff;
     _mm256_mask_storeu_epi16(out + i, lanes, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, x + i)));
   }
 }
 
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
-             float* const* y) {
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
   auto by = [&](auto loader) {
     typedef decltype(loader) L;
-    a.groups() > 1 ? product_of<L, true>(a, n, count, x, sums, rows, y)
-                   : product_of<L, false>(a, n, count, x, sums, rows, y);
+    a.groups() > 1 ? product_of<L, true>(a, n, count, x, rows, y) : product_of<L, false>(a, n, count, x, rows, y);
   };
   switch (a.kind) {
     case BF16: return by(AsBf16());
     case FP8_BLOCK: return by(Fp8Codes());
     case INT8: return by(Int8Codes());
+    default: return product_coded(a, n, count, x, rows, y);
   }
-  a.mins ? by(Int4Codes<0>()) : by(Int4Codes<-8>());
 }
 
 #else
 
-void round_row(const float*, long, uint16_t*) { abort(); }
-void product(const Matrix&, long, long, const uint16_t* const*, const float* const*, long, float* const*) { abort(); }
+long arranged(const Matrix&) { abort(); }
+void arrange(const Matrix&, const float*, uint16_t*) { abort(); }
+void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*) { abort(); }
 
 #endif

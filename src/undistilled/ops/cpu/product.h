@@ -10,10 +10,11 @@
 
 constexpr long PART = 192;   // rows of x that a core multiplies with a panel of weights at a time
 
-// out[0..k) = x rounded to nearest, ties to even. Aborts, as product() does, where HAS_PRODUCTS is not 1.
-void round_row(const float* x, long k, uint16_t* out);
+// A row of x as product() takes it, rounded to nearest, ties to even: how many uint16, and these. As product() they
+// abort where HAS_PRODUCTS is not 1.
+long arranged(const Matrix& a);
+void arrange(const Matrix& a, const float* x, uint16_t* out);
 
-// y[m][n..n+count) = x[m] . rows n.. of a, for BF16, fp8, int8 and int4 and any number of rows; a row's bits
-// do not depend on the others. sums: group_sums() of each row of x where a has mins.
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, const float* const* sums, long rows,
-             float* const* y);
+// y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded and any number of rows; a row's bits do
+// not depend on the others.
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
