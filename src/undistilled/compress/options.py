@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .choose import Choice
 
 WHOLE = ("int8", "int8-g128")  # schemes of whole weights beside dynamic blocks, which end at 6 bits
-BY_ROW = (*WHOLE, "int6-g64", "int5-g32", "nl4-g32")  # of a head, of which a tied embedding looks up single rows
+# of a head, of which a tied embedding looks up single rows
+BY_ROW = (*WHOLE, "int6-g64", "int5-g32", "nl4-g32", "nl3-g32")
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
