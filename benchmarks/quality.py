@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py MODEL FOLDER [--schemes int8 int4 ...] [--equal] [--bits 4 3 2.5] [--suite 25]
                                  [--tasks FILE ...] [--limit 500] [--tokens 4096] [--dtype float32] [--jobs 4]
-                                 [--calibrate FILE] [--traces 0] [--json OUT]
+                                 [--calibrate FILE] [--traces 0] [--peers FILE] [--json OUT] [--markdown OUT]
 
 Each form is made by `undistilled quantize` and proven against MODEL by `undistilled prove`; both are kept in FOLDER for
 the next run. Uniform schemes and budgets go through the same solver and one calibration. --equal also shares out the
-very bytes of each uniform scheme. Forms are made --jobs at a time, for a GPU that one process does not fill.
+very bytes of each uniform scheme. Forms are made --jobs at a time, for a GPU that one process does not fill. --peers
+takes rows that llama_forms.py wrote for the same model and text into the table.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--traces", type=int)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--peers", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     table = Table(args.model, args.folder, quantize_options(args), prove_options(args))
@@ -96,8 +99,22 @@ def main() -> None:
         receipts += [r for found in pool.map(lambda form: table.receipts(*form), forms[1:]) for r in found]
     found = rows(receipts)
     show_quality.compared(found, None)
+    if args.peers:
+        found = sorted(found + json.loads(args.peers.read_text()), key=lambda row: row["bytes"])
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+    if args.markdown:
+        args.markdown.write_text(markdown(found))
+
+
+def markdown(found: list[dict]) -> str:
+    """The rows as a table, largest first."""
+    lines = ["| form | MB | bits | KL, nats | same first choice |", "|---|---|---|---|---|"]
+    for row in reversed(found):
+        size = f"{row['bytes'] / 1e6:.2f} | {row['bits_per_weight']:.3f}"
+        kl = f"{row['kl_nats']:.5f} ± {row['kl_se']:.5f}"
+        lines.append(f"| {row['name'].removeprefix('receipt-')} | {size} | {kl} | {row['top1_agreement']:.1%} |")
+    return "\n".join(lines) + "\n"
 
 
 def quantize_options(args: argparse.Namespace) -> list:

@@ -83,6 +83,6 @@ def test_smollm2_in_every_scheme(scheme, smollm2):
     with force_reference():
         plain, _ = run(None, "auto")
     error, rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, plain))
-    # in a model that few bits have hurt, a step of BF16 grows: moving every block's result by up to half a step at random
-    # changed this error by up to 3.3 times on a CPU (int3), so that one sample of it tells no more than this
+    # a step of BF16 grows in a model that few bits have hurt: moving every block's result by up to half a step at
+    # random changed this error by up to 3.3 times on a CPU (int3), so that one sample of it tells no more than this
     assert error < max(3e-2, 2 * rounding), (error, rounding)

@@ -49,7 +49,7 @@ def _row(file: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     plan, suite, speed = receipt["plan"], receipt["suite"], receipt["speed"]["measured"]
     return {
         "name": file.stem, "scheme": plan["scheme"], "bytes": plan["bytes"], "bits_per_weight": plan["bits_per_weight"],
-        "kl_nats": receipt["kl_nats"]["mean"],
+        "kl_nats": receipt["kl_nats"]["mean"], "kl_se": receipt["kl_nats"]["se"],
         "top1_agreement": receipt["top1_agreement"],
         "suite": suite["mean"]["plan"] if suite else None,
         "suite_original": suite["mean"]["original"] if suite else None,
