@@ -52,6 +52,7 @@ class Choice:
     schemes: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     factors: Factors = field(default_factory=Factors)
+    layers: int = 0  # of the model, without MTP ones
 
     def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
         """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
@@ -81,9 +82,13 @@ class Choice:
         return Rescaled(found, self.factors, weights(model.spec)) if changed else found
 
     def diagonals(self, weight: Weight, experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known."""
+        """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known.
+
+        An MTP layer, through which the text's loss does not go, counts as the last layer does.
+        """
         some = experts if weight.experts else None
-        moments = self.moments.get(weight.name)
+        layer = self.layers - 1 if weight.mtp else weight.layer
+        moments = self.moments.get(weight.name.replace(f"layers.{weight.layer}.", f"layers.{layer}."))
         if moments is None:
             rows, into = weight.shape
             return torch.ones(1, into, device=self.device), torch.ones(1, rows, device=self.device)
@@ -140,7 +145,7 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     if request.solver not in UNCALIBRATED:
         moments = moments_of(model, request, kept, say)
         _say_rare(moments, say)
-    choice = Choice(request.scheme or REST, request.solver, moments, device=request.device)
+    choice = Choice(request.scheme or REST, request.solver, moments, device=request.device, layers=model.spec.layers)
     if request.solver.startswith("awq"):
         choice.factors = _factors(model, request, moments, folder / "factors.safetensors", say)
     if request.scheme is None:
