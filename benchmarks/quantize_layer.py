@@ -46,7 +46,8 @@ def main() -> None:
     if not (source / "model.safetensors").exists():
         write_layer(source, args.gigabytes)
     out = args.folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, args.folder / "out.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-m", "undistilled", "quantize", str(source), str(out), "--bits", str(args.bits)]
     command += ["--solver", args.solver, "--tokens", str(args.tokens), "--traces", "0", "--json"]
     command += ["--device", args.device] if args.device else []

@@ -13,7 +13,8 @@ def write(folder, name, size, kl, sha="a", suite=None):
     receipt = seal({
         "plan": {"scheme": name, "bytes": size, "bits_per_weight": 8.0},
         "original": {"digest": "d", "fingerprint": "f"},
-        "text": {"sha256": sha}, "tasks": {}, "suite": suite, "kl_nats": {"mean": kl, "se": 0.01}, "top1_agreement": 0.9,
+        "text": {"sha256": sha}, "tasks": {}, "suite": suite, "top1_agreement": 0.9,
+        "kl_nats": {"mean": kl, "se": 0.01},
         "speed": {"measured": {"decode_tokens_per_s": {"median": 10.0}}},
     })
     file = folder / f"{name}.json"
