@@ -48,7 +48,7 @@ def quantize(
     traces: Annotated[
         int | None, typer.Option(min=0, help="Of the tokens, the model's own answers; default: half.")
     ] = None,
-    questions: Annotated[Path | None, typer.Option(help="What it answers, a question a line; default: 78.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="What it answers, a question a line; default: ours.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that keeps the calibration for further runs.")
     ] = None,

@@ -17,7 +17,7 @@ from tiny import CONFIGS, load, write_checkpoint
 from undistilled import scheme as schemes
 from undistilled.checkpoint import writer
 from undistilled.checkpoint.resolve import find
-from undistilled.compress import choose
+from undistilled.compress import choose, run
 from undistilled.compress.rescaled import Factors
 from undistilled.compress.run import Request, quantize
 from undistilled.errors import BadArtefact, DoesNotFit, UsageError
@@ -107,6 +107,52 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         quantize(model, tmp_path / "there", Request(scheme="int8"))
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("low*"))
+
+
+def test_a_calibration_is_kept_and_is_no_other_models(tmp_path):
+    asked = {"bits": 5.0, "calibration": str(tmp_path / "kept"), **SMALL}
+    one, other = (find(str(folder(tmp_path / n, "llama", vocab_size=v))) for n, v in (("m", 320), ("n", 352)))
+    quantize(one, tmp_path / "first", Request(**asked))
+    quantize(one, tmp_path / "second", Request(**asked))
+    first, second = ((tmp_path / n / "model-00001-of-00002.safetensors").read_bytes() for n in ("first", "second"))
+    assert first == second
+    with pytest.raises(UsageError, match="another model"):
+        quantize(other, tmp_path / "third", Request(**asked))
+    done = quantize(other, tmp_path / "fourth", Request(**asked | {"solver": "rtn"}))
+    assert done["bits_per_weight"] <= 5.0 and not list((tmp_path / "kept").glob("options-*-of-nothing*"))
+    for inside in ("fifth", "fifth.partial/mine"):
+        with pytest.raises(UsageError, match="where the checkpoint goes"):
+            quantize(one, tmp_path / "fifth", Request(**asked | {"calibration": str(tmp_path / inside)}))
+
+
+def test_what_cannot_calibrate_is_said(tmp_path):
+    model = find(str(folder(tmp_path / "m", "llama")))
+    (tmp_path / "short.txt").write_text("no.")
+    with pytest.raises(UsageError, match="tokens to calibrate on"):
+        quantize(model, tmp_path / "out", Request(scheme="int4", text=str(tmp_path / "short.txt")))
+    with pytest.raises(UsageError, match="number of bits"):
+        quantize(model, tmp_path / "nan", Request(bits=float("nan")))
+    said = []
+    (tmp_path / "some.txt").write_text("word " * 100)
+    quantize(model, tmp_path / "some", Request(scheme="int4", text=str(tmp_path / "some.txt")), said.append)
+    assert any("only" in line for line in said)
+
+
+def test_a_kill_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m", "llama")))
+    rename = run.os.replace
+
+    def killed(source, target):
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.os, "replace", killed)
+        quantize(model, tmp_path / "out", Request(bits=5.0, **SMALL))
+    said = []
+    quantize(model, tmp_path / "out", Request(bits=5.0, **SMALL), said.append)
+    assert not any("calibration" in line or "measured 1 " in line for line in said)
 
 
 def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
 from .allocate import allocate
 from .calibrate import FEW, Moments
+from .files import keep
 from .material import moments_of
-from .options import Option, at_once, options, smallest
+from .options import FORMAT, Option, at_once, options, smallest
 from .rescale import search_factors
 from .rescaled import Factors, Rescaled
 from .solvers import gptq, hqq, search
@@ -103,6 +104,8 @@ def check(request: Request) -> None:
         raise UsageError(f"--solver {request.solver!r:.80} is not known.", f"Known: {', '.join(SOLVERS)}.")
     if request.scheme is not None and parse(request.scheme)[0] == MIXED:
         raise UsageError(f"{MIXED!r} is what a compressed checkpoint says of itself.", "Name a scheme.")
+    if request.bits is not None and not 0 < request.bits <= 32:
+        raise UsageError(f"--bits {request.bits} is no number of bits.", "More than 0, at most 32.")
 
 
 def budget(model: Model, request: Request) -> int | None:
@@ -141,8 +144,9 @@ def _bytes(weight: Weight, scheme: str) -> int:
 def choose(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Choice:
     """The choice for `request`; what it costs to make is kept in `folder`, so that a second run makes the same."""
     moments: Mapping[str, Moments] = {}
-    kept = Path(request.calibration) if request.calibration else folder / CALIBRATION
-    if request.solver not in UNCALIBRATED:
+    calibrated = request.solver not in UNCALIBRATED
+    kept = Path(request.calibration) if request.calibration and calibrated else folder / CALIBRATION
+    if calibrated:
         moments = moments_of(model, request, kept, say)
         _say_rare(moments, say)
     choice = Choice(request.scheme or REST, request.solver, moments, device=request.device, layers=model.spec.layers)
@@ -151,9 +155,7 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(_shared_out(model, request, choice, kept, say)))
-            part.replace(file)
+            keep(file, _shared_out(model, request, choice, kept, say))
         choice.schemes = json.loads(file.read_text())
     return choice
 
@@ -186,7 +188,7 @@ def _shared_out(
     room = budget(model, request)
     assert room is not None
     basis = "nothing" if not choice.moments else "scaled" if choice.factors.columns else "moments"
-    found = _measured(model, shared, choice, kept / f"options-of-{basis}.jsonl", say)
+    found = _measured(model, shared, choice, kept / f"options-{FORMAT}-of-{basis}.jsonl", say)
     taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}
 

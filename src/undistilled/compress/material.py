@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.resolve import Model
 from ..errors import UsageError
+from .files import alone, keep, kept
 from .store import Store
 from .sweep import sweep
 from .traces import traces
@@ -18,18 +19,20 @@ from .traces import traces
 if TYPE_CHECKING:
     from .run import Request
 
+FORMAT = 2  # of a calibration on disk: raised whenever what it holds changes
+FEWEST = 64  # tokens
 WINDOW = 512  # tokens, or the model's longest context
 
 
 def moments_of(model: Model, request: Request, folder: Path, say: Callable[[str], None]) -> Store:
     """Moments of every matrix, from `folder`; what of them is not there is measured. UsageError where it is of
     another model or request."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "calibration.json", model, request)
-    file = folder / "windows.json"
-    if not file.exists():
-        _keep(file, windows(model, request, say))
-    sweep(model.spec, model.source(), json.loads(file.read_text()), folder, device=request.device, say=say)
+    with alone(folder, wait=True):
+        _claim(folder / "calibration.json", model, request)
+        file = folder / "windows.json"
+        if not file.exists():
+            keep(file, windows(model, request, say))
+        sweep(model.spec, model.source(), kept(file), folder, device=request.device, say=say)
     return Store(folder)
 
 
@@ -37,7 +40,7 @@ def _claim(file: Path, model: Model, request: Request) -> None:
     """Say whose calibration this folder is, or check it."""
     texts = {kind: _digest(name, kind) for kind, name in (("emma", request.text), ("questions", request.questions))}
     said = {
-        "model": model.fingerprint(),
+        "format": FORMAT, "model": model.fingerprint(),
         "tokens": request.tokens,
         "traces": request.traces,
         "device": request.device,
@@ -45,8 +48,8 @@ def _claim(file: Path, model: Model, request: Request) -> None:
         "questions": texts["questions"] if request.traces else None,
     }
     if not file.exists():
-        _keep(file, said)
-    elif (before := json.loads(file.read_text())) != said:
+        keep(file, said)
+    elif (before := kept(file)) != said:
         other = next(key for key in said if before.get(key) != said[key])
         raise UsageError(
             f"{file.parent} holds a calibration with another {other}.", "Remove it, or give another --calibration."
@@ -57,12 +60,6 @@ def _digest(name: str | None, built_in: str) -> str:
     return hashlib.sha256(read(name, built_in).encode()).hexdigest()
 
 
-def _keep(file: Path, value: object) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(file)
-
-
 def windows(model: Model, request: Request, say: Callable[[str], None]) -> list[list[int]]:
     """Windows of token ids, `request.tokens` in all: of a text, and up to `request.traces` of the model's answers."""
     size = min(WINDOW, model.spec.max_context)
@@ -70,13 +67,25 @@ def windows(model: Model, request: Request, say: Callable[[str], None]) -> list[
     if request.traces:
         own = traces(model, questions(read(request.questions, "questions")), request.traces, request.device, say)
     own = [answer[at : at + size] for answer in own for at in range(0, len(answer), size)]
-    return own + cut(model, read(request.text, "emma"), request.tokens - sum(map(len, own)), size)
+    found = own + cut(model, read(request.text, "emma"), request.tokens - sum(map(len, own)), size)
+    have = sum(map(len, found))
+    if have < FEWEST:
+        raise UsageError(f"There are {have} tokens to calibrate on.", f"Give a --text of {FEWEST} or more.")
+    if have < request.tokens:
+        say(f"only {have} of {request.tokens} tokens to calibrate on; a longer --text has more")
+    return found
 
 
 def questions(text: str) -> list[str]:
     """A question a line, as a JSON string where it has line breaks of its own."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [json.loads(line) if line.startswith('"') else line for line in lines]
+    found = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        try:
+            one = json.loads(line)
+        except ValueError:
+            one = line
+        found.append(one if isinstance(one, str) else line)
+    return found
 
 
 def cut(model: Model, text: str, tokens: int, size: int) -> list[list[int]]:

@@ -7,7 +7,9 @@ their block of rows, so that every block has the same counts.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +33,9 @@ ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
 AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}  # values of stacked experts that are worked on together
-SAMPLE = 2 << 20  # values of a weight that are measured: rows of it, evenly spaced, in ranges of RANGE
+FORMAT = 2  # of measured options on disk: raised whenever what they say changes
+SAMPLE = 4 << 20  # values of a weight that are measured, about: ranges of rows, drawn at random, one of each stretch
+FEWEST = 8  # ranges of a weight that are measured at least
 RANGE = 128  # rows: whole blocks of tiles, and of R1's FP8
 
 
@@ -66,7 +70,7 @@ def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
             scheme = schemes.get(name)
             rounded = _rounded(scheme, w, inputs)
             lost[name] += float(tile_solver.lost(scheme, rounded, w, inputs, outputs).sum())
-    every = weight.count * weight.shape[0] / sum(stop - start for _, start, stop in ranges)
+    every = _stand_for(weight, ranges, choice)
     whole = [Option(n, every * loss, schemes.bytes_of(schemes.get(n), weight.full_shape)) for n, loss in lost.items()]
     return whole + [option for ranked in by_cols.values() for option in ranked.options(every)]
 
@@ -78,11 +82,32 @@ def _rounded(scheme: Scheme, w: torch.Tensor, inputs: torch.Tensor) -> Parts:
 
 
 def sample(weight: Weight) -> list[tuple[int, int, int]]:
-    """(expert, first row, past the last) of the ranges that are measured: all of a small weight, else evenly spaced."""
+    """(expert, first row, past the last) of the ranges that are measured: all of a small weight, else one at random of
+    each stretch, since heads and experts repeat with periods of their own. The weight's name is the seed."""
     rows, into = weight.shape
     starts = [(e, start) for e in range(weight.count) for start in range(0, rows, RANGE)]
-    step = max(1, round(len(starts) * RANGE * into / SAMPLE))
-    return [(e, start, min(rows, start + RANGE)) for e, start in starts[step // 2 :: step]]
+    count = min(len(starts), max(FEWEST, round(SAMPLE / (RANGE * into))))
+    draw = random.Random(weight.name)
+    edges = [len(starts) * i // count for i in range(count + 1)]
+    chosen = [starts[draw.randrange(first, last)] for first, last in pairwise(edges)]
+    return [(e, start, min(rows, start + RANGE)) for e, start in chosen]
+
+
+def _stand_for(weight: Weight, ranges: list[tuple[int, int, int]], choice: Choice) -> float:
+    """What the losses of these ranges are multiplied by: moments of all rows are known, so that the share of the
+    ranges in trace(M) times the sum of G counts, not how many they are."""
+    total = 0.0
+    share = dict.fromkeys(ranges, 0.0)
+    for expert in range(weight.count):
+        inputs, outputs = choice.diagonals(weight, slice(expert, expert + 1))
+        mass = inputs.double().sum() * outputs[0].double()
+        total += float(mass.sum())
+        for at in ranges:
+            if at[0] == expert:
+                share[at] = float(mass[at[1] : at[2]].sum())
+    measured = sum(share.values())
+    rows = sum(stop - start for _, start, stop in ranges)
+    return total / measured if measured > 0 else weight.count * weight.shape[0] / rows
 
 
 def _stacks(weight: Weight, ranges: list[tuple[int, int, int]], source: Source, choice: Choice):
@@ -114,7 +139,7 @@ class _Ranked:
             self.lost[at] += lost[bits].gather(-1, order).flatten(0, -2).sum(0).cpu()
 
     def options(self, every: float) -> list[Option]:
-        """`every`: rows of the weight for each that was measured."""
+        """`every`: what the measured losses are multiplied by to stand for all rows."""
         blocks = -(-self.weight.shape[0] // ROWS) * self.weight.count
         groups = [g for g in torch.arange(self.tiles).tensor_split(min(self.tiles, RANKS)) if len(g)]
         lost = every * torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]

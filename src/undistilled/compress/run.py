@@ -22,12 +22,13 @@ from ..checkpoint.compressed import tensor_of
 from ..checkpoint.resolve import Model
 from ..checkpoint.source import Source
 from ..checkpoint.writer import Tensor, sha256, shard_name, write, write_index
-from ..errors import UsageError
+from ..errors import BadArtefact, UsageError
 from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
 from .choose import CALIBRATION, Choice, at_once, budget, check, choose
+from .files import LOCK, alone, keep, kept
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
 Say = Callable[[str], None]
@@ -64,6 +65,26 @@ def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: Non
     if out.exists():
         raise UsageError(f"{out} exists.", "Give another folder, or remove it.")
     folder = out.with_name(out.name + ".partial")
+    _refuse(model, request, out, folder)
+    with alone(folder):
+        return _made(model, out, folder, request, say)
+
+
+def _refuse(model: Model, request: Request, out: Path, folder: Path) -> None:
+    """UsageError or BadArtefact for what would fail after hours."""
+    given = Path(request.calibration).resolve() if request.calibration else None
+    if given and any(given.is_relative_to(p.resolve()) for p in (out, folder)):
+        raise UsageError(f"{given} is where the checkpoint goes.", "Give another --calibration.")
+    there = model.source().names()
+    lacking = next((w for w in weights(model.spec) for n in w.tensor_names if n not in there), None)
+    if lacking:
+        raise BadArtefact(
+            f"{model.name}: {lacking.name!r} of config.json is not in the files.",
+            "Set num_nextn_predict_layers to 0 in config.json." if lacking.mtp else "Is the download complete?",
+        )
+
+
+def _made(model: Model, out: Path, folder: Path, request: Request, say: Say) -> dict:
     _open(folder, model, request)
     began = perf_counter()
     choice = choose(model, request, folder, say)
@@ -94,10 +115,9 @@ def _open(folder: Path, model: Model, request: Request) -> None:
     """Begin, or go on: the folder must be of the same request for the same model."""
     said = {"model": model.fingerprint(), **asdict(request)}
     file = folder / "request.json"
-    folder.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        file.write_text(json.dumps(said))
-    elif json.loads(file.read_text()) != said:
+        keep(file, said)
+    elif kept(file) != said:
         raise UsageError(f"{folder} is of another request.", "Remove it, or give another OUT.")
 
 
@@ -210,7 +230,7 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     }
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
-    for name in ("request.json", "journal.jsonl", "choice.json", "factors.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
-    os.replace(folder, out)
+    os.replace(folder, out)  # before anything of the work is removed: a kill in between loses none of it
+    for name in ("request.json", "journal.jsonl", "choice.json", "factors.safetensors", LOCK):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / CALIBRATION, ignore_errors=True)

@@ -94,6 +94,10 @@ class Sweep:
     def run(self) -> None:
         """Everything that is not there yet."""
         layers = self.spec.layers
+        lacking = [layer for layer in range(layers) if not self._moments(layer).exists()]
+        needed = [self._file("hidden", lacking[-1]), self._file("gradient", lacking[-1] + 1)] if lacking else []
+        if not all(file.exists() for file in needed):
+            self._moments("head").unlink(missing_ok=True)  # what came before is gone: all over again
         with force_reference():
             if not self._moments("head").exists():
                 self._forward(layers)

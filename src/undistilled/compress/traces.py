@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..checkpoint.resolve import Model
-from ..errors import DoesNotFit
+from ..errors import DoesNotFit, UndistilledError
 from ..generate.engine import open_engine
 from ..schedule.request import Request, Sampling
 from ..serve.template import chat_prompt, template_of
@@ -34,6 +34,10 @@ def traces(model: Model, questions: list[str], tokens: int, device: str, say: Ca
     for first in range(0, len(questions), BATCH):
         say(f"answers to calibrate on: {sum(map(len, found))} of {tokens} tokens")
         prompts = [_prompt(engine.tokenizer, template, q) for q in questions[first : first + BATCH]]
+        long = [prompt for prompt in prompts if len(prompt) > context // 2]
+        if long:
+            say(f"{len(long)} questions of more than {context // 2} tokens are left out")
+        prompts = [prompt for prompt in prompts if len(prompt) <= context // 2]
         found += _answered(engine, prompts, first)
         if sum(map(len, found)) >= tokens:
             break
@@ -56,6 +60,8 @@ def _answered(engine, prompts: list[list[int]], seed: int) -> list[list[int]]:
         engine.add(Request(str(at), prompt, sampling))
     while not engine.idle:
         for output in engine.step():
+            if output.finish_reason == "error":
+                raise UndistilledError(f"The model could not answer a question to calibrate on: {output.error}")
             found[output.id] += output.tokens
     return list(found.values())
 

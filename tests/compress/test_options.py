@@ -1,0 +1,30 @@
+"""Rows that are measured stand for all rows, whatever kinds of rows there are."""
+
+import torch
+
+from undistilled.checkpoint.resolve import find
+from undistilled.compress.calibrate import Moments
+from undistilled.compress.choose import Choice
+from undistilled.compress.options import FEWEST, RANGE, _stand_for, sample
+from undistilled.model.weights import weights
+
+
+def test_every_stretch_of_r1s_matrices_is_met_and_every_kind_of_row():
+    known = {w.name.split("layers.30.")[-1]: w for w in weights(find("deepseek-r1").spec)}
+    for name, period, from_ in (("self_attn.kv_b_proj.weight", 256, 128), ("self_attn.q_b_proj.weight", 192, 128)):
+        ranges = sample(known[name])
+        assert len(ranges) >= FEWEST and ranges == sample(known[name])
+        kinds = [{row % period >= from_ for row in range(start, stop)} for _, start, stop in ranges]
+        assert set().union(*kinds) == {False, True}, name
+    experts = sample(known["mlp.experts.*.down_proj.weight"])
+    assert len({e for e, _, _ in experts}) > FEWEST and len({start for _, start, _ in experts}) > 4
+
+
+def test_losses_are_scaled_by_what_the_rows_are_worth():
+    weight = next(w for w in weights(find("deepseek-r1").spec) if "layers.30.self_attn.kv_b" in w.name)
+    rows, into = weight.shape
+    worth = torch.arange(rows).float()
+    choice = Choice("int8", "gptq", {weight.name: Moments(torch.eye(into), worth, tokens=1)})
+    ranges = sample(weight)
+    measured = sum(float(worth[start:stop].sum()) for _, start, stop in ranges)
+    assert len(ranges) * RANGE < rows and _stand_for(weight, ranges, choice) * measured == float(worth.double().sum())
