@@ -26,14 +26,15 @@ from .solvers import tiles as tile_solver
 if TYPE_CHECKING:
     from .choose import Choice
 
-WHOLE = ("int8", "int8-g128")  # schemes of whole weights beside dynamic blocks, which end at 6 bits
+# schemes of whole weights beside dynamic blocks, which end at 6 bits without minimums
+WHOLE = ("int8", "int8-g128", "int6-g64")
 # of a head, of which a tied embedding looks up single rows
-BY_ROW = (*WHOLE, "int6-g64", "int5-g32", "nl4-g32", "nl3-g32")
+BY_ROW = (*WHOLE, "int5-g32", "nl4-g32", "nl3-g32")
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
 AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}  # values of stacked experts that are worked on together
-FORMAT = 2  # of measured options on disk: raised whenever what they say changes
+FORMAT = 3  # of measured options on disk: raised whenever what they say changes
 SAMPLE = 4 << 20  # values of a weight that are measured, about: ranges of rows, drawn at random, one of each stretch
 FEWEST = 8  # ranges of a weight that are measured at least
 RANGE = 128  # rows: whole blocks of tiles, and of R1's FP8
