@@ -62,12 +62,14 @@ def test_smollm2_in_every_scheme(scheme, smollm2):
     machine = load_machine("this")
     tokens = torch.randint(0, 49152, (96,), generator=torch.Generator().manual_seed(1)).tolist()
 
-    def run(device, dtype):
+    def run(device, dtype, moved=None):
         cache = "float32" if dtype == "float32" else None  # else a step of BF16 in it would grow too
         ask = Ask(scheme, 256, device=device, kv_dtype=cache, dtype=dtype)
         plan = solve(smollm2.name, smollm2.config, smollm2.spec, machine, ask)
         assert device == "cpu" or "cuda:0" in plan.predicted.devices
         decoder = build(plan, smollm2.spec, smollm2.source())
+        if moved is not None:
+            move(decoder, moved)
         logits = our_logits(decoder, plan, tokens).float().cpu()
         found = greedy(decoder, plan, [tokens], 16)[0] if scheme == "fp32" else []
         del decoder
@@ -81,8 +83,20 @@ def test_smollm2_in_every_scheme(scheme, smollm2):
         return
     fast, _ = run(None, "auto")
     with force_reference():
-        plain, _ = run(None, "auto")
-    error, rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, plain))
-    # a step of BF16 grows in a model that few bits have hurt: moving every block's result by up to half a step at
-    # random changed this error by up to 3.3 times on a CPU (int3), so that one sample of it tells no more than this
-    assert error < max(3e-2, 2 * rounding), (error, rounding)
+        plain = [run(None, "auto", seed)[0] for seed in range(5)]
+    error, *rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, *plain))
+    # in a model that few bits have hurt a step of BF16 grows: one sample of this error says little (on a CPU, equivalent
+    # roundings gave int3 0.08 to 0.27), so the kernels' may be as large as the largest of several
+    assert error < max(3e-2, 1.25 * max(rounding)), (error, rounding)
+
+
+def move(decoder, seed):
+    """Every block's result by up to half a step of BF16 at random: a rounding as good as the one that was made."""
+    draw = torch.Generator(decoder.embed_tokens.stored.device).manual_seed(seed)
+
+    def moved(_block, _inputs, h):
+        part = torch.rand(h.shape, generator=draw, device=h.device) - 0.5
+        return (h.float() * (1 + part * 2**-7)).to(h.dtype)
+
+    for block in decoder.layers:
+        block.register_forward_hook(moved)
