@@ -85,8 +85,8 @@ def test_smollm2_in_every_scheme(scheme, smollm2):
     with force_reference():
         plain = [run(None, "auto", seed)[0] for seed in range(5)]
     error, *rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, *plain))
-    # in a model that few bits have hurt a step of BF16 grows: one sample of this error says little (on a CPU, equivalent
-    # roundings gave int3 0.08 to 0.27), so the kernels' may be as large as the largest of several
+    # in a model that few bits have hurt a step of BF16 grows: one sample of this error says little (on a CPU,
+    # equivalent roundings gave int3 0.08 to 0.27), so the kernels' may be as large as the largest of several
     assert error < max(3e-2, 1.25 * max(rounding)), (error, rounding)
 
 
