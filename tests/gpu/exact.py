@@ -3,6 +3,7 @@
 import torch
 
 from undistilled import scheme as schemes
+from undistilled.ops.experts import experts
 from undistilled.scheme import Stored
 
 ROUNDING = 4e-3  # of results in bfloat16
@@ -34,3 +35,25 @@ def reference(x, ids, shares, gate, up, down):
         a = x.double() @ g.T
         out += share[:, None] * ((a * a.sigmoid() * (x.double() @ u.T)) @ d.T)
     return out
+
+
+def check_experts(name, tokens, *weights):
+    """Kernel `name` of the op `experts` on weights of 9 experts and 200 inputs, with ids of other banks among them."""
+    x = activations(tokens, 200)
+    ids = torch.stack([torch.randperm(13, device="cuda")[:4] for _ in range(tokens)]) - 2
+    ids[ids == 5] = 20
+    shares = torch.rand(tokens, 4, device="cuda")
+    kernel = experts.resolve(weights[0], x.dtype)
+    assert kernel.name == name
+    kernel.run(x, ids, shares, *weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = kernel.run(x, ids, shares, *weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = reference(x, ids, shares, *weights)
+    assert error(ours, truth) < 2 * ROUNDING
+    assert torch.equal(ours, kernel.run(x, ids, shares, *weights))
+    if tokens == 64:
+        alone = torch.cat([kernel.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], *weights) for t in range(5)])
+        assert torch.equal(alone, ours[:5])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import ROUNDING, activations, error, exact, reference, stored
+from exact import ROUNDING, activations, check_experts, error, exact, reference, stored
 
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply, dense, linear
@@ -80,23 +80,7 @@ def bank(count, width, hidden):
 def test_experts(tokens):
     """Some experts are chosen by nobody, some ids are of other banks."""
     weights = bank(9, 168, 200)
-    x = activations(tokens, 200)
-    ids = torch.stack([torch.randperm(13, device="cuda")[:4] for _ in range(tokens)]) - 2
-    ids[ids == 5] = 20
-    shares = torch.rand(tokens, 4, device="cuda")
-    kernel = experts.resolve(weights[0], x.dtype)
-    assert kernel.name == "triton tiles"
-    kernel.run(x, ids, shares, *weights)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = kernel.run(x, ids, shares, *weights)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert error(ours, reference(x, ids, shares, *weights)) < 2 * ROUNDING
-    assert torch.equal(ours, kernel.run(x, ids, shares, *weights))
-    if tokens == 64:
-        alone = torch.cat([kernel.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], *weights) for t in range(5)])
-        assert torch.equal(alone, ours[:5])
+    check_experts("triton tiles", tokens, *weights)
 
 
 def test_experts_at_r1s_widths():

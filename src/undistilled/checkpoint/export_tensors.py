@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..model.spec import OURS
 from ..model.weights import Weight
 from ..scheme import Plain
 from ..scheme.base import Parts, PartSpec, Scheme
@@ -25,7 +24,7 @@ from ..scheme.packing import unpack
 from .bits import pack
 from .held import Held, Say
 from .resolve import Model
-from .writer import Tensor, shard_name, write, write_index
+from .writer import Tensor, shard_name, shards, write, write_index
 
 SHARD = 4 << 30  # bytes of a file
 BITS = (2, 4)  # of schemes by groups: other widths lie differently in older versions of the format
@@ -85,8 +84,8 @@ class CompressedTensors:
         return None
 
     def write(self, held: Held, out: Path, say: Say) -> int:
-        dropped = (OURS, "quantization_config", "torch_dtype")
-        config = {k: v for k, v in held.model.config.items() if k not in dropped and not k.startswith("gguf")}
+        config = held.model.plain_config()
+        config.pop("torch_dtype", None)  # the older name of dtype
         config |= {"dtype": _dtype(held), **_quantization(held)}
         files = _files(held)
         out.mkdir(parents=True)
@@ -111,17 +110,8 @@ def _dtype(held: Held) -> str:
 
 def _files(held: Held) -> list[list[tuple[Weight, str]]]:
     """(weight, its name or an expert's) of each file."""
-    files: list[list[tuple[Weight, str]]] = [[]]
-    left = SHARD
-    for weight in held.weights():
-        for name in weight.tensor_names:
-            size = sum(spec.nbytes for _, spec in _tensors(held, weight, name))
-            if size > left and files[-1]:
-                files.append([])
-                left = SHARD
-            files[-1].append((weight, name))
-            left -= size
-    return files
+    named = ((weight, name) for weight in held.weights() for name in weight.tensor_names)
+    return shards((((w, name), sum(spec.nbytes for _, spec in _tensors(held, w, name))) for w, name in named), SHARD)
 
 
 def _tensors(held: Held, weight: Weight, name: str) -> list[Tensor]:

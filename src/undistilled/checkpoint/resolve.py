@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArtefact
-from ..model.spec import ModelSpec, is_packed, spec_from_config
+from ..model.spec import OURS, ModelSpec, is_packed, spec_from_config
 
 if TYPE_CHECKING:
     from .source import Source
@@ -55,6 +55,11 @@ class Model:
     def said(self) -> str:
         """What `find` finds it by again, from any folder."""
         return self.name if self.name in BUILT_IN else str(self.path.resolve())
+
+    def plain_config(self) -> dict[str, Any]:
+        """The config without what says how the weights are stored."""
+        stored = ("quantization_config", OURS)
+        return {k: v for k, v in self.config.items() if k not in stored and not k.startswith("gguf")}
 
     @property
     def has_weights(self) -> bool:

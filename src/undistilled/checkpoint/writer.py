@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -68,6 +68,22 @@ def _blocks(tensors: list[Tensor], values: Iterable[torch.Tensor]):
         if tuple(value.shape) != spec.shape or str(value.dtype) != f"torch.{spec.dtype}":
             raise ValueError(f"{name}: {spec}: got {list(value.shape)} {value.dtype}")
         yield value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
+
+
+T = TypeVar("T")
+
+
+def shards(sized: Iterable[tuple[T, int]], room: int) -> list[list[T]]:
+    """What goes into each file, of (item, bytes) in order: as many as `room` bytes take, and at least one."""
+    files: list[list[T]] = [[]]
+    left = room
+    for item, size in sized:
+        if size > left and files[-1]:
+            files.append([])
+            left = room
+        files[-1].append(item)
+        left -= size
+    return files
 
 
 def shard_name(at: int, count: int) -> str:

@@ -22,7 +22,7 @@ from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
 from .allocate import allocate
-from .calibrate import FEW, Moments
+from .calibrate import Moments
 from .files import keep
 from .material import moments_of
 from .options import FORMAT, Option, at_once, options, smallest
@@ -148,7 +148,6 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     kept = Path(request.calibration) if request.calibration and calibrated else folder / CALIBRATION
     if calibrated:
         moments = moments_of(model, request, kept, say)
-        _say_rare(moments, say)
     choice = Choice(request.scheme or REST, request.solver, moments, device=request.device, layers=model.spec.layers)
     if request.solver.startswith("awq"):
         choice.factors = _factors(model, request, moments, folder / "factors.safetensors", say)
@@ -170,14 +169,6 @@ def _factors(
             model.spec, model.source(), moments, lambda weight: scheme_of(weight, model.spec, asked), say
         ).save(file)
     return Factors.load(file)
-
-
-def _say_rare(moments: Mapping[str, Moments], say: Callable[[str], None]) -> None:
-    """How many experts calibration hardly met, and what is done about it."""
-    met = [found.met for name, found in moments.items() if "experts" in name and "gate_proj" in name]
-    rare, every = (sum(count(m) for m in met if m is not None) for count in (lambda m: int((m < FEW).sum()), len))
-    if rare:
-        say(f"{rare} of {every} experts met fewer than {FEW} tokens and take their layer's moments; --tokens helps")
 
 
 def _shared_out(

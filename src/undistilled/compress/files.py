@@ -14,11 +14,18 @@ from ..errors import UsageError
 LOCK = "lock"
 
 
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write what gets the name `file` when the block ends well."""
+    part = file.with_name(file.name + ".part")
+    yield part
+    part.replace(file)
+
+
 def keep(file: Path, value: object) -> None:
     """Write JSON; the file has its name when it is whole."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value))
-    part.replace(file)
+    with whole(file) as part:
+        part.write_text(json.dumps(value))
 
 
 def kept(file: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.resolve import Model
 from ..errors import UsageError
+from .calibrate import FEW
 from .files import alone, keep, kept
 from .store import Store
 from .sweep import sweep
@@ -33,7 +34,17 @@ def moments_of(model: Model, request: Request, folder: Path, say: Callable[[str]
         if not file.exists():
             keep(file, windows(model, request, say))
         sweep(model.spec, model.source(), kept(file), folder, device=request.device, say=say)
-    return Store(folder)
+    found = Store(folder)
+    _say_rare(found, say)
+    return found
+
+
+def _say_rare(moments: Store, say: Callable[[str], None]) -> None:
+    """How many experts calibration hardly met, and what is done about it."""
+    met = list(moments.met())
+    rare, every = sum(int((m < FEW).sum()) for m in met), sum(map(len, met))
+    if rare:
+        say(f"{rare} of {every} experts met fewer than {FEW} tokens and take their layer's moments; --tokens helps")
 
 
 def _claim(file: Path, model: Model, request: Request) -> None:
@@ -92,7 +103,7 @@ def cut(model: Model, text: str, tokens: int, size: int) -> list[list[int]]:
     """Windows of `size`, `tokens` of the text in all."""
     tokenizer = model.tokenizer()
     ids = tokenizer.encode(text[: tokens * 8], control=False)[:tokens]
-    head = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    head = tokenizer.encode_prompt("")
     size -= len(head)
     return [head + ids[at : at + size] for at in range(0, len(ids), size)]
 

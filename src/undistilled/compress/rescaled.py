@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ..checkpoint.source import Source
 from ..model.weights import Weight
 from ..scheme.base import Parts
+from .files import whole
 
 
 @dataclass
@@ -41,10 +42,9 @@ class Factors:
         return inputs, outputs if rows is None else outputs / rows.square()
 
     def save(self, file: Path) -> None:
-        part = file.with_suffix(".part")
         tensors = {f"{kind}:{n}": t for kind in ("rows", "columns") for n, t in getattr(self, kind).items()}
-        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part)
-        part.replace(file)
+        with whole(file) as part:
+            save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part)
 
     @classmethod
     def load(cls, file: Path) -> Factors:

@@ -21,7 +21,7 @@ from .. import scheme as schemes
 from ..checkpoint.compressed import tensor_of
 from ..checkpoint.resolve import Model
 from ..checkpoint.source import Source
-from ..checkpoint.writer import Tensor, sha256, shard_name, write, write_index
+from ..checkpoint.writer import Tensor, sha256, shard_name, shards, write, write_index
 from ..errors import BadArtefact, UsageError
 from ..model.spec import OURS
 from ..model.weights import Weight, weights
@@ -123,17 +123,8 @@ def _open(folder: Path, model: Model, request: Request) -> None:
 
 def _files(model: Model, table: dict[str, str], room: int) -> list[list[tuple[Weight, int]]]:
     """The tensors of each file, (weight, which expert): in order, as many as `room` bytes take."""
-    files: list[list[tuple[Weight, int]]] = [[]]
-    left = room
-    for weight in weights(model.spec):
-        size = schemes.bytes_of(schemes.get(table[weight.name]), weight.shape)
-        for at in range(weight.count):
-            if size > left and files[-1]:
-                files.append([])
-                left = room
-            files[-1].append((weight, at))
-            left -= size
-    return files
+    sized = ((w, schemes.bytes_of(schemes.get(table[w.name]), w.shape)) for w in weights(model.spec))
+    return shards((((w, at), size) for w, size in sized for at in range(w.count)), room)
 
 
 def _tensors(table: dict[str, str], content: list[tuple[Weight, int]]) -> list[Tensor]:
@@ -152,13 +143,13 @@ def _write(folder: Path, model: Model, table: dict[str, str], files: list, choic
     for line in journal.read_text().splitlines() if journal.exists() else []:
         entry = _entry(line)
         done[entry.get("file")] = entry.get("sha256")
-    began, wrote, total = perf_counter(), 0, 0
+    source, began, wrote, total = choice.source(model), perf_counter(), 0, 0
     every = sum(spec.nbytes for content in files for _, spec in _tensors(table, content))
     for at, content in enumerate(files, 1):
         file, tensors = folder / shard_name(at, len(files)), _tensors(table, content)
         size = sum(spec.nbytes for _, spec in tensors)
         if not (file.exists() and done.get(file.name) == sha256(file)):
-            digest = write(file, tensors, _values(model, table, content, choice))
+            digest = write(file, tensors, _values(source, table, content, choice))
             with journal.open("a") as f:
                 f.write(json.dumps({"file": file.name, "sha256": digest}) + "\n")
             wrote += size
@@ -176,8 +167,7 @@ def _entry(line: str) -> dict:
         return {}
 
 
-def _values(model: Model, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
-    source = choice.source(model)
+def _values(source: Source, table: dict[str, str], content: list, choice: Choice) -> Iterator[torch.Tensor]:
     for weight, experts in _together(content, at_once(choice.device)):
         scheme = schemes.get(table[weight.name])
         names = [weight.tensor_names[at] for at in experts]
@@ -219,8 +209,7 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
         for name, spec in _tensors(table, content):
             where[name] = shard_name(at, len(files))
             total += spec.nbytes
-    dropped = ("quantization_config", OURS)  # what said how the weights were stored before
-    config = {k: v for k, v in model.config.items() if k not in dropped and not k.startswith("gguf")}
+    config = model.plain_config()
     config[OURS] = {
         "format": 1,
         "model": model.said,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .calibrate import Moments
+from .files import whole
 
 FIELDS = ("inputs", "outputs", "met", "diagonals")
 
@@ -31,9 +32,8 @@ def save(file: Path, found: dict[str, Moments]) -> None:
                 key = seen.setdefault((field, tensor.data_ptr()), f"{name}:{field}")
                 tensors[key] = tensor.cpu()
                 index[name][field] = key
-    part = file.with_suffix(".part")
-    save_file(tensors, part, {"index": json.dumps(index)})
-    part.replace(file)
+    with whole(file) as part:
+        save_file(tensors, part, {"index": json.dumps(index)})
 
 
 class Store(Mapping[str, Moments]):
@@ -58,6 +58,12 @@ class Store(Mapping[str, Moments]):
                     held[entry[field]] = f.get_tensor(entry[field])
         fields = {field: held[entry[field]] for field in FIELDS if field in entry}
         return Moments(tokens=entry["tokens"], **fields)
+
+    def met(self) -> Iterator[torch.Tensor]:
+        """How many tokens each expert met, [E], layer by layer; nothing else is read."""
+        for key, file in {entry["met"]: file for file, entry in self.where.values() if "met" in entry}.items():
+            with safe_open(file, "pt") as f:
+                yield f.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)

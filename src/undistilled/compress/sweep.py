@@ -25,6 +25,7 @@ from ..ops.registry import force_reference
 from ..ops.rope import angles, frequencies
 from ..scheme.base import Stored
 from .calibrate import Watch
+from .files import whole
 from .store import save
 
 Say = Callable[[str], None]
@@ -176,10 +177,8 @@ class Sweep:
         return self.folder / f"{kind}-{layer}.safetensors"
 
     def _save(self, kind: str, layer: int, states_TD: torch.Tensor) -> None:
-        file = self._file(kind, layer)
-        part = file.with_suffix(".part")
-        save_file({"states": states_TD.detach().cpu().contiguous()}, part)
-        part.replace(file)
+        with whole(self._file(kind, layer)) as part:
+            save_file({"states": states_TD.detach().cpu().contiguous()}, part)
 
     def _load(self, kind: str, layer: int) -> torch.Tensor:
         return load_file(self._file(kind, layer))["states"].to(self.device)

@@ -46,8 +46,7 @@ def traces(model: Model, questions: list[str], tokens: int, device: str, say: Ca
 
 def _prompt(tokenizer, template: str | None, question: str) -> list[int]:
     if template is None:
-        head = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-        return head + tokenizer.encode(question, control=False)
+        return tokenizer.encode_prompt(question, control=False)
     return chat_prompt(tokenizer, template, [{"role": "user", "content": question}]).ids
 
 

@@ -38,8 +38,4 @@ def generate_text(
     engine: Engine, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Continue a text; it is encoded as text, so that nothing in it becomes a control token."""
-    tokenizer = engine.tokenizer
-    ids = tokenizer.encode(prompt, control=False)
-    if tokenizer.add_bos and tokenizer.bos is not None:
-        ids = [tokenizer.bos, *ids]
-    return complete(engine, ids, sampling, on_text)
+    return complete(engine, engine.tokenizer.encode_prompt(prompt, control=False), sampling, on_text)

@@ -102,10 +102,7 @@ def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 
 def checked(weight: Stored) -> matrix.Matrix:
     """The weight as the C kernels take it, made once."""
-    found = weight.kernels.get("matrix")
-    if found is None:
-        found = weight.kernels["matrix"] = matrix.of(weight)
-    return found  # type: ignore[return-value]
+    return weight.once("matrix", matrix.of)
 
 
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
@@ -123,14 +120,14 @@ def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:
 def _native_by_row(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if x_TK.shape[0] >= LARGE and not weight.products:
         return F.linear(x_TK, dense(weight, x_TK.dtype))
-    codes = weight.kernels.get("codes")
-    if codes is None:
-        (n, k), block = weight.shape, fp8_block.BLOCK
-        ones = torch.ones(-(-n // block), -(-k // block))
-        kind, rounded = matrix.KIND["fp8_block"], weight.products is not None
-        codes = matrix.matrix(kind, weight.parts["values"], ones, None, n, k, block, rounded)
-        weight.kernels["codes"] = codes
-    return native.linear(x_TK.contiguous(), codes) * weight.parts["scales"][:, 0]  # type: ignore[arg-type]
+    return native.linear(x_TK.contiguous(), weight.once("codes", _as_blocks)) * weight.parts["scales"][:, 0]
+
+
+def _as_blocks(weight: Stored) -> matrix.Matrix:
+    (n, k), block = weight.shape, fp8_block.BLOCK
+    ones = torch.ones(-(-n // block), -(-k // block))
+    kind, rounded = matrix.KIND["fp8_block"], weight.products is not None
+    return matrix.matrix(kind, weight.parts["values"], ones, None, n, k, block, rounded)
 
 
 @linear.register(

@@ -9,13 +9,15 @@ Nothing here imports torch at the top, so that planning 671 B parameters starts 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 Parts = dict[str, "torch.Tensor"]
+T = TypeVar("T")
 
 BYTES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1,
@@ -113,6 +115,12 @@ class Stored:
     parts: Parts
     products: str | None = None  # the dtype that a product rounds its activations to; None: they stay as they are
     kernels: dict[object, object] = field(default_factory=dict, repr=False)  # what each op resolved to
+
+    def once(self, key: object, make: Callable[[Stored], T]) -> T:
+        """make(self), kept under `key` of `kernels` and made once."""
+        if key not in self.kernels:
+            self.kernels[key] = make(self)
+        return self.kernels[key]  # type: ignore[return-value]
 
     def narrow(self, axis: str, start: int, stop: int) -> Stored:
         """A view of elements [start, stop) along a logical axis; the one slicer of every scheme."""

@@ -26,10 +26,7 @@ class Described:
 
 def described(weight: Stored) -> Described:
     """The weight's description, worked out once and kept with it."""
-    found = weight.kernels.get("triton")
-    if found is None:
-        found = weight.kernels["triton"] = _described(weight)
-    return found  # type: ignore[return-value]
+    return weight.once("triton", _described)
 
 
 def _described(weight: Stored) -> Described:

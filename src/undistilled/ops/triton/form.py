@@ -117,10 +117,7 @@ class Arguments:
 
 def arguments(weight: Stored) -> Arguments:
     """The weight's arguments, worked out once and kept with it."""
-    found = weight.kernels.get("triton")
-    if found is None:
-        found = weight.kernels["triton"] = _arguments(weight)
-    return found  # type: ignore[return-value]
+    return weight.once("triton", _arguments)
 
 
 def _arguments(weight: Stored) -> Arguments:
