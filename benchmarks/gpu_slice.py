@@ -68,7 +68,7 @@ class Slice:
     def hidden(self, tokens: list[int], start: int, prefill: bool) -> torch.Tensor:
         """Hidden states of tokens[start:], which follow what is in the cache."""
         sequence = Sequence(Request("r", tokens, Sampling()), tokens, self.blocks)
-        return self.runner.hidden([Work(sequence, start, len(tokens))], prefill)
+        return self.runner.part.hidden(self.runner.batch([Work(sequence, start, len(tokens))], prefill))
 
     def rows(self, prompt: list[int], further: list[int]) -> torch.Tensor:
         """Logits [1 + N, vocab] after the prompt and each further token, a token at a time as decoding does."""
@@ -111,13 +111,13 @@ def ours(config: dict, prompt: list[int], further: list[int], steps: int) -> tup
     spec = spec_from_config(config)
     plan = solve("r1-slice", config, spec, load_machine("this"), Ask("fp8_block", len(prompt) + 512, 1))
     assert list(plan.predicted.devices) == ["cuda:0"], plan.predicted.devices
-    memory = Memory(plan)
+    memory = Memory(plan, spec)
     with torch.inference_mode():
         mine = Slice(spec, plan, memory, DTYPE[plan.compute_dtype])
         randomise(memory)
         figures = timed(mine, plan, prompt, steps)
         replayed = mine.rows(prompt, further)
-        mine.runner.graphs = None
+        mine.runner.part.graphs = None
         with noting(1 + len(further)) as choices:
             plain = mine.rows(prompt, further)
         found = {"ours": (plain, choices[0])}

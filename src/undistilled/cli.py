@@ -12,7 +12,7 @@ import typer
 from . import show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
-from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME
+from .options import BATCH, CONTEXT, DEVICE, DTYPE, EP, JSON, MICROBATCHES, MODEL, MTP, PLAN, PP, SCHEME, TP
 
 app = typer.Typer(
     add_completion=False,
@@ -57,6 +57,10 @@ def plan(
     context: CONTEXT = None,
     batch: BATCH = 1,
     mtp: MTP = False,
+    tp: TP = None,
+    pp: PP = None,
+    ep: EP = None,
+    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
@@ -65,10 +69,12 @@ def plan(
     """Which bytes go where, what they take at each context length, and how fast it will run. Reads no weights."""
     from .checkpoint.resolve import find
     from .plan.hardware import load_machine
+    from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
 
     found = find(model)
-    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto")
+    degrees = Degrees(tp or 1, pp or 1, ep or 1, microbatches)
+    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=degrees)
     made = solve(found.name, found.config, found.spec, load_machine(machine), ask)
     _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
@@ -97,6 +103,10 @@ def generate(
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     context: CONTEXT = None,
+    tp: TP = None,
+    pp: PP = None,
+    ep: EP = None,
+    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     as_json: JSON = False,
@@ -105,7 +115,8 @@ def generate(
     from .generate.once import generate_text
     from .schedule.request import Sampling
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
+    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     result = generate_text(engine, prompt, sampling, on_text=None if as_json else show.stream)
@@ -118,6 +129,10 @@ def chat(
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     context: CONTEXT = None,
+    tp: TP = None,
+    pp: PP = None,
+    ep: EP = None,
+    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
@@ -127,7 +142,8 @@ def chat(
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
     from .serve.terminal import converse
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype}
+    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
+    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     converse(
         engine,
@@ -150,6 +166,10 @@ def serve(
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
+    tp: TP = None,
+    pp: PP = None,
+    ep: EP = None,
+    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
@@ -165,6 +185,10 @@ def serve(
         "batch": batch or (None if plan_file else 8),
         "device": device,
         "dtype": dtype,
+        "tp": tp,
+        "pp": pp,
+        "ep": ep,
+        "microbatches": microbatches,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
@@ -178,6 +202,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     batch: BATCH = 1,
     repeat: Annotated[int, typer.Option(min=1)] = 3,
+    tp: TP = None,
+    pp: PP = None,
+    ep: EP = None,
+    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     as_json: JSON = False,
@@ -187,7 +215,8 @@ def bench(
 
     room = None if plan_file else prompt_tokens + new_tokens
     wanted = None if plan_file else batch
-    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype}
+    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
+    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, {"plan": plan_file, **options})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
     _print_json(result) if as_json else show.bench(result)

@@ -39,6 +39,10 @@ class CannotBind(UndistilledError):
     exit_code = 5
 
 
+class RankLost(UndistilledError):
+    """One of the processes that share a model died, stopped or stalled: the others cannot go on."""
+
+
 class RequestError(UndistilledError):
     """A request that the engine refuses. `status`, `type`, `param` and `code` follow OpenAI's error object."""
 

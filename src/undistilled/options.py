@@ -21,6 +21,17 @@ SCHEME = Annotated[
 CONTEXT = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of context to make room for.")]
 BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make room for at once.")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
+TP = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks that share every layer, by head and width."),
+]
+PP = Annotated[
+    int | None, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that layers are shared out to.")
+]
+EP = Annotated[int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Ranks that share out experts.")]
+MICROBATCHES = Annotated[
+    int | None, typer.Option("--microbatches", min=1, max=64, help="Parts of a batch that are in the pipeline at once.")
+]
 MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 DTYPE = Annotated[
     str | None, typer.Option("--dtype", help="Of products: float32, bfloat16 or auto, which the device decides.")

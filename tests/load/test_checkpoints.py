@@ -32,7 +32,7 @@ def rewrite(folder, edit):
 
 
 def test_streaming_in_ranges_is_compressing_whole(folder, monkeypatch):
-    import undistilled.load.build as module
+    import undistilled.load.ranges as module
 
     whole = {n: p.clone() for n, p in load(folder, scheme="int4")[0].named_parameters()}
     monkeypatch.setattr(module, "RANGE", 1000)

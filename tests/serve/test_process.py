@@ -22,10 +22,11 @@ from undistilled.events import subscribed
 from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, Sampling
 from undistilled.serve.client import EngineClient
-from undistilled.serve.messages import Add, Command, Wire
+from undistilled.serve.messages import Add, Command
 from undistilled.serve.server import bind, serve
 from undistilled.serve.stream import merge
 from undistilled.serve.worker import tell_fallback
+from undistilled.wire import Wire
 
 
 def test_garbage_on_the_sockets_is_dropped(server):

@@ -14,7 +14,8 @@ from ..errors import BadArtefact
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme.base import Parts, PartSpec, Scheme, cut, parts_of
-from .safetensors import SCALE, SafetensorsSource
+from .safetensors import ALL, SCALE, SafetensorsSource
+from .source import Columns
 
 
 def tensor_of(weight: str, scheme: Scheme, part: str) -> str:
@@ -51,10 +52,14 @@ class CompressedSource(SafetensorsSource):
         self._weight(name)
         return self.schemes[name].name
 
-    def parts(self, name: str, start: int, stop: int) -> Parts:
-        rows = self._weight(name).shape[0]
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> Parts:
+        rows, *inputs = self._weight(name).shape
         return {
-            part: self.read(self._checked(name, part, spec), *_range(spec, start, stop, rows))
+            part: self.read(
+                self._checked(name, part, spec),
+                *_range(spec, start, stop, rows),
+                within=_within(spec, columns, inputs[0]) if columns else ALL,
+            )
             for part, spec in self._specs(name).items()
         }
 
@@ -93,3 +98,9 @@ def _range(spec: PartSpec, start: int, stop: int, rows: int) -> tuple[int, int]:
     """Rows of a part that hold rows [start, stop) of the weight."""
     place = cut(spec.dims[0], start, stop, rows)
     return (0, spec.shape[0]) if place.start is None else (place.start, place.stop)
+
+
+def _within(spec: PartSpec, columns: tuple[int, int], inputs: int) -> slice:
+    """What of a part's second dimension holds these columns of the weight; all of it where it follows no input."""
+    dim = spec.dims[1] if len(spec.dims) > 1 else None
+    return cut(dim, *columns, inputs) if dim and dim.axis == "in" else ALL

@@ -9,6 +9,7 @@ import torch
 
 from .. import scheme as schemes
 from .gguf_source import GGUFSource
+from .source import Columns, narrowed
 
 EXACT = {
     "F32": "fp32",
@@ -42,7 +43,11 @@ class GGUFStream:
             return EXACT[kind]
         return EXACT.get(kind) if self.inner.splits(name) else None
 
-    def parts(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> dict[str, torch.Tensor]:
+        shape = (stop - start, *self.shape(name)[1:])
+        return narrowed(self._parts(name, start, stop), self.scheme(name), shape, columns)
+
+    def _parts(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
         kind = self.inner.dtype(name)
         if kind in PLAIN:
             return {"values": self._rows(name, start, stop, PLAIN[kind])}

@@ -26,6 +26,7 @@ from ..scheme.grouped import Grouped
 from ..scheme.packing import pack
 from .bits import unpack
 from .safetensors import SafetensorsSource
+from .source import Columns, narrowed
 
 Raw = dict[str, torch.Tensor]
 Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of rows: codes uint8 [N, K], scales [N, G], zeros uint8 [N, G]
@@ -151,9 +152,13 @@ class PackedSource(SafetensorsSource):
     def scheme(self, name: str) -> str | None:  # type: ignore[override]  # where inputs are in disorder: dense alone
         return self.forms[name].scheme if name in self.forms else super().scheme(name)
 
-    def parts(self, name: str, start: int, stop: int) -> Parts:
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> Parts:
         if name not in self.forms:
-            return super().parts(name, start, stop)
+            return super().parts(name, start, stop, columns)
+        shape = (stop - start, *self.shape(name)[1:])
+        return narrowed(self._parts(name, start, stop), self.scheme(name), shape, columns)
+
+    def _parts(self, name: str, start: int, stop: int) -> Parts:
         form, raw, layout = self._stored(name)
         if layout.parts is not None:
             return layout.parts(form, raw, start, stop)

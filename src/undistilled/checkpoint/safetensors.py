@@ -19,6 +19,7 @@ from .. import scheme as schemes
 from ..errors import BadArtefact
 from ..ops.linear import dense
 from ..scheme.fp8_block import BLOCK
+from .source import Columns
 
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
@@ -27,6 +28,7 @@ DTYPES = {
 SCHEME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_HEADER = 100_000_000  # bytes; R1's largest is under 1 MB
 SCALE = "_scale_inv"
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self._open: tuple[Path, int] | None = None
+        self.bytes_read = 0
         self.folder, self.config = folder, config
         self.files = shard_files(folder)
         self.entries: dict[str, Entry] = {}
@@ -154,19 +157,31 @@ class SafetensorsSource:
             raise BadArtefact(f"{entry.file}: tensor {name!r} is FP8 and no matrix; blocks have two dimensions.")
         return "fp8_block"
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) as stored."""
+    def read(self, name: str, start: int, stop: int, within: slice = ALL) -> torch.Tensor:
+        """Rows [start, stop) as stored, or of each row [within.start, within.stop) of the second dimension."""
         entry = self._entry(name)
+        shape = (stop - start, *entry.shape[1:])
         width = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
-        view = rows.view(torch.uint8).numpy().reshape(-1).data
-        done, offset = 0, entry.start + start * width
-        while done < len(view):
-            got = os.preadv(self._descriptor(entry.file), [view[done:]], offset + done)
-            if got == 0:
-                raise BadArtefact(f"{entry.file}: ends inside tensor {name!r}.", "The file changed while it was read.")
-            done += got
+        if within == ALL:
+            rows = torch.empty(shape, dtype=entry.dtype)
+            self._into(rows, name, entry.start + start * width)
+            return rows
+        first, past, _ = within.indices(entry.shape[1])
+        rows = torch.empty((shape[0], past - first, *shape[2:]), dtype=entry.dtype)
+        skip = width // entry.shape[1] * first
+        for at, row in enumerate(rows):
+            self._into(row, name, entry.start + (start + at) * width + skip)
         return rows
+
+    def _into(self, into: torch.Tensor, name: str, offset: int) -> None:
+        view = into.view(torch.uint8).numpy().reshape(-1).data
+        file, done = self._entry(name).file, 0
+        self.bytes_read += len(view)
+        while done < len(view):
+            got = os.preadv(self._descriptor(file), [view[done:]], offset + done)
+            if got == 0:
+                raise BadArtefact(f"{file}: ends inside tensor {name!r}.", "The file changed while it was read.")
+            done += got
 
     def _descriptor(self, file: Path) -> int:
         if self._open is None or self._open[0] != file:
@@ -182,13 +197,13 @@ class SafetensorsSource:
     def __del__(self) -> None:
         self.close()
 
-    def parts(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
-        rows = self.read(name, start, stop)
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> dict[str, torch.Tensor]:
+        rows = self.read(name, start, stop, slice(*columns) if columns else ALL)
         if rows.dtype is not torch.float8_e4m3fn:
             return {"values": rows}
-        return {"values": rows, "scales": self._scales(name, start, stop)}
+        return {"values": rows, "scales": self._scales(name, start, stop, columns)}
 
-    def _scales(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def _scales(self, name: str, start: int, stop: int, columns: Columns) -> torch.Tensor:
         entry = self._entry(name)
         scales = self._entry(name + SCALE)
         expected = tuple(-(-n // BLOCK) for n in entry.shape)
@@ -197,7 +212,8 @@ class SafetensorsSource:
                 f"{scales.file}: {name + SCALE!r} is {list(scales.shape)} {scales.dtype}, "
                 f"expected {list(expected)} float32 for 128 x 128 blocks."
             )
-        return self.read(name + SCALE, start // BLOCK, -(-stop // BLOCK))
+        within = slice(columns[0] // BLOCK, -(-columns[1] // BLOCK)) if columns else ALL
+        return self.read(name + SCALE, start // BLOCK, -(-stop // BLOCK), within)
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:
         parts = self.parts(name, start, stop)

@@ -5,10 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .. import scheme as schemes
+
 if TYPE_CHECKING:
     import torch
 
     from ..scheme.base import Parts
+
+
+Columns = tuple[int, int] | None
+
+
+def narrowed(parts: Parts, scheme: str | None, shape: tuple[int, ...], columns: Columns) -> Parts:
+    """Columns of the parts of whole rows [out, in], for checkpoints that are not read by columns."""
+    if columns is None:
+        return parts
+    return schemes.Stored(schemes.get(str(scheme)), shape, parts).narrow("in", *columns).parts
 
 
 class Source(Protocol):
@@ -28,8 +40,11 @@ class Source(Protocol):
         """The scheme that holds this tensor's stored values exactly, or None where only `dense` reads it."""
         ...
 
-    def parts(self, name: str, start: int, stop: int) -> Parts:
-        """Rows [start, stop) as parts of `scheme(name)`; the range respects the scheme's row quantum."""
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> Parts:
+        """Rows [start, stop) as parts of `scheme(name)`, or of these rows the columns [first, past the last).
+
+        Both ranges respect the scheme's quanta.
+        """
         ...
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:

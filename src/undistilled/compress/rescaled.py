@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint.source import Source
+from ..checkpoint.source import Columns, Source
 from ..model.weights import Weight
 from ..scheme.base import Parts
 from .files import whole
@@ -77,8 +77,8 @@ class Rescaled:
     def scheme(self, name: str) -> str | None:
         return None if name in self.changed else self.source.scheme(name)
 
-    def parts(self, name: str, start: int, stop: int) -> Parts:
-        return self.source.parts(name, start, stop)
+    def parts(self, name: str, start: int, stop: int, columns: Columns = None) -> Parts:
+        return self.source.parts(name, start, stop, columns)
 
     def dense(self, name: str, start: int, stop: int) -> torch.Tensor:
         w = self.source.dense(name, start, stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ from ..errors import RequestError, UsageError
 from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
+from ..parallel.comm import Comm
+from ..parallel.crew import LOOPBACK, WATCHDOG, Crew, threads
+from ..parallel.share import share
 from ..plan.check import check, check_devices
 from ..plan.hardware import load_machine
 from ..plan.plan import Plan, read_plan
+from ..plan.ranks import Degrees, cuts_of
 from ..plan.solve import Ask, solve
 from ..schedule.blocks import BlockPool
 from ..schedule.request import Output, Request, TokenLogprob
@@ -42,10 +48,18 @@ class Running:
 class Engine:
     """One model, answering many requests by turns. Not thread-safe: one caller steps it."""
 
-    def __init__(self, decoder: Decoder, plan: Plan, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        name: str,
+        crew: Crew | None = None,
+        comm: Comm | None = None,
+    ) -> None:
         self.decoder, self.plan, self.tokenizer, self.name = decoder, plan, tokenizer, name
         self.spec, self.max_context = decoder.spec, plan.limits.context
-        self.runner = Runner(decoder, plan)
+        self.runner = Runner(decoder, plan, crew, comm)
         self.pool = BlockPool(plan.kv.blocks, plan.kv.block_size)
         self.scheduler = Scheduler(
             self.pool, max_batch=plan.limits.batch, max_context=self.max_context, chunk=plan.limits.chunk
@@ -138,13 +152,20 @@ class Engine:
         return output
 
     def stats(self) -> dict[str, float]:
-        """Gauges for metrics: requests and cache blocks."""
+        """Gauges for metrics: requests and cache blocks. RankLost where a rank was lost, even while nothing runs."""
+        if self.runner.crew:
+            self.runner.crew.check()
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "kv_blocks_used": self.pool.used,
             "kv_blocks_total": self.pool.count,
         }
+
+    def close(self) -> None:
+        """End the other ranks, where there are any."""
+        if self.runner.crew:
+            self.runner.crew.close()
 
     def run_all(self, requests: list[Request]) -> dict[str, list[Output]]:
         """Add the requests, run until all are answered, and return each one's outputs in order."""
@@ -157,11 +178,14 @@ class Engine:
         return outputs
 
 
+DECIDED = ("scheme", "context", "batch", "device", "mtp", "dtype", "tp", "pp", "ep", "microbatches")  # by a plan
+
+
 def plan_for(model: Model, options: dict[str, Any]) -> Plan:
     """The plan that a run is held to: from a file, or made now for this machine. Checked either way."""
     machine = load_machine("this")
     if options.get("plan"):
-        given = [name for name in ("scheme", "context", "batch", "device", "mtp", "dtype") if options.get(name)]
+        given = [name for name in DECIDED if options.get(name)]
         if given:
             raise UsageError(f"A plan file decides {', '.join(given)}.", "Give --plan alone, or the options alone.")
         plan = read_plan(Path(options["plan"]))
@@ -173,6 +197,9 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
             bool(options.get("mtp")),
             options.get("device"),
             dtype=options.get("dtype") or "auto",
+            degrees=Degrees(
+                options.get("tp") or 1, options.get("pp") or 1, options.get("ep") or 1, options.get("microbatches")
+            ),
         )
         plan = solve(model.name, model.config, model.spec, machine, ask)
     check(plan, model.spec, model.config)
@@ -184,6 +211,28 @@ def open_engine(options: dict[str, Any], progress: Progress | None = None) -> En
     """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp, dtype."""
     model = find(options["model"])
     plan = plan_for(model, options)
-    tokenizer = model.tokenizer()
-    decoder = build(plan, model.spec, model.source(), progress=progress)
-    return Engine(decoder, plan, tokenizer, options.get("name") or model.name)
+    tokenizer, name = model.tokenizer(), options.get("name") or model.name
+    if plan.mesh is None:
+        return Engine(build(plan, model.spec, model.source(), progress=progress), plan, tokenizer, name)
+    return _open_ranks(model, plan, tokenizer, name, options, progress)
+
+
+def _open_ranks(
+    model: Model, plan: Plan, tokenizer: Tokenizer, name: str, options: dict[str, Any], progress: Progress | None
+) -> Engine:
+    """An engine over several processes, of which this is rank 0."""
+    assert plan.mesh is not None
+    crew = Crew(plan, model.said, options.get("watchdog") or WATCHDOG)
+    try:
+        torch.set_num_threads(threads(plan.mesh.size))
+        decoder = build(plan, model.spec, model.source(), rank=0, progress=progress)
+        crew.wait_ready()
+        os.environ.update(LOOPBACK)
+        comm = Comm(plan.mesh, 0, crew.store)
+        share(decoder, cuts_of(plan, model.spec), 0, comm)
+        engine = Engine(decoder, plan, tokenizer, name, crew, comm)
+    except BaseException:
+        crew.close()
+        raise
+    atexit.register(crew.close)
+    return engine

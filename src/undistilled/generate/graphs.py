@@ -24,8 +24,7 @@ FEWEST_BLOCKS = 16
 
 def capturable(decoder: Decoder) -> bool:
     """Whether no part of a decode pass asks the GPU for an answer."""
-    stored = decoder.embed_tokens.stored
-    if stored.device.type != "cuda" or decoder.dtype is not torch.bfloat16 or forced() or cuda.why_missing():
+    if decoder.device.type != "cuda" or decoder.dtype is not torch.bfloat16 or forced() or cuda.why_missing():
         return False
     modules = list(decoder.modules())
     if not all(served(module.stored, decoder.dtype) for module in modules if isinstance(module, Linear)):

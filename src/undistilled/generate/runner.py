@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
 
 from ..events import emit
-from ..model.batch import Batch
+from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
 from ..ops.linear import LARGE
+from ..parallel.comm import Comm
+from ..parallel.crew import Crew
+from ..parallel.messages import Beat, Pass
 from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
-from .cache import allocate
-from .graphs import Graphs, capturable
+from .part import Part
 
 # Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
 ROWS = {"cpu": LARGE - 1, "cuda": 4096}
@@ -39,67 +42,68 @@ def grouped(works: list[Work], limit: int) -> Iterator[list[Work]]:
 
 
 class Runner:
-    """The decoder, its cache, and the arithmetic that turns work into batches."""
+    """This process's part of the model, the other ranks where there are any, and passes made of work."""
 
-    def __init__(self, decoder: Decoder, plan: Plan) -> None:
-        self.decoder, self.plan = decoder, plan
-        self.device = decoder.embed_tokens.stored.device
-        self.caches = allocate(decoder.spec, plan.kv, self.device)
-        self.size = plan.kv.block_size
-        self.graphs = Graphs(decoder, self.caches) if capturable(decoder) else None
+    def __init__(self, decoder: Decoder, plan: Plan, crew: Crew | None = None, comm: Comm | None = None) -> None:
+        self.part, self.plan, self.crew = Part(decoder, plan, comm), plan, crew
+        self.decoder, self.size = decoder, plan.kv.block_size
 
-    @torch.inference_mode()
-    def run(self, step: Step) -> list[tuple[Work, torch.Tensor | None]]:
-        """Each piece of work with the logits [vocab] after its last token, or None where none are needed."""
-        results: list[tuple[Work, torch.Tensor | None]] = []
-        for work in step.prompts:
-            results += self._timed([work], prefill=True)
-        for group in grouped(step.rows, ROWS[self.device.type]):
-            results += self._timed(group, prefill=False)
-        return results
+    @property
+    def device(self) -> torch.device:
+        return self.part.device
 
-    def _timed(self, works: list[Work], prefill: bool) -> list[tuple[Work, torch.Tensor | None]]:
-        began = perf_counter()
-        h_TD = self.hidden(works, prefill)
-        wanted: list[Work] = []
-        last: list[int] = []
-        row = 0
-        for work in works:
-            row += work.stop - work.start
-            if work.samples:
-                wanted.append(work)
-                last.append(row - 1)
-        logits = self.decoder.logits(h_TD[last]) if last else h_TD[:0]
-        emit("engine.pass", prefill=prefill, tokens=row, requests=len(works), seconds=perf_counter() - began)
-        found = {id(work): logits[i] for i, work in enumerate(wanted)}
-        return [(work, found.get(id(work))) for work in works]
-
-    def hidden(self, works: list[Work], prefill: bool) -> torch.Tensor:
-        """Hidden states [T, D] of every token of the works, good until the next call."""
-        batch = self.batch(works, prefill)
-        if prefill or self.graphs is None:
-            return self.decoder(batch, self.caches)
-        return self.graphs(batch)
+    @property
+    def caches(self) -> list[Cache]:
+        return self.part.caches
 
     def batch(self, works: list[Work], prefill: bool) -> Batch:
+        """What a pass over these works reads, as tensors."""
+        return self.part.batch(self.passed(works, prefill))
+
+    def run(self, step: Step) -> list[tuple[Work, torch.Tensor | None]]:
+        """Each piece of work with the logits [vocab] after its last token, or None where none are needed."""
+        with self.crew.guarded(self._beat) if self.crew else nullcontext():
+            began = perf_counter()
+            passes = [([work], True) for work in step.prompts]
+            passes += [(group, False) for group in grouped(step.rows, self._limit(step))]
+            submitted = [(works, prefill, self._submit(works, prefill)) for works, prefill in passes]
+            results: list[tuple[Work, torch.Tensor | None]] = []
+            for works, prefill, handle in submitted:
+                logits = iter(self.part.collect(handle))
+                results += [(work, next(logits) if work.samples else None) for work in works]
+                tokens, seconds = sum(w.stop - w.start for w in works), perf_counter() - began
+                emit("engine.pass", prefill=prefill, tokens=tokens, requests=len(works), seconds=seconds)
+                began = perf_counter()
+            return results
+
+    def _limit(self, step: Step) -> int:
+        """Rows of a pass: what a device takes, or of a pipeline a share, so that every stage has some."""
+        rows = sum(work.stop - work.start for work in step.rows)
+        parts = self.plan.mesh.microbatches if self.plan.mesh else 1
+        return max(1, min(ROWS[self.device.type], -(-rows // parts)))
+
+    def _submit(self, works: list[Work], prefill: bool):
+        work = self.passed(works, prefill)
+        if self.crew:
+            self.crew.tell(work)
+        return self.part.submit(work)
+
+    def _beat(self) -> Beat:
+        comm, part = self.part.comm, self.part
+        assert comm is not None
+        return Beat(0, comm.entered, comm.doing, comm.seconds, part.passes, part.busy, comm.waited)
+
+    def passed(self, works: list[Work], prefill: bool) -> Pass:
         """One prompt chunk, or rows: every token of every piece of work with its own view of the cache."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        tables: list[list[int]] = []
-        contexts: list[int] = []
+        made = Pass([], [], [], [], [], prefill, [])
         for work in works:
             blocks, span = work.sequence.blocks, range(work.start, work.stop)
-            tokens += work.sequence.tokens[work.start : work.stop]
-            positions += span
-            slots += [blocks[t // self.size] * self.size + t % self.size for t in span]
-            tables += [blocks] if prefill else [blocks] * len(span)
-            contexts += [work.stop] if prefill else [t + 1 for t in span]
-        longest = max(len(t) for t in tables)
-        padded = [t + [0] * (longest - len(t)) for t in tables]
-
-        def ids(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
-
-        seen = torch.tensor(contexts, dtype=torch.int32)
-        return Batch(ids(tokens), ids(positions), ids(slots), ids(padded, torch.int32), seen, self.size, prefill)
+            made.tokens += work.sequence.tokens[work.start : work.stop]
+            made.positions += span
+            made.slots += [blocks[t // self.size] * self.size + t % self.size for t in span]
+            made.tables += [blocks] if prefill else [blocks] * len(span)
+            made.contexts += [work.stop] if prefill else [t + 1 for t in span]
+            made.last += [len(made.tokens) - 1] if work.samples else []
+        longest = max(len(t) for t in made.tables)
+        made.tables = [t + [0] * (longest - len(t)) for t in made.tables]
+        return made

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 from collections.abc import Callable
 from time import perf_counter
 
@@ -21,12 +20,12 @@ from ..events import emit
 from ..model.decoder import Decoder
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
-from ..ops.linear import dense
-from ..plan.cost import RANGE
+from ..plan.cut import Slice
 from ..plan.plan import Plan, Row
+from ..plan.ranks import cuts_of
 from ..plan.recipes import products_of
 from ..scheme import Stored
-from ..scheme.base import Parts
+from .ranges import fill
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
@@ -48,45 +47,65 @@ def _release_buffers() -> None:
 
 
 class Memory:
-    """Gives each weight its memory, as the plan's row says, and remembers it by name."""
+    """Gives each weight the memory of what `rank` holds of it, as the plan's row says, and remembers it by name."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.compute = plan.compute_dtype
+    def __init__(self, plan: Plan, spec: ModelSpec, rank: int = 0) -> None:
+        self.compute, self.rank, self.mesh = plan.compute_dtype, rank, plan.mesh
+        self.cuts = cuts_of(plan, spec) if plan.mesh else None
         self.rows: dict[str, Row] = {row.name: row for row in plan.rows}
+        self.known = {w.name: w for w in weights(spec)}
         self.held: dict[str, Stored] = {}
+
+    def place(self, name: str) -> Slice:
+        """What the rank holds of a weight of its own."""
+        experts = self.known[name].experts
+        whole = Slice(experts=tuple(range(experts)) if experts else None)
+        return (self.cuts.slice(name, self.rank) if self.cuts else None) or whole
+
+    def device(self, row: Row) -> str:
+        return self.mesh.devices[self.rank] if self.mesh else row.store
 
     def __call__(self, name: str) -> Stored:
         if name not in self.held:
-            row = self.rows[name]
-            shape = (row.experts[1] - row.experts[0], *row.shape) if row.experts else tuple(row.shape)
-            scheme = schemes.get(row.scheme)
+            row, shape = self.rows[name], self.place(name).shape(self.known[name])
+            scheme, device = schemes.get(row.scheme), self.device(row)
             try:
                 parts = {
-                    part: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=row.store)
+                    part: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
                     for part, spec in schemes.parts_of(scheme, shape).items()
                 }
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                raise DoesNotFit(f"No memory for {name} ({row.nbytes} bytes) on {row.store}: {error}") from None
-            products = products_of(row.role, row.scheme, row.compute, self.compute)
+                raise DoesNotFit(f"No memory for {name} ({row.nbytes} bytes) on {device}: {error}") from None
+            products = products_of(row.role, row.scheme, device.split(":")[0], self.compute)
             self.held[name] = Stored(scheme, shape, parts, products)
         return self.held[name]
 
+    def tensors(self, name: str) -> list[tuple[Stored, str]]:
+        """Where each of the checkpoint's tensors of a weight goes."""
+        stored, names, place = self.held[name], self.known[name].tensor_names, self.place(name)
+        if place.experts is None:
+            return [(stored, names[0])]
+        return [(stored.expert(at), names[expert]) for at, expert in enumerate(place.experts)]
 
-def build(plan: Plan, spec: ModelSpec, source: Source, *, progress: Progress | None = None) -> Decoder:
-    """The decoder that `plan` describes, with its weights. BadArtefact names what is wrong with a tensor."""
-    known = {w.name: w for w in weights(spec)}
+
+def build(plan: Plan, spec: ModelSpec, source: Source, *, rank: int = 0, progress: Progress | None = None) -> Decoder:
+    """The decoder that `plan` describes, or what `rank` has of it, with its weights.
+
+    BadArtefact names what is wrong with a tensor.
+    """
     _keep_buffers()
-    memory = Memory(plan)
-    mtp = any(known[row.name].mtp and row.store != "unloaded" for row in plan.rows)
+    memory = Memory(plan, spec, rank)
+    mtp = any(memory.known[row.name].mtp and row.store != "unloaded" for row in plan.rows)
+    layers = plan.mesh.layers(rank) if plan.mesh else range(spec.layers)
+    seen = memory.cuts.spec_of(rank) if memory.cuts else spec
     with torch.no_grad():
-        decoder = Decoder(memory, spec, DTYPE[plan.activation_dtype], mtp=mtp).eval()
-        _check_names(spec, source, [known[name] for name in memory.held])
+        decoder = Decoder(memory, seen, DTYPE[plan.activation_dtype], mtp=mtp, layers=layers).eval()
+        _check_names(spec, source, [memory.known[name] for name in memory.held])
         total = sum(stored.nbytes for stored in memory.held.values())
         done, began = 0, perf_counter()
-        for name, stored in memory.held.items():
-            for at, tensor in enumerate(known[name].tensor_names):
-                one = stored.expert(at) if known[name].experts else stored
-                fill(one, source, tensor)
+        for name in memory.held:
+            for one, tensor in memory.tensors(name):
+                fill(one, source, tensor, memory.place(name))
                 done += one.nbytes
                 if progress:
                     progress(done, total, tensor)
@@ -123,64 +142,4 @@ def _check_strangers(spec: ModelSpec, source: Source, present: set[str]) -> None
             raise BadArtefact(
                 f"{source.files[0].parent}: tensor {name!r} has no place in a {spec.model_type} of this config.json.",
                 "Leaving it out would change the model's answers. Is config.json the right one?",
-            )
-
-
-def fill(target: Stored, source: Source, name: str) -> None:
-    """Stream one tensor into its place, range by range, each checked for NaN and infinity."""
-    rows, matrix = target.shape[0], len(target.shape) > 1
-    native = source.scheme(name)
-    step = _step(target, native) if matrix else rows
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        parts = _parts(target, source, name, native, start, stop)
-        place = target.narrow("out", start, stop) if matrix else target
-        for part, tensor in place.parts.items():
-            tensor.copy_(parts[part])
-
-
-def _step(target: Stored, native: str | None) -> int:
-    """Rows in a range: about RANGE elements, whole quanta of both schemes."""
-    quantum = schemes.row_quantum(target.scheme)
-    if native is not None:
-        quantum = math.lcm(quantum, schemes.row_quantum(schemes.get(native)))
-    return max(1, RANGE // target.shape[1] // quantum) * quantum
-
-
-def _parts(target: Stored, source: Source, name: str, native: str | None, start: int, stop: int) -> Parts:
-    """Rows [start, stop) in the target's scheme; what was read is checked before it is turned into anything."""
-    if native is None:
-        values = source.dense(name, start, stop)
-        _check_finite({"values": values}, source, name)
-        return _compressed(target, values, source, name)
-    parts = source.parts(name, start, stop)
-    _check_finite(parts, source, name)
-    if native == target.scheme.name:
-        return parts
-    read = Stored(schemes.get(native), (stop - start, *target.shape[1:]), parts)
-    return _compressed(target, dense(read, torch.float32), source, name)
-
-
-def _compressed(target: Stored, values: torch.Tensor, source: Source, name: str) -> Parts:
-    """float16 overflows where the values that were read do not."""
-    parts = target.scheme.compress(values)
-    if any(t.dtype is torch.float16 and not t.isfinite().all() for t in parts.values()):
-        raise BadArtefact(
-            f"{source.files[0].parent}: tensor {name!r} overflows the float16 numbers of {target.scheme.name}.",
-            "Use bf16, int8 or fp8_block.",
-        )
-    return parts
-
-
-def _check_finite(parts: dict[str, torch.Tensor], source: Source, name: str) -> None:
-    for part, tensor in parts.items():
-        if tensor.dtype is torch.float8_e4m3fn:
-            bad = ((tensor.view(torch.uint8) & 127) == 127).any()
-        elif tensor.dtype.is_floating_point:
-            bad = ~tensor.isfinite().all()
-        else:
-            continue
-        if bad:
-            raise BadArtefact(
-                f"{source.files[0].parent}: tensor {name!r} holds NaN or infinity ({part}).", "Download it again."
             )

@@ -77,17 +77,23 @@ class Mtp(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head of any architecture."""
+    """Embedding, blocks, norm and head of any architecture; or, of a pipeline's stage, what belongs to its `layers`."""
 
-    def __init__(self, make: Make, spec: ModelSpec, dtype: torch.dtype, mtp: bool = False) -> None:
+    def __init__(
+        self, make: Make, spec: ModelSpec, dtype: torch.dtype, mtp: bool = False, layers: range | None = None
+    ) -> None:
         super().__init__()
+        mine = range(spec.layers) if layers is None else layers
+        self.first, self.last = mine.start == 0, mine.stop == spec.layers
         if mtp and not spec.mtp_layers:
             raise BadArtefact("This model has no multi-token-prediction layer.", "Leave --mtp out.")
         self.spec, self.dtype = spec, dtype
-        self.embed_tokens = Embedding(make, "model.embed_tokens")
-        self.layers = nn.ModuleList(Block(make, spec, layer) for layer in range(spec.layers))
-        self.norm = Norm(make, "model.norm", spec.norm_eps)
-        self.lm_head = Linear(make, "model.embed_tokens" if spec.tied else "lm_head")
+        if self.first:
+            self.embed_tokens = Embedding(make, "model.embed_tokens")
+        self.layers = nn.ModuleList(Block(make, spec, layer) for layer in mine)
+        if self.last:
+            self.norm = Norm(make, "model.norm", spec.norm_eps)
+            self.lm_head = Linear(make, "model.embed_tokens" if spec.tied else "lm_head")
         self.mtp = nn.ModuleList(Mtp(make, spec, spec.layers + i) for i in range(spec.mtp_layers if mtp else 0))
         self.frequencies, self.rope_factor = frequencies(spec.rope)
 
@@ -97,10 +103,17 @@ class Decoder(nn.Module):
         self.frequencies = self.frequencies.to(device)
         batch.cos_TF, batch.sin_TF = angles(batch.positions_T, self.frequencies, self.rope_factor)
 
-    def forward(self, batch: Batch | Packed, caches: Sequence[Cache]) -> torch.Tensor:
-        """Hidden states [T, D] after the last block, before the final norm."""
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(
+        self, batch: Batch | Packed, caches: Sequence[Cache], h_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [T, D] after the last block, before the final norm; `h_TD`: of the stage before this one."""
         self.prepare(batch)
-        h_TD = self.embed_tokens(batch.tokens_T, self.dtype)
+        if h_TD is None:
+            h_TD = self.embed_tokens(batch.tokens_T, self.dtype)
         for block, cache in zip(self.layers, caches, strict=False):
             h_TD = block(h_TD, batch, cache)
         return h_TD

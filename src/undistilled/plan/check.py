@@ -12,6 +12,7 @@ from . import cost
 from .cost import Placed
 from .layout import Layouts
 from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
+from .ranks import RankLayouts
 from .recipes import ROUNDED_OFF, label
 
 
@@ -75,7 +76,8 @@ def _check_row(row: Row, weight: Weight, plan: Plan, spec: ModelSpec) -> None:
         if said != real:
             raise BadArtefact(f"Row {row.name}: its {what} is {said}, expected {real}.", "Was the plan edited?")
     unloaded = row.store == "unloaded" and weight.mtp
-    if not unloaded and row.store not in plan.predicted.devices:
+    homes = [f"stage:{s}" for s in range(plan.mesh.pp)] if plan.mesh else plan.predicted.devices
+    if not unloaded and row.store not in homes:
         raise BadArtefact(f"Row {row.name}: stored on {row.store!r}, which is no device of the plan.")
     need = 0 if unloaded else schemes.bytes_of(scheme, weight.full_shape)
     if row.nbytes != need:
@@ -128,8 +130,26 @@ def _check_bytes(plan: Plan, spec: ModelSpec) -> None:
     for name in plan.predicted.devices:
         if not re.fullmatch(r"cpu|cuda:\d+", name):
             raise BadArtefact(f"The plan has a device {name!r}.", "Devices are cpu and cuda:0, cuda:1, ...")
+    if plan.mesh:
+        return _check_ranks(plan, spec)
     for name, needed in bytes_needed(plan, spec).items():
         _check_same(f"prediction for {name}", plan.predicted.devices[name].bytes, needed)
+
+
+def _check_ranks(plan: Plan, spec: ModelSpec) -> None:
+    """The mesh cuts what it may, every row is in its stage, and the bytes of every rank follow."""
+    layouts = _layouts(plan, spec)
+    assert isinstance(layouts, RankLayouts)
+    layout = layouts.at(plan.limits.context, plan.limits.batch)
+    homes = {p.row.name: p.row.store for p in layout.placed}
+    for row in plan.rows:
+        if row.store != homes.get(row.name, "unloaded"):
+            raise BadArtefact(f"Row {row.name} is in {row.store}; its layer is in {homes.get(row.name, 'none')}.")
+    _check_same("number of ranks", len(plan.predicted.ranks), plan.mesh.size if plan.mesh else 0)
+    for rank, (said, found) in enumerate(zip(plan.predicted.ranks, layout.ranks, strict=True)):
+        _check_same(f"prediction for rank {rank}", (said.device, said.bytes), (found.device, found.bytes))
+    for name, device in layout.devices.items():
+        _check_same(f"prediction for {name}", plan.predicted.devices[name].bytes, device.bytes)
 
 
 def _check_predicted(plan: Plan, spec: ModelSpec) -> None:
@@ -153,16 +173,18 @@ def decode_bytes(plan: Plan, spec: ModelSpec) -> int:
 
 def contexts_of(plan: Plan, spec: ModelSpec, contexts: list[int]) -> list[ContextPrediction]:
     """Plans for so many tokens each, or the most that the model takes, with these rows on these devices."""
-    layouts = Layouts(
-        spec,
-        _placed(plan, spec),
-        {name: device.available for name, device in plan.predicted.devices.items()},
-        scheme=plan.scheme,
-        compute=plan.compute_dtype,
-        cache=plan.kv.dtype,
-        block=plan.kv.block_size,
-    )
+    layouts = _layouts(plan, spec)
     return [layouts.at(min(each, spec.max_context), plan.limits.batch).prediction for each in contexts]
+
+
+def _layouts(plan: Plan, spec: ModelSpec) -> Layouts:
+    free = {name: device.available for name, device in plan.predicted.devices.items()}
+    of, form = _placed(plan, spec), {"scheme": plan.scheme, "compute": plan.compute_dtype, "cache": plan.kv.dtype}
+    if plan.mesh:
+        if missing := set(plan.mesh.devices) - free.keys():
+            raise BadArtefact(f"The plan's mesh uses {', '.join(sorted(missing))}, which is no device of the plan.")
+        return RankLayouts(spec, of, free, mesh=plan.mesh, block=plan.kv.block_size, **form)  # type: ignore[arg-type]
+    return Layouts(spec, of, free, block=plan.kv.block_size, **form)  # type: ignore[arg-type]
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:
@@ -178,8 +200,8 @@ def check_devices(plan: Plan, available: dict[str, int]) -> None:
                 f"{available[device] / 1e9:.2f} GB are free.",
                 "Plan again with a smaller --context or another --scheme.",
             )
-    if len(plan.predicted.devices) > 1:
+    if len(plan.predicted.devices) > 1 and not plan.mesh:
         raise DoesNotFit(
-            f"The plan spreads {plan.model} over {', '.join(plan.predicted.devices)}; this version runs one device.",
-            "Try --device cpu, or a scheme that fits one GPU.",
+            f"The plan spreads {plan.model} over {', '.join(plan.predicted.devices)}; one process runs one device.",
+            "Plan with --pp or --tp for several GPUs, --device cpu, or a scheme that fits one GPU.",
         )

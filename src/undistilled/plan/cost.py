@@ -163,7 +163,7 @@ def device_bytes(device: str, placed: list[Placed], cache: int, working: int) ->
     """What a device holds: its rows, its layers' share of `cache` bytes, the larger of running and loading."""
     held = sum(p.row.nbytes for p in placed if p.row.store == device)
     kv, constant = int(cache * layer_share(placed).get(device, 0.0)), runtime(device, placed)
-    activations = max(working, _load_bytes(placed) - kv)
+    activations = max(working, load_bytes(placed) - kv)
     total = held + kv + activations + constant
     return Bytes(weights=held, kv=kv, activations=activations, runtime=constant, total=total)
 
@@ -175,7 +175,7 @@ def runtime(device: str, placed: list[Placed]) -> int:
     return RUNTIME[kind] + (TOKENIZER * vocab if kind == "cpu" else 0)
 
 
-def _load_bytes(placed: list[Placed]) -> int:
+def load_bytes(placed: list[Placed]) -> int:
     """One range of the largest matrix on its way; an embedding or a head changes its form little or not."""
     largest = max((p.weight.shape[0] * p.weight.shape[1] for p in placed if p.weight.is_linear), default=0)
     return LOADING * min(RANGE, largest)

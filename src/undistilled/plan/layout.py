@@ -7,13 +7,13 @@ fit beside them live and run on the CPU, where a token reads only the few that i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from ..model.spec import ModelSpec
 from . import cost
 from .cost import WIDTH, Dtype, Placed
-from .plan import ContextPrediction, DevicePrediction, Kv, Limits
+from .plan import ContextPrediction, DevicePrediction, Kv, Limits, RankPrediction
 
 BLOCK = 16  # tokens in a cache block
 CHUNK = {"cpu": 512, "cuda": 4096}
@@ -27,6 +27,7 @@ class Layout:
     kv: Kv
     placed: list[Placed]
     devices: dict[str, DevicePrediction]
+    ranks: list[RankPrediction] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -65,9 +66,7 @@ class Layouts:
         self._homed: dict[tuple[str, str], Placed] = {}
 
     def at(self, context: int, batch: int) -> Layout:
-        blocks, each = -(-context // self.block), self.spec.kv_bytes_per_token(WIDTH[self.cache])
-        kv = Kv(dtype=self.cache, block_size=self.block, blocks=batch * blocks, bytes_per_token=each)
-        limits = Limits(context=context, batch=batch, chunk=min(CHUNK[self.kind], blocks * self.block))
+        limits, kv = sized(self.spec, context, batch, self.block, self.cache, self.kind)
         working = cost.activation_bytes(
             self.spec,
             chunk=limits.chunk,
@@ -77,7 +76,7 @@ class Layouts:
             kind=self.kind,
             scheme=self.scheme,
         )
-        cache = kv.blocks * self.block * each
+        cache = kv.blocks * kv.block_size * kv.bytes_per_token
         homes = place(self.loaded, self.free, cache, working)
         placed = [self._home(p, homes[p.weight.name]) for p in self.loaded]
         devices = {}
@@ -93,6 +92,15 @@ class Layouts:
             row = p.row.model_copy(update={"store": home, "compute": home})
             found = self._homed[p.weight.name, home] = Placed(row, p.weight)
         return found
+
+
+def sized(spec: ModelSpec, context: int, batch: int, block: int, cache: Dtype, kind: str) -> tuple[Limits, Kv]:
+    """What so many requests of so many tokens ask for."""
+    blocks = -(-context // block)
+    kv = Kv(
+        dtype=cache, block_size=block, blocks=batch * blocks, bytes_per_token=spec.kv_bytes_per_token(WIDTH[cache])
+    )
+    return Limits(context=context, batch=batch, chunk=min(CHUNK[kind], blocks * block)), kv
 
 
 def place(loaded: list[Placed], free: Mapping[str, int], cache: int, working: int) -> dict[str, str]:

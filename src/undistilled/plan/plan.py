@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import BadArtefact, UsageError
+from .mesh import Mesh
 
 
 class Frozen(BaseModel):
@@ -27,7 +28,7 @@ class Row(Frozen):
     shape: tuple[int, ...]  # of one weight: (out, in) or (in,)
     tensors: int  # how many the released checkpoint has for it
     scheme: str
-    store: str  # device that keeps it, or "unloaded"
+    store: str  # device that keeps it, or "unloaded"; of a plan for ranks, its stage: "stage:0"
     compute: str
     nbytes: int = Field(ge=0)
 
@@ -65,6 +66,14 @@ class DevicePrediction(Frozen):
     fits: bool
 
 
+class RankPrediction(Frozen):
+    """What one rank's process holds, and how much of a step it computes and talks."""
+
+    device: str
+    bytes: Bytes
+    collective_s: float = Field(default=0.0, ge=0)  # of a decode step of the plan's batch, over all of its layers
+
+
 class ContextPrediction(Frozen):
     """Bytes of each device if every one of the batch's requests were this long."""
 
@@ -77,7 +86,8 @@ class ContextPrediction(Frozen):
 class Predicted(Frozen):
     """Speeds are for the plan's batch: all requests together. `basis` says where the ceilings come from."""
 
-    devices: dict[str, DevicePrediction]
+    devices: dict[str, DevicePrediction]  # several ranks may share one
+    ranks: list[RankPrediction] = []
     contexts: list[ContextPrediction] = Field(min_length=1)
     prefill_tokens_per_s: float = Field(gt=0)
     decode_tokens_per_s: float = Field(gt=0)
@@ -99,6 +109,7 @@ class Plan(Frozen):
     rows: list[Row]
     kv: Kv
     limits: Limits
+    mesh: Mesh | None = None  # None: one process
     policy: Literal["none"] = "none"
     predicted: Predicted
     fits: bool

@@ -16,6 +16,7 @@ from .cost import Dtype, Placed
 from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .plan import Plan, Predicted, Row, config_hash
+from .ranks import ONE, Degrees, RankLayouts, mesh_for, speeds
 from .recipes import parse, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
@@ -34,6 +35,7 @@ class Ask:
     device: str | None = None  # "cpu" keeps GPUs out
     kv_dtype: Dtype | None = None  # None: float32 where the scheme is fp32, else bfloat16
     dtype: str = "auto"  # of products: float32, bfloat16, or what the device has its fast ones in
+    degrees: Degrees = ONE
 
 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
@@ -67,6 +69,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         rows=rows,
         kv=layout.kv,
         limits=layout.limits,
+        mesh=layouts.mesh if isinstance(layouts, RankLayouts) else None,
         predicted=_predicted(layouts, layout, machine, active),
         fits=layout.fits,
         advice="" if layout.fits else _advice(layouts, machine, ask, context),
@@ -77,13 +80,17 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
 def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layouts:
     devices = _devices(machine, ask)
     wanted = [w for w in weights(spec) if ask.mtp or not w.mtp]
-    return Layouts(
-        spec,
-        [Placed(_row(w, spec, scheme, devices[0].name), w) for w in wanted],
-        {d.name: d.free_bytes for d in devices},
-        scheme=scheme,
-        compute=_compute(ask, scheme, devices[0]),
-        cache=ask.kv_dtype or ("float32" if scheme == "fp32" else "bfloat16"),
+    loaded = [Placed(_row(w, spec, scheme, devices[0].name), w) for w in wanted]
+    free = {d.name: d.free_bytes for d in devices}
+    compute = _compute(ask, scheme, devices[0])
+    cache: Dtype = ask.kv_dtype or ("float32" if scheme == "fp32" else "bfloat16")
+    if ask.degrees == ONE:
+        return Layouts(spec, loaded, free, scheme=scheme, compute=compute, cache=cache)
+    if ask.mtp:
+        raise UsageError("The multi-token-prediction layer is not cut over ranks yet.", "Leave --mtp out.")
+    mesh = mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded})
+    return RankLayouts(
+        spec, loaded, free, mesh=mesh, scheme=scheme, compute=compute, cache=cache, links=machine.links
     )
 
 
@@ -110,21 +117,25 @@ def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) 
     spec, limits, per_token = layouts.spec, layout.limits, layout.kv.bytes_per_token
     met = [p for p in layout.placed if not p.weight.mtp]  # by a token: nothing runs the MTP layers yet
     used = {name: machine.device(name) for name in layout.devices}
-    prefill, decode = cost.seconds(
-        met,
-        spec,
-        used,
-        active=active,
-        batch=limits.batch,
-        context=limits.context,
-        chunk=limits.chunk,
-        kv_bytes=per_token,
-        compute=layouts.compute,
-    )
+    if isinstance(layouts, RankLayouts):
+        prefill, decode = speeds(layouts, layout, machine, active)
+    else:
+        prefill, decode = cost.seconds(
+            met,
+            spec,
+            used,
+            active=active,
+            batch=limits.batch,
+            context=limits.context,
+            chunk=limits.chunk,
+            kv_bytes=per_token,
+            compute=layouts.compute,
+        )
     lengths = [n for n in LENGTHS if n < spec.max_context]
     read = cost.decode_bytes(met, spec, limits.batch, limits.context, per_token)
     return Predicted(
         devices=layout.devices,
+        ranks=layout.ranks,
         contexts=[layouts.at(n, limits.batch).prediction for n in (*lengths, spec.max_context)],
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=decode,
@@ -164,8 +175,8 @@ def _basis(used: dict[str, Device]) -> str:
 
 
 def _notes(layout: Layout) -> list[str]:
-    if len(layout.devices) > 1:
-        return ["This version runs a plan on one device; over several it only predicts."]
+    if len(layout.devices) > 1 and not layout.ranks:
+        return ["Without --tp, --pp or --ep one process runs a plan, on one device; over several it only predicts."]
     return []
 
 

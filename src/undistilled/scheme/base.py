@@ -87,9 +87,14 @@ def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return sum(part.nbytes for part in parts_of(scheme, shape).values())
 
 
+def quantum(scheme: Scheme, axis: str) -> int:
+    """The number of elements of an axis that no slice parts."""
+    return math.lcm(*(d.quantum for _, dims in scheme.layout().values() for d in dims if d.axis == axis and d.quantum))
+
+
 def row_quantum(scheme: Scheme) -> int:
     """The number of rows (axis "out") that must be compressed together."""
-    return math.lcm(*(d.quantum for _, dims in scheme.layout().values() for d in dims if d.axis == "out" and d.quantum))
+    return quantum(scheme, "out")
 
 
 def cut(dim: Dim, start: int, stop: int, size: int) -> slice:

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from time import monotonic
@@ -22,12 +21,12 @@ from .. import errors
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UndistilledError
 from ..schedule.request import Output, Request
-from .messages import MAX_MESSAGE, Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop, Wire
+from ..wire import MAX_MESSAGE, Wire, private_directory
+from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
 from .stream import Stream
 from .worker import ENGINE
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
-MAX_SOCKET_PATH = 80  # of the 107 characters that a local socket's name may have
 CLOSE_SECONDS = 5.0
 
 
@@ -42,8 +41,7 @@ class Sockets:
 
     @classmethod
     def open(cls) -> Sockets:
-        short = len(tempfile.gettempdir()) < MAX_SOCKET_PATH
-        directory = tempfile.mkdtemp(prefix="undistilled-", dir=None if short else "/tmp")
+        directory = private_directory()
         context = zmq.asyncio.Context()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         inbox.set(zmq.RCVHWM, 0)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Any
 
 import msgspec
 
 from ..schedule.request import Output, Request
-
-MAX_MESSAGE = 64 * 1024 * 1024  # bytes; libzmq closes a connection that sends more
 
 
 class Add(msgspec.Struct, tag=True):
@@ -71,24 +68,3 @@ class News(msgspec.Struct, tag=True):
 
 Command = Add | Abort | Stop
 Report = Loading | Ready | Failed | News
-
-
-class Wire:
-    """Packs messages behind a key that only the two processes know; anything else reads as None."""
-
-    def __init__(self, key: str, incoming: Any) -> None:
-        self._key = key.encode()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(incoming)
-
-    def pack(self, message: Command | Report) -> list[bytes]:
-        return [self._key, self._encoder.encode(message)]
-
-    def unpack(self, frames: list[bytes]) -> Any:
-        """The message, or None where the frames are not one of ours."""
-        if len(frames) != 2 or not hmac.compare_digest(frames[0], self._key):
-            return None
-        try:
-            return self._decoder.decode(frames[1])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None

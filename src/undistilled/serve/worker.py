@@ -5,7 +5,6 @@ Its standard input begins with one line of JSON: where the sockets lie, the key,
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -22,11 +21,11 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UndistilledError
 from ..events import Event, subscribed
 from ..schedule.request import Output, Request
-from .messages import MAX_MESSAGE, Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop, Wire
+from ..wire import MAX_MESSAGE, Wire, die_with
+from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
 
 ENGINE = "undistilled.generate.engine:open_engine"
 HEARTBEAT = 0.25  # seconds between reports of an idle engine
-PR_SET_PDEATHSIG = 1
 
 
 class Engine(Protocol):
@@ -139,14 +138,6 @@ def _says(error: Exception) -> str:
     return f"The engine failed on this request: {type(error).__name__}."
 
 
-def _die_with(parent: int) -> None:
-    """On Linux the kernel ends this process when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def _open(factory: str, options: dict[str, Any], send: Callable[[Report], None]) -> Engine:
     """The engine that "module:function" opens; the function takes options and progress(done, total, name)."""
     shown = 0.0
@@ -173,7 +164,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a signal to the group is the server's to answer
     boot = json.loads(sys.stdin.readline())
-    _die_with(boot["parent"])
+    die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
     with (
         subscribed(tell_fallback), zmq.Context() as context,

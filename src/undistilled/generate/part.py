@@ -1,0 +1,89 @@
+"""What one rank does of a pass: its layers, on its share of the weights; alone, all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from ..model.batch import Batch
+from ..model.decoder import Decoder
+from ..parallel.comm import Comm
+from ..parallel.messages import Pass
+from ..plan.plan import Plan
+from .cache import allocate
+from .graphs import Graphs, capturable
+
+
+@dataclass
+class Submitted:
+    """A pass on its way. `logits` [last, vocab] where they are here already."""
+
+    last: int
+    logits: torch.Tensor | None
+
+
+class Part:
+    """The decoder, its cache, and what comes from and goes to other ranks."""
+
+    def __init__(self, decoder: Decoder, plan: Plan, comm: Comm | None = None) -> None:
+        self.decoder, self.comm, self.size = decoder, comm, plan.kv.block_size
+        self.device = decoder.device
+        self.caches = allocate(decoder.spec, plan.kv, self.device, len(decoder.layers))
+        self.graphs = Graphs(decoder, self.caches) if capturable(decoder) and comm is None else None
+        self.passes, self.busy = 0, 0.0
+
+    @torch.inference_mode()
+    def submit(self, work: Pass) -> Submitted:
+        """Do this rank's part of a pass. On rank 0, `collect` gives the logits."""
+        began, waited = perf_counter(), self.comm.waited if self.comm else 0.0
+        h_TD = self.hidden(self.batch(work), self._before(work))
+        logits = self._after(work, h_TD)
+        self.passes += 1
+        self.busy += perf_counter() - began - ((self.comm.waited if self.comm else 0.0) - waited)
+        return Submitted(len(work.last), logits)
+
+    def collect(self, submitted: Submitted) -> torch.Tensor:
+        """Logits [last, vocab] of a pass, in the order in which passes were submitted."""
+        if submitted.logits is not None or not submitted.last:
+            return submitted.logits if submitted.logits is not None else torch.empty(0)
+        assert self.comm is not None
+        return self.comm.receive_back(submitted.last, self.decoder.spec.vocab)
+
+    def hidden(self, batch: Batch, h_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [T, D] of every token, good until the next call."""
+        if batch.prefill or self.graphs is None:
+            return self.decoder(batch, self.caches, h_TD)
+        return self.graphs(batch)
+
+    def _before(self, work: Pass) -> torch.Tensor | None:
+        if self.decoder.first:
+            return None
+        assert self.comm is not None
+        return self.comm.receive((len(work.tokens), self.decoder.spec.hidden), self.decoder.dtype)
+
+    def _after(self, work: Pass, h_TD: torch.Tensor) -> torch.Tensor | None:
+        comm = self.comm
+        if not self.decoder.last:
+            assert comm is not None
+            comm.send_on(h_TD)
+            return None
+        if not work.last:
+            return None
+        logits = self.decoder.logits(h_TD[work.last])
+        if comm is None or comm.rank == 0:
+            return logits
+        if comm.mesh.pp > 1 and comm.mesh.within(comm.rank) == 0:
+            comm.send_back(logits)
+        return None
+
+    def batch(self, work: Pass) -> Batch:
+        """A pass's numbers as tensors where this rank computes."""
+
+        def ids(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        seen = torch.tensor(work.contexts, dtype=torch.int32)
+        tables = ids(work.tables, torch.int32)
+        return Batch(ids(work.tokens), ids(work.positions), ids(work.slots), tables, seen, self.size, work.prefill)

@@ -1,0 +1,124 @@
+"""A rank's process but the first: `python -m undistilled.generate.rank`, started by the driver (parallel/crew.py).
+
+Its standard input begins with one line of JSON: its number, the model and plan, where the sockets lie, and the key.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+import zmq
+
+from ..checkpoint.resolve import find
+from ..errors import UndistilledError
+from ..load.build import build
+from ..parallel.comm import Comm
+from ..parallel.crew import IDLE
+from ..parallel.messages import Beat, Broke, Command, Loading, Pass, Ready, Report, Stop
+from ..parallel.share import share
+from ..plan.plan import read_plan
+from ..plan.ranks import cuts_of
+from ..wire import MAX_MESSAGE, Wire, die_with
+from .part import Part
+
+HEARTBEAT = 0.25  # seconds
+
+
+class Rank:
+    """One process of the run. A thread of its own tells the driver that it lives and what it is in."""
+
+    def __init__(self, boot: dict[str, Any], context: zmq.Context) -> None:
+        self.boot, self.number = boot, int(boot["rank"])
+        self.wire = Wire(boot["key"], Command)
+        self.inbox, self.outbox = context.socket(zmq.SUB), context.socket(zmq.PUSH)
+        self.inbox.set(zmq.RCVHWM, 0)
+        self.inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        self.inbox.connect(f"ipc://{boot['directory']}/passes")
+        self.inbox.subscribe(b"")
+        self.outbox.set(zmq.LINGER, 2000)
+        self.outbox.connect(f"ipc://{boot['directory']}/reports")
+        self.lock = threading.Lock()
+        self.comm: Comm | None = None
+        self.part: Part | None = None
+        self.idle_since: float | None = monotonic()
+
+    def say(self, report: Report) -> None:
+        with self.lock:
+            self.outbox.send_multipart(self.wire.pack(report))
+
+    def beats(self) -> None:
+        """Signs of life until the process ends."""
+        while True:
+            self.say(self.beat())
+            time.sleep(HEARTBEAT)
+
+    def beat(self) -> Beat:
+        comm, part, idle = self.comm, self.part, self.idle_since
+        if comm is None or part is None:
+            return Beat(self.number, 0, IDLE, 0.0, 0, 0.0, 0.0)
+        doing, seconds = (comm.doing, comm.seconds) if idle is None else (IDLE, monotonic() - idle)
+        return Beat(self.number, comm.entered, doing, seconds, part.passes, part.busy, comm.waited)
+
+    def load(self) -> None:
+        model, plan = find(self.boot["model"]), read_plan(Path(self.boot["plan"]))
+        told = 0.0
+
+        def progress(done: int, total: int, _name: str) -> None:
+            nonlocal told
+            if monotonic() - told > HEARTBEAT or done == total:
+                self.say(Loading(self.number, done, total))
+                told = monotonic()
+
+        decoder = build(plan, model.spec, model.source(), rank=self.number, progress=progress)
+        self.say(Ready(self.number))
+        assert plan.mesh is not None
+        comm = Comm(plan.mesh, self.number, self.boot["store"])
+        share(decoder, cuts_of(plan, model.spec), self.number, comm)
+        self.comm, self.part = comm, Part(decoder, plan, comm)
+
+    def run(self) -> None:
+        """Pass after pass, until told to stop."""
+        assert self.part is not None
+        while True:
+            self.idle_since = monotonic()
+            command = self.wire.unpack(self.inbox.recv_multipart())
+            self.idle_since = None
+            match command:
+                case Stop():
+                    return
+                case Pass():
+                    self.part.submit(command)
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the driver's to answer
+    boot = json.loads(sys.stdin.readline())
+    die_with(boot["parent"])
+    torch.set_num_threads(boot["threads"])
+    rank = Rank(boot, zmq.Context())
+    threading.Thread(target=rank.beats, daemon=True).start()
+    try:
+        rank.load()
+        rank.run()
+    except UndistilledError as error:
+        rank.say(Broke(rank.number, type(error).__name__, error.message, error.hint))
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exception(error)
+        rank.say(Broke(rank.number, type(error).__name__, str(error)[:500]))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""All collectives, and the messages between stages. T tokens, D hidden, V vocabulary.
+
+Sums of few bytes are taken in one shot: every rank gets all parts and adds them in the order of the ranks, so that a
+row's bits depend neither on its company nor on where it lies in a message. Larger ones, which are prompts' alone, go to
+the backend's all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from ..events import emit
+from ..plan.mesh import Mesh
+
+ONE_SHOT = 1 << 20  # bytes: 31 rows, which a CPU decodes at once, of R1's 7,168 in float32 have 0.9 MB
+TIMEOUT = timedelta(minutes=60)  # the driver's watchdog is there long before
+
+
+class Comm:
+    """A rank's way to the others. `busy`, `waited`: seconds spent between and in collectives."""
+
+    def __init__(self, mesh: Mesh, rank: int, store: str) -> None:
+        self.mesh, self.rank = mesh, rank
+        self.device = torch.device(mesh.devices[rank])
+        self.entered, self.doing, self.since = 0, "computing", perf_counter()
+        self.waited = 0.0
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        backend = "gloo" if self.device.type == "cpu" else "nccl"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        with self._during("joining the other ranks", 0):
+            dist.init_process_group(
+                backend, store=dist.FileStore(store, mesh.size), rank=rank, world_size=mesh.size, timeout=TIMEOUT
+            )
+            self.stage = self._groups(backend)
+            # NCCL runs a group's messages one after another: two directions in one group could wait for each other
+            self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
+
+    def _groups(self, backend: str) -> dist.ProcessGroup | None:
+        """The group of this rank's stage; every rank makes every group."""
+        mine, inner = None, self.mesh.inner
+        for first in range(0, self.mesh.size, inner) if inner > 1 else ():
+            group = dist.new_group(list(range(first, first + inner)), backend=backend, timeout=TIMEOUT)
+            mine = group if self.rank in range(first, first + inner) else mine
+        return mine
+
+    @property
+    def seconds(self) -> float:
+        """How long this rank has been `doing` what it does."""
+        return perf_counter() - self.since
+
+    @contextmanager
+    def _during(self, what: str, nbytes: int) -> Iterator[None]:
+        self.entered += 1
+        self.doing, self.since = what, perf_counter()
+        try:
+            yield
+        finally:
+            seconds = perf_counter() - self.since
+            self.waited += seconds
+            self.doing, self.since = "computing", perf_counter()
+            emit("comm", operation=what, bytes=nbytes, seconds=seconds, rank=self.rank)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the stage's ranks, of x's shape."""
+        if self.stage is None:
+            return x
+        nbytes = x.numel() * x.element_size()
+        with self._during("all_reduce", nbytes):
+            x = x.contiguous()
+            if nbytes > ONE_SHOT or self.device.type == "cuda":
+                dist.all_reduce(x, group=self.stage)
+                return x
+            parts = self._gathered(x)
+            total = parts[0]
+            for part in parts[1:]:
+                total += part
+            return total
+
+    def _gathered(self, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.mesh.inner)]
+        dist.all_gather(parts, x, group=self.stage)
+        return parts
+
+    def all_gather(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        """[T, own width] of each of the stage's ranks, side by side."""
+        if self.stage is None:
+            return x
+        widest = max(widths)
+        with self._during("all_gather", x.shape[0] * sum(widths) * x.element_size()):
+            padded = torch.nn.functional.pad(x, (0, widest - x.shape[-1])).contiguous()
+            parts = self._gathered(padded)
+            return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
+
+    def send_on(self, h_TD: torch.Tensor) -> None:
+        """Hidden states to the next stage; computing goes on while they are on their way."""
+        self._send(h_TD, self.rank + self.mesh.inner, self.forward, "send to the next stage")
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Hidden states of the stage before."""
+        return self._receive(shape, dtype, self.rank - self.mesh.inner, self.forward, "receive from the stage before")
+
+    def send_back(self, logits_TV: torch.Tensor) -> None:
+        """Logits from the last stage's first rank to the driver."""
+        self._send(logits_TV, 0, self.back, "send logits to rank 0")
+
+    def receive_back(self, rows: int, vocab: int) -> torch.Tensor:
+        """What `send_back` sent, float32."""
+        source = self.mesh.size - self.mesh.inner
+        return self._receive((rows, vocab), torch.float32, source, self.back, "receive logits of the last stage")
+
+    def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup, what: str) -> None:
+        with self._during(what, x.numel() * x.element_size()):
+            self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+            x = x.clone() if x.is_contiguous() else x.contiguous()  # a captured pass writes to the same place again
+            work = dist.isend(x, to, group=group)
+            assert work is not None
+            self._sent.append((work, x))
+
+    def _receive(
+        self, shape: tuple[int, ...], dtype: torch.dtype, source: int, group: dist.ProcessGroup, what: str
+    ) -> torch.Tensor:
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        with self._during(what, x.numel() * x.element_size()):
+            work = dist.irecv(x, source, group=group)
+            assert work is not None
+            work.wait()
+        return x
+
+    def close(self) -> None:
+        """Leave the others, once what was sent has arrived."""
+        for work, _ in self._sent:
+            work.wait()
+        dist.destroy_process_group()

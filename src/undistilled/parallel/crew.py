@@ -1,0 +1,235 @@
+"""The driver's side of the other ranks: starts them, tells them each pass, and watches that none is lost.
+
+The driver is rank 0 and computes too, so a thread watches. It ends the run where a rank's process ends, sends no sign
+of life, or stays behind in a collective that others wait in, for `watchdog` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import zmq
+
+from .. import errors
+from ..errors import RankLost, UndistilledError
+from ..events import emit
+from ..plan.plan import Plan
+from ..wire import MAX_MESSAGE, Wire, private_directory
+from .messages import Beat, Broke, Loading, Pass, Ready, Report, Stop
+
+WATCHDOG = 60.0  # seconds
+GRACE = 5.0  # seconds that the driver has to notice that its collective failed
+STARTED = 300.0  # seconds for a process to give its first sign of life
+
+
+class Crew:
+    """Ranks 1 and on of one run. `fault` says what went wrong, once something did."""
+
+    def __init__(self, plan: Plan, model: str, watchdog: float = WATCHDOG) -> None:
+        assert plan.mesh is not None
+        self.mesh, self.watchdog = plan.mesh, watchdog
+        self.directory = private_directory()
+        self.store = f"{self.directory}/rendezvous"
+        self.fault: UndistilledError | None = None
+        self.beats: dict[int, Beat] = {}
+        self._step: Callable[[], Beat] | None = None  # while the driver is in a step
+        self._heard = dict.fromkeys(range(1, plan.mesh.size), time.monotonic() + STARTED)
+        self._ready: set[int] = set()
+        self._closing = False
+        key = secrets.token_hex(16)
+        self._wire = Wire(key, Report)
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.set(zmq.RCVHWM, 0)
+        self._inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        self._inbox.bind(f"ipc://{self.directory}/reports")
+        self._out = self._context.socket(zmq.PUB)
+        self._out.set(zmq.SNDHWM, 0)
+        self._out.set(zmq.LINGER, 1000)
+        self._out.bind(f"ipc://{self.directory}/passes")
+        file = Path(self.directory) / "plan.json"
+        plan.write(file)
+        self.processes = {rank: self._spawn(rank, model, str(file), key) for rank in range(1, plan.mesh.size)}
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def _spawn(self, rank: int, model: str, plan: str, key: str) -> subprocess.Popen[bytes]:
+        boot = {
+            "rank": rank, "model": model, "plan": plan, "key": key, "directory": self.directory, "store": self.store,
+            "parent": os.getpid(), "threads": threads(self.mesh.size),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "undistilled.generate.rank"],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | LOOPBACK,
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(boot).encode() + b"\n")
+        process.stdin.flush()
+        return process
+
+    def wait_ready(self) -> None:
+        """Until every rank has its weights. Raises what a rank could not do."""
+        while len(self._ready) < len(self.processes):
+            self.check()
+            time.sleep(0.02)
+
+    def tell(self, message: Pass) -> None:
+        """Every other rank does this pass too."""
+        self.check()
+        self._out.send_multipart(self._wire.pack(message))
+
+    def check(self) -> None:
+        """RankLost, or what a rank could not do, where the run cannot go on."""
+        if self.fault is not None:
+            raise self.fault
+
+    @contextlib.contextmanager
+    def guarded(self, beat: Callable[[], Beat]) -> Iterator[None]:
+        """A step of the driver, whose state `beat` tells. Where another rank is at fault, that is what it raises."""
+        self._step = beat
+        try:
+            yield
+        except Exception as error:
+            self._step = None
+            until = time.monotonic() + min(self.watchdog, GRACE) + 1
+            while self.fault is None and time.monotonic() < until:
+                time.sleep(0.02)
+            if self.fault is not None:
+                raise self.fault from error
+            raise
+        finally:
+            self._step = None
+
+    def close(self) -> None:
+        """End the other ranks' processes and remove the sockets."""
+        if self._closing:
+            return
+        self._closing = True
+        self._out.send_multipart(self._wire.pack(Stop()))
+        until = time.monotonic() + GRACE
+        for process in self.processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+        self._kill()
+        self._thread.join(2)
+        self._out.close()
+        self._inbox.close()
+        self._context.term()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _kill(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def _watch(self) -> None:
+        while not self._closing and self.fault is None:
+            if self._inbox.poll(50):
+                self._hear(self._wire.unpack(self._inbox.recv_multipart()))
+            fault = self._ended() or self._silent() or self._stalled()
+            if fault and not self._closing:
+                self._end(fault)
+
+    def _hear(self, report: Report | None) -> None:
+        if report is None:
+            return
+        self._heard[report.rank] = time.monotonic()
+        match report:
+            case Ready(rank):
+                self._ready.add(rank)
+            case Loading(rank, done, total):
+                emit("load.rank", rank=rank, done=done, total=total)
+            case Beat(rank):
+                self.beats[rank] = report
+                emit("rank", rank=rank, passes=report.passes, busy=report.busy, waited=report.waited)
+            case Broke(rank, kind, message, hint):
+                known = getattr(errors, kind, None)
+                ours = isinstance(known, type) and issubclass(known, UndistilledError)
+                if ours and known is not RankLost:
+                    self._end(known(message, hint))  # type: ignore[misc]
+                elif not self._ended_others(rank):
+                    self._end(RankLost(f"Rank {rank} failed: {kind}: {message}", "What it said is above."))
+
+    def _ended_others(self, rank: int) -> bool:
+        """Whether another rank has died, which explains that this one's collective failed."""
+        time.sleep(0.2)
+        found = next((r for r, p in self.processes.items() if r != rank and p.poll() not in (None, 1)), None)
+        if found is not None:
+            self._end(self._died(found))
+        return found is not None
+
+    def _ended(self) -> RankLost | None:
+        found = next((r for r, p in self.processes.items() if p.poll() is not None), None)
+        if found is None or self._inbox.poll(100):  # its last words come first
+            return None
+        return self._died(found)
+
+    def _died(self, rank: int) -> RankLost:
+        code = self.processes[rank].poll()
+        doing = self.beats[rank].doing if rank in self.beats else "starting"
+        how = f"was killed by signal {-code}" if code and code < 0 else f"ended with code {code}"
+        return RankLost(f"Rank {rank} {how}; it was {doing}.", "The run is over: start it again.")
+
+    def _silent(self) -> RankLost | None:
+        now = time.monotonic()
+        found = next((r for r, heard in self._heard.items() if now - heard > self.watchdog), None)
+        if found is None:
+            return None
+        doing = self.beats[found].doing if found in self.beats else "starting"
+        return RankLost(
+            f"Rank {found} has given no sign of life for {self.watchdog:.0f} s; it was {doing}.",
+            "Its process hangs or was stopped. Start the run again.",
+        )
+
+    def _stalled(self) -> RankLost | None:
+        """A rank waits in a collective for too long: the one that is behind is at fault."""
+        step = self._step
+        beats = [*([step()] if step else []), *self.beats.values()]
+        stuck = [b for b in beats if b.doing != IDLE and b.seconds > self.watchdog]
+        if not stuck:
+            return None
+        computing = [b for b in stuck if b.doing == COMPUTING]
+        found = computing[0] if computing else min(stuck, key=lambda b: b.entered)
+        others = next((b.doing for b in stuck if b is not found), "")
+        return RankLost(
+            f"Rank {found.rank} has been {found.doing} for {found.seconds:.0f} s"
+            + (f", and others wait for it in {others}." if others else "."),
+            "The run is over: start it again.",
+        )
+
+    def _end(self, fault: UndistilledError) -> None:
+        """Tell, end the others, and see that this process does not hang in a collective that cannot end."""
+        if self.fault is not None:
+            return
+        emit("rank.lost", message=fault.message)
+        self.fault = fault
+        self._kill()
+        until = time.monotonic() + GRACE
+        while self._step is not None:
+            if time.monotonic() > until:
+                print(f"{fault.message} {fault.hint}", file=sys.stderr, flush=True)
+                os._exit(fault.exit_code)
+            time.sleep(0.05)
+
+
+IDLE, COMPUTING = "idle", "computing"
+# gloo's and NCCL's own sockets stay on this machine
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def threads(ranks: int) -> int:
+    """Of each of the ranks that share this machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks)

@@ -1,0 +1,63 @@
+"""What the driver and the other ranks say to each other."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Pass(msgspec.Struct, tag=True):
+    """One pass through the model: tokens of one prompt chunk (`prefill`), or rows of several requests.
+
+    tables: block tables, of equal length; contexts: tokens seen, by row; last: rows whose logits are wanted.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    tables: list[list[int]]
+    contexts: list[int]
+    prefill: bool
+    last: list[int]
+
+
+class Stop(msgspec.Struct, tag=True):
+    """The rank's process ends."""
+
+
+class Loading(msgspec.Struct, tag=True):
+    """done, total: bytes of the rank's own share."""
+
+    rank: int
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The rank has its weights and waits for the others."""
+
+    rank: int
+
+
+class Broke(msgspec.Struct, tag=True):
+    """The rank ends by an error. kind: the name of a class in `errors`, or of another exception."""
+
+    rank: int
+    kind: str
+    message: str
+    hint: str = ""
+
+
+class Beat(msgspec.Struct, tag=True):
+    """A sign of life. entered: collectives begun so far; doing: what the rank is in, for `seconds`; passes: done."""
+
+    rank: int
+    entered: int
+    doing: str
+    seconds: float
+    passes: int
+    busy: float  # seconds of computing so far
+    waited: float  # seconds in collectives and messages so far
+
+
+Command = Pass | Stop
+Report = Loading | Ready | Broke | Beat

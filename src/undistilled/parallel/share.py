@@ -1,0 +1,94 @@
+"""Puts the collectives that a cut model needs beside its layers, which know nothing of them.
+
+T tokens, D hidden, E experts, k chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..model.decoder import Block, Decoder
+from ..model.layers import Embedding, Linear, LocalBank, MoeLayer, SwiGlu
+from ..plan.cut import Cuts
+from .comm import Comm
+
+
+class PartBank(nn.Module):
+    """The experts that this rank holds, known to the router by their numbers in the model."""
+
+    numbers: torch.Tensor
+
+    def __init__(self, bank: LocalBank, held: tuple[int, ...], experts: int) -> None:
+        super().__init__()
+        self.bank = bank
+        numbers = torch.full((experts,), len(held))  # past the last: another rank's
+        numbers[list(held)] = torch.arange(len(held))
+        self.register_buffer("numbers", numbers.to(bank.gate.stored.device))
+
+    def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
+        return self.bank.submit(x_TD, self.numbers[ids_Tk], weights_Tk)
+
+    def collect(self, handle: torch.Tensor) -> torch.Tensor:
+        return self.bank.collect(handle)
+
+
+class PartEmbedding(nn.Module):
+    """Rows of this rank's part of the vocabulary; the others' come by the sum."""
+
+    def __init__(self, part: Embedding, start: int, comm: Comm) -> None:
+        super().__init__()
+        self.part, self.start, self.comm = part, start, comm
+
+    def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        own, rows = tokens_T - self.start, self.part.stored.shape[0]
+        inside = (own >= 0) & (own < rows)
+        h_TD = self.part(own.clamp(0, rows - 1), dtype)
+        return self.comm.all_reduce(h_TD * inside[:, None])
+
+
+class Nothing(nn.Module):
+    """A part of no width of a SwiGLU: it adds nothing."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x_TD)
+
+
+def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:
+    """Make this rank's part of a decoder one with the parts of its stage's other ranks."""
+    if cuts.mesh.inner == 1:
+        return
+
+    def reduce(_module: nn.Module, _inputs: object, y_TD: torch.Tensor) -> torch.Tensor:
+        return comm.all_reduce(y_TD)
+
+    for block in decoder.layers:
+        assert isinstance(block, Block)
+        output = block.self_attn.o_proj
+        assert isinstance(output, Linear)
+        if cuts.mesh.within(rank):  # the sum has the bias once
+            output.bias = None
+        output.register_forward_hook(reduce)
+        block.mlp = _mlp(block.mlp, cuts, rank)
+        block.mlp.register_forward_hook(reduce)
+    embed = "model.embed_tokens.weight"
+    if decoder.first:
+        place = cuts.slice(embed, rank)
+        assert place is not None
+        decoder.embed_tokens = PartEmbedding(decoder.embed_tokens, place.start, comm)  # type: ignore[assignment]
+    if decoder.last:
+        name = embed if decoder.spec.tied else "lm_head.weight"
+        places = [cuts.slice(name, peer) for peer in cuts.mesh.peers(rank)]
+        widths = [place.stop - place.start for place in places if place is not None]
+        decoder.lm_head.register_forward_hook(lambda _module, _inputs, y_TV: comm.all_gather(y_TV, widths))
+
+
+def _mlp(mlp: nn.Module, cuts: Cuts, rank: int) -> nn.Module:
+    if isinstance(mlp, MoeLayer):
+        held = cuts.experts(rank)
+        mlp.banks = nn.ModuleList([PartBank(mlp.banks[0], held, mlp.moe.experts)] if held else [])  # type: ignore[arg-type]
+        if mlp.shared_experts is not None and not mlp.shared_experts.gate_proj.stored.shape[0]:
+            mlp.shared_experts = None
+        return mlp
+    assert isinstance(mlp, SwiGlu)
+    return mlp if mlp.gate_proj.stored.shape[0] else Nothing()

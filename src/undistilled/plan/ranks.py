@@ -1,0 +1,232 @@
+"""A plan for several processes: which rank computes where, what each holds, and what talking costs.
+
+Layers are shared out by the time that a decode step spends in them, not by their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import UsageError
+from ..model.spec import ModelSpec
+from ..model.weights import Weight, weights
+from ..scheme import bytes_of, get
+from . import cost
+from .cost import WIDTH, Dtype, Placed
+from .cut import Cuts
+from .hardware import Device, Link, Machine
+from .layout import BLOCK, Layout, Layouts, sized
+from .mesh import Mesh, even
+from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
+
+# a message between two processes where no link was measured: seconds until it is there, and bytes a second
+ESTIMATED = {"cpu": (150e-6, 1.5e9), "cuda": (20e-6, 20e9)}
+RANK_RUNTIME = {"cpu": 245_000_000, "cuda": 600_000_000}  # bytes of a rank that is not the first: no API, no tokenizer
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks a person asks for, along each axis; `microbatches` None: as many as there are stages."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    microbatches: int | None = None
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.pp * self.ep
+
+
+ONE = Degrees()
+
+
+def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, stored: Mapping[str, str]) -> Mesh:
+    """The mesh over these devices: GPUs one a rank where there are any, else processes of the CPU."""
+    for option, value in (("--tp", degrees.tp), ("--pp", degrees.pp), ("--ep", degrees.ep)):
+        if value < 1:
+            raise UsageError(f"{option} {value}: it starts at 1.")
+    if degrees.pp > spec.layers:
+        raise UsageError(f"--pp {degrees.pp}: the model has {spec.layers} layers.")
+    gpus = [d for d in devices if d.kind == "cuda"]
+    if gpus and degrees.size > len(gpus):
+        raise UsageError(
+            f"{degrees.size} ranks, but {len(gpus)} GPU{'s' * (len(gpus) > 1)}.",
+            "Fewer ranks, or --device cpu, where they are processes.",
+        )
+    used = gpus[: degrees.size] if gpus else [devices[0]] * degrees.size
+    inner = degrees.tp * degrees.ep
+    stages = [used[at : at + inner] for at in range(0, len(used), inner)]
+    room = [float(sum(stage[i].free_bytes for stage in stages)) for i in range(inner)]
+    uneven = max(room) > 1.1 * min(room)
+    each = layer_bytes(spec, stored)
+    speeds = [sum(d.ceilings.read_bytes_per_s for d in stage) for stage in stages]
+    return Mesh(
+        tp=degrees.tp,
+        ep=degrees.ep,
+        stages=tuple(balanced(each, speeds)),
+        devices=tuple(d.name for d in used),
+        shares=tuple(share / min(room) for share in room) if uneven else (),
+        microbatches=degrees.microbatches or 1,
+    )
+
+
+def layer_bytes(spec: ModelSpec, stored: Mapping[str, str]) -> list[float]:
+    """Bytes that a decode step of one request reads in each layer; the head counts with the last."""
+    read = [0.0] * spec.layers
+    for weight in weights(spec):
+        if not weight.mtp and weight.name in stored and weight.role != "embed":
+            size = cost.row_bytes(weight, stored[weight.name])
+            read[spec.layers - 1 if weight.layer is None else weight.layer] += size * cost.touched(weight, spec, 1)
+    return read
+
+
+def balanced(costs: Sequence[float], speeds: Sequence[float]) -> list[tuple[int, int]]:
+    """Layers [first, past the last) of each stage, so that the slowest stage takes the least time.
+
+    costs: of each layer, in any unit; speeds: units a second of each stage.
+    """
+    count, sums = len(costs), [0.0]
+    for each in costs:
+        sums.append(sums[-1] + each)
+    best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(float("inf"), 0)] * count]
+    for speed in speeds:
+        row = [(float("inf"), 0)] * (count + 1)
+        for end in range(1, count + 1):
+            row[end] = min((max(best[-1][start][0], (sums[end] - sums[start]) / speed), start) for start in range(end))
+        best.append(row)
+    found, end = [], count
+    for row in reversed(best[1:]):
+        start = row[end][1]
+        found.append((start, end))
+        end = start
+    return found[::-1]
+
+
+def cuts_of(plan: Plan, spec: ModelSpec) -> Cuts:
+    """What each rank of a plan holds."""
+    assert plan.mesh is not None
+    return Cuts(spec, plan.mesh, {row.name: row.scheme for row in plan.rows if row.store != "unloaded"})
+
+
+class RankLayouts(Layouts):
+    """Layouts over the ranks of a mesh. `links`: of the machine."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        loaded: list[Placed],
+        free: Mapping[str, int],
+        *,
+        mesh: Mesh,
+        scheme: str,
+        compute: Dtype,
+        cache: Dtype,
+        links: Sequence[Link] = (),
+        block: int = BLOCK,
+    ) -> None:
+        super().__init__(spec, loaded, free, scheme=scheme, compute=compute, cache=cache, block=block)
+        self.mesh, self.links = mesh, links
+        self.kind = "cuda" if mesh.devices[0] != "cpu" else "cpu"
+        self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded})
+        self._weights = [self._held(rank) for rank in range(mesh.size)]
+
+    def _held(self, rank: int) -> int:
+        slices = ((p, self.cuts.slice(p.weight.name, rank)) for p in self.loaded)
+        return sum(bytes_of(get(p.row.scheme), s.shape(p.weight)) for p, s in slices if s is not None)
+
+    def at(self, context: int, batch: int) -> Layout:
+        limits, kv = sized(self.spec, context, batch, self.block, self.cache, self.kind)
+        ranks = [self._rank(rank, limits, kv) for rank in range(self.mesh.size)]
+        placed = [self._home(p, self.home(p.weight)) for p in self.loaded]
+        devices = {}
+        for name in dict.fromkeys(self.mesh.devices):
+            found = _sum([rank.bytes for rank in ranks if rank.device == name])
+            devices[name] = DevicePrediction(
+                bytes=found, available=self.free[name], fits=found.total <= self.free[name]
+            )
+        return Layout(limits, kv, placed, devices, ranks)
+
+    def home(self, weight: Weight) -> str:
+        """The stage whose ranks hold a weight: the first of them."""
+        first = next(r for r in range(self.mesh.size) if self.cuts.held(weight, r))
+        return f"stage:{self.mesh.stage(first)}"
+
+    def _rank(self, rank: int, limits: Limits, kv: Kv) -> RankPrediction:
+        device, spec = self.mesh.devices[rank], self.cuts.spec_of(rank)
+        kind = device.split(":")[0]
+        cache = kv.blocks * kv.block_size * self.cuts.cache_values(rank) * WIDTH[kv.dtype]
+        narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
+        if self.mesh.stage(rank) != self.mesh.pp - 1:
+            narrow = replace(narrow, vocab=1)
+        working = cost.activation_bytes(
+            narrow,
+            chunk=limits.chunk,
+            batch=limits.batch,
+            context=limits.context,
+            compute=self.compute,
+            kind=kind,
+            scheme=self.scheme,
+        )
+        working = max(working, cost.load_bytes(self.loaded) - cache)
+        constant = cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind]
+        held = self._weights[rank]
+        total = held + cache + working + constant
+        found = Bytes(weights=held, kv=cache, activations=working, runtime=constant, total=total)
+        return RankPrediction(device=device, bytes=found, collective_s=self.talk(rank, limits.batch))
+
+    def talk(self, rank: int, rows: int) -> float:
+        """Seconds of collectives and messages of one step over `rows` rows, as the links allow."""
+        mesh, inner = self.mesh, self.mesh.inner
+        message = rows * self.spec.hidden * WIDTH["float32" if self.kind == "cpu" else self.compute]
+        seconds = 0.0
+        if inner > 1:
+            latency, rate = self._link(rank, next(p for p in mesh.peers(rank) if p != rank))
+            reduce = latency + message * (inner - 1) / rate
+            seconds += reduce * (2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0))
+            if mesh.stage(rank) == mesh.pp - 1:
+                seconds += latency + rows * self.spec.vocab * 4 * (inner - 1) / inner / rate
+        if mesh.stage(rank) > 0:
+            latency, rate = self._link(rank, rank - inner)
+            seconds += latency + message / rate
+        return seconds
+
+    def _link(self, a: int, b: int) -> tuple[float, float]:
+        ends = {self.mesh.devices[a], self.mesh.devices[b]}
+        for link in self.links:
+            if {link.a, link.b} == ends:
+                return link.latency_s, link.bytes_per_s
+        return ESTIMATED[self.kind]
+
+
+def _sum(each: list[Bytes]) -> Bytes:
+    return Bytes(**{name: sum(getattr(one, name) for one in each) for name in Bytes.model_fields})
+
+
+def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
+    """(prefill, decode) in tokens a second: stages one after another, the slowest rank of each, and their talk.
+
+    Processes of one CPU share its bandwidth and cores.
+    """
+    mesh, limits, spec = layouts.mesh, layout.limits, layouts.spec
+    met = [p for p in layout.placed if not p.weight.mtp]
+    decode = prefill = 0.0
+    for stage, (first, past) in enumerate(mesh.stages):
+        rank = stage * mesh.inner
+        device = machine.device(mesh.devices[rank])
+        shared = 1.0 if device.kind == "cuda" else float(mesh.inner)
+        part = (past - first) / spec.layers
+        own = [p for p in met if p.row.compute == f"stage:{stage}"]
+        read = sum(p.row.nbytes * cost.touched(p.weight, spec, limits.batch) for p in own)
+        read += part * layout.kv.bytes_per_token * limits.context * limits.batch
+        small = cost.launches(spec, limits.batch) * device.ceilings.launch_s * part
+        decode += read / mesh.inner * shared / device.ceilings.read_bytes_per_s
+        decode += small + layouts.talk(rank, limits.batch)
+        rate = device.ceilings.fp32_flops if layouts.compute == "float32" else device.ceilings.bf16_flops
+        flops = part * cost.prefill_flops(spec, active, limits.context) * limits.chunk
+        prefill += flops / mesh.inner * shared / rate + small + layouts.talk(rank, limits.chunk)
+    return limits.chunk / prefill, limits.batch / decode
+
+
+__all__ = ["Degrees", "RankLayouts", "balanced", "cuts_of", "even", "layer_bytes", "mesh_for", "speeds"]

@@ -1,0 +1,52 @@
+"""Messages between our processes: MessagePack behind a key, checked against types, never pickle."""
+
+from __future__ import annotations
+
+import ctypes
+import hmac
+import os
+import signal
+import sys
+import tempfile
+from typing import Any
+
+import msgspec
+
+MAX_MESSAGE = 64 * 1024 * 1024  # bytes; libzmq closes a connection that sends more
+MAX_SOCKET_PATH = 80  # of the 107 characters that a local socket's name may have
+PR_SET_PDEATHSIG = 1
+
+
+class Wire:
+    """Packs messages behind a key that only the two processes know; anything else reads as None."""
+
+    def __init__(self, key: str, incoming: Any) -> None:
+        self._key = key.encode()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(incoming)
+
+    def pack(self, message: msgspec.Struct) -> list[bytes]:
+        return [self._key, self._encoder.encode(message)]
+
+    def unpack(self, frames: list[bytes]) -> Any:
+        """The message, or None where the frames are not one of ours."""
+        if len(frames) != 2 or not hmac.compare_digest(frames[0], self._key):
+            return None
+        try:
+            return self._decoder.decode(frames[1])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+
+
+def private_directory() -> str:
+    """A new directory for sockets that only this user can enter."""
+    short = len(tempfile.gettempdir()) < MAX_SOCKET_PATH
+    return tempfile.mkdtemp(prefix="undistilled-", dir=None if short else "/tmp")
+
+
+def die_with(parent: int) -> None:
+    """On Linux the kernel ends this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)

@@ -1,0 +1,74 @@
+"""Every scheme in every layout gives what one process gives: equal bits where sums are taken in the same order (stages
+of a pipeline), and else within 2e-6 of the logits' size, float32's rounding over a few hundred terms."""
+
+import pytest
+import torch
+from ranks import Cell, Pool, run
+
+from tiny import DEEPSEEK, LLAMA, write_checkpoint
+from undistilled.errors import UsageError
+
+# wide enough for four ranks of whole FP8 blocks; three get uneven shares
+WIDE = {
+    "deepseek": DEEPSEEK
+    | {"num_attention_heads": 8, "num_key_value_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
+    | {"v_head_dim": 64, "moe_intermediate_size": 512, "intermediate_size": 512, "num_hidden_layers": 4},
+    "llama": LLAMA
+    | {"head_dim": 128, "num_key_value_heads": 4, "intermediate_size": 512, "num_hidden_layers": 4},
+}
+SCHEMES = ("bf16", "fp8_block", "int8", "int4", "int8,expert=tiles16x32-2x1-3x2-4x1,dense=tiles16x32-2x1-4x1")
+LAYOUTS = {
+    "tp2": {"tp": 2}, "tp4": {"tp": 4}, "tp3": {"tp": 3}, "pp2": {"pp": 2}, "pp4": {"pp": 4},
+    "tp2 pp2": {"tp": 2, "pp": 2}, "ep2": {"ep": 2}, "tp2 ep2": {"tp": 2, "ep": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    made = Pool(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: str(write_checkpoint(tmp_path_factory.mktemp(name), config)) for name, config in WIDE.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    found = {}
+
+    def of(model, scheme):
+        if (model, scheme) not in found:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            found[model, scheme] = run(Cell(folders[model], scheme), 0, "")
+            torch.set_num_threads(threads)
+        return found[model, scheme]
+
+    return of
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("model", WIDE)
+def test_a_layout_is_the_model(pool, folders, alone, model, scheme, layout):
+    cell = Cell(folders[model], scheme, LAYOUTS[layout])
+    if model == "llama" and "ep" in cell.degrees:
+        with pytest.raises(UsageError, match="routed experts"):
+            cell.plan()
+        return
+    expected, found = alone(model, scheme), pool.logits(cell)
+    assert found.shape == expected.shape
+    if set(cell.degrees) == {"pp"}:
+        assert torch.equal(found, expected)
+    else:
+        assert ((found - expected).norm() / expected.norm()).item() < 2e-6
+
+
+def test_ranks_of_unequal_memory_take_unequal_shares(pool, folders, alone):
+    """24 and 8 GB: three heads in four, whole quanta of FP8 each."""
+    found = pool.logits(Cell(folders["deepseek"], "fp8_block", {"tp": 2}, [3.0, 1.0]))
+    expected = alone("deepseek", "fp8_block")
+    assert ((found - expected).norm() / expected.norm()).item() < 2e-6
