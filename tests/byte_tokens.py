@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -22,3 +24,11 @@ def byte_tokenizer(chat_template: str | None = None, generation: dict | None = N
     raw.add_special_tokens(CONTROL[:2])
     raw.add_tokens(CONTROL[2:])
     return Tokenizer(raw, 256, (257,), True, chat_template, generation)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json of a token a byte, for a checkpoint of 256 tokens or more."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.save(str(folder / "tokenizer.json"))

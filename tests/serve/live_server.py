@@ -73,6 +73,9 @@ class Running:
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
         return http.post(self.base + path, json=body, **options)
 
+    def get(self, path: str) -> httpx.Response:
+        return http.get(self.base + path)
+
     def stats(self) -> dict[str, float]:
         return self.client.stats()
 

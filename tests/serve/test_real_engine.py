@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from live_server import Running
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_tokens import write_tokenizer
 from tiny import DEEPSEEK, write_checkpoint
 
 TEMPLATE = (
@@ -18,10 +18,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("m") / "tiny-r1", DEEPSEEK | {"vocab_size": 256})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     options = {"model": str(folder), "scheme": "int8", "context": 256, "batch": 8, "device": "cpu"}
     with Running(options, factory="undistilled.generate.engine:open_engine") as running:

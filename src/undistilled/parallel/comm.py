@@ -50,6 +50,10 @@ class Comm:
             mine = group if self.rank in range(first, first + inner) else mine
         return mine
 
+    def progress(self) -> None:
+        """A layer is done: computing is no stall."""
+        self.since = perf_counter()
+
     @property
     def seconds(self) -> float:
         """How long this rank has been `doing` what it does."""

@@ -27,6 +27,7 @@ from ..plan.plan import Plan
 from ..wire import MAX_MESSAGE, Wire, private_directory
 from .messages import Beat, Broke, Loading, Pass, Ready, Report, Stop
 
+RANK = "undistilled.generate.rank"  # the module that a rank's process runs
 WATCHDOG = 60.0  # seconds
 GRACE = 5.0  # seconds that the driver has to notice that its collective failed
 STARTED = 300.0  # seconds for a process to give its first sign of life
@@ -69,7 +70,7 @@ class Crew:
             "parent": os.getpid(), "threads": threads(self.mesh.size),
         }
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "undistilled.generate.rank"],
+            [sys.executable, "-P", "-m", RANK],
             stdin=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | LOOPBACK,
         )
@@ -196,13 +197,15 @@ class Crew:
     def _stalled(self) -> RankLost | None:
         """A rank waits in a collective for too long: the one that is behind is at fault."""
         step = self._step
-        beats = [*([step()] if step else []), *self.beats.values()]
-        stuck = [b for b in beats if b.doing != IDLE and b.seconds > self.watchdog]
-        if not stuck:
+        beats = [b for b in (*([step()] if step else []), *self.beats.values()) if b.doing != IDLE]
+        stuck = next((b for b in beats if b.seconds > self.watchdog), None)
+        if stuck is None:
             return None
-        computing = [b for b in stuck if b.doing == COMPUTING]
-        found = computing[0] if computing else min(stuck, key=lambda b: b.entered)
-        others = next((b.doing for b in stuck if b is not found), "")
+        # who computes while others wait for it; else who has begun the fewest of its stage's collectives
+        late = [b for b in beats if b.doing == COMPUTING and b.seconds > self.watchdog - 1]
+        peers = [b for b in beats if b.rank in self.mesh.peers(stuck.rank)]
+        found = max(late, key=lambda b: b.seconds) if late else min(peers, key=lambda b: b.entered)
+        others = next((b.doing for b in beats if b is not found and b.doing != COMPUTING), "")
         return RankLost(
             f"Rank {found.rank} has been {found.doing} for {found.seconds:.0f} s"
             + (f", and others wait for it in {others}." if others else "."),
@@ -219,7 +222,9 @@ class Crew:
         until = time.monotonic() + GRACE
         while self._step is not None:
             if time.monotonic() > until:
+                emit("rank.hung", kind=type(fault).__name__, message=fault.message, hint=fault.hint)
                 print(f"{fault.message} {fault.hint}", file=sys.stderr, flush=True)
+                time.sleep(0.2)  # for who was told by the event
                 os._exit(fault.exit_code)
             time.sleep(0.05)
 

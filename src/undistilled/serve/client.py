@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import psutil
 import zmq
 import zmq.asyncio
 
@@ -28,6 +29,7 @@ from .worker import ENGINE
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name
 CLOSE_SECONDS = 5.0
+PATIENCE = 60.0  # seconds that the engine's process may be stopped for
 
 
 @dataclass
@@ -77,6 +79,9 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._stats: dict[str, float] = {}
         self._died: str | None = None
+        self._reason = ""  # what the engine said, or was seen, before its end
+        self._since: float | None = None  # when its process was first seen stopped
+        self.patience = PATIENCE
         self._heard = monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -87,6 +92,7 @@ class EngineClient:
     ) -> EngineClient:
         """A client whose engine is ready. Raises what `open_engine` raised, as one of `errors`."""
         self = cls(progress, watchdog)
+        self.patience = float(options.get("watchdog") or PATIENCE)
         try:
             await self._spawn({"factory": factory, "options": options})
             ready = await self._ready
@@ -193,6 +199,19 @@ class EngineClient:
                     self._hear(report)
             elif self._streams and monotonic() - self._heard > self.watchdog:
                 self._kill()
+            elif self._stopped() > self.patience:
+                self._reason = f"The engine's process has been stopped for {self.patience:.0f} s; it was ended."
+                self._kill()
+
+    def _stopped(self) -> float:
+        """Seconds for which the engine's process has been stopped, by a signal or a debugger, as far as was seen."""
+        process = self._process
+        try:
+            still = process is not None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            still = False
+        self._since = self._since or monotonic() if still else None
+        return monotonic() - self._since if self._since else 0.0
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -209,6 +228,8 @@ class EngineClient:
                 self._ready.set_result(report)
             case Failed(kind, message, hint) if not self._ready.done():
                 self._ready.set_exception(_opened_badly(kind, message, hint))
+            case Failed(_, message, _):
+                self._reason = message
 
     def _news(self, news: News) -> None:
         self._stats = news.stats
@@ -228,7 +249,7 @@ class EngineClient:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         await asyncio.sleep(0.05)  # its last words may still be in the socket
-        self._die(f"The engine's process ended with code {code}.")
+        self._die(self._reason or f"The engine's process ended with code {code}.")
 
     def _die(self, message: str) -> None:
         self._died = self._died or message

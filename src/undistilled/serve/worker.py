@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import zmq
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import RequestError, UndistilledError
+from ..errors import RankLost, RequestError, UndistilledError
 from ..events import Event, subscribed
 from ..schedule.request import Output, Request
 from ..wire import MAX_MESSAGE, Wire, die_with
@@ -109,6 +109,8 @@ class Worker:
         """One turn. An exception ends the request it names in `request_id`, or else all that run."""
         try:
             outputs = self.engine.step()
+        except RankLost:
+            raise
         except Exception as error:
             self._failed(error)
             named = getattr(error, "request_id", None)
@@ -180,13 +182,19 @@ def main() -> int:
         def send(report: Report) -> None:
             outbox.send_multipart(wire.pack(report))
 
+        def last_words(event: Event) -> None:
+            """Of a process that hangs in a collective and is about to be ended by its watchdog."""
+            if event.name == "rank.hung":
+                send(Failed(event.fields["kind"], event.fields["message"], event.fields["hint"]))
+
         try:
             engine = _open(boot["factory"], boot["options"], send)
+            send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
+            with subscribed(last_words):
+                Worker(engine, inbox, send, wire).run(boot["parent"])
         except UndistilledError as error:
             send(Failed(type(error).__name__, error.message, error.hint))
             return error.exit_code
-        send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
-        Worker(engine, inbox, send, wire).run(boot["parent"])
     return 0
 
 
