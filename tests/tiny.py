@@ -81,6 +81,14 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+# wide enough for four ranks of whole FP8 blocks; three get uneven shares
+WIDE = {
+    "deepseek": DEEPSEEK
+    | {"num_attention_heads": 8, "num_key_value_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
+    | {"v_head_dim": 64, "moe_intermediate_size": 512, "intermediate_size": 512, "num_hidden_layers": 4},
+    "llama": LLAMA
+    | {"head_dim": 128, "num_key_value_heads": 4, "intermediate_size": 512, "num_hidden_layers": 4},
+}
 CONFIGS = {
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3-no-q-lora": DEEPSEEK | {"q_lora_rank": None, "rope_scaling": None},

@@ -291,6 +291,7 @@ def prove(
 
 app.command()(verbs.train)
 app.command()(verbs.quantize)
+app.command()(verbs.rebalance)
 app.command()(verbs.compare)
 app.command()(verbs.export)
 

@@ -134,6 +134,7 @@ def plan(made: Any, output: Path | None = None) -> None:
             _fits(d.fits),
         )
     out.print(table)
+    _ranks(made)
     _contexts(made)
     out.print(
         f"Predicted for batch {made.limits.batch}, context {made.limits.context}: "
@@ -143,6 +144,20 @@ def plan(made: Any, output: Path | None = None) -> None:
     for text in made.notes:
         out.print(f"[yellow]note:[/] {text}")
     out.print(f"{len(made.rows)} rows, {made.tensors:,} tensors" + (f"; written to {output}" if output else ""))
+
+
+def _ranks(made: Any) -> None:
+    """What every rank holds, where there are several."""
+    mesh = made.mesh
+    if mesh is None:
+        return
+    table = table_of("rank", "layers", "device", "weights", "KV", "working", "total", "talk a step")
+    for rank, found in enumerate(made.predicted.ranks):
+        first, past = mesh.stages[mesh.stage(rank)]
+        b = found.bytes
+        sizes = (size(x) for x in (b.weights, b.kv, b.activations, b.total))
+        table.add_row(str(rank), f"{first} to {past - 1}", found.device, *sizes, f"{found.collective_s * 1e3:.2f} ms")
+    out.print(table)
 
 
 def _fits(yes: bool) -> str:
@@ -223,7 +238,29 @@ def bench(result: dict[str, Any]) -> None:
         table.add_row(name, *(number(x) for x in (m["median"], m["min"], m["max"], result["predicted"][key])))
     out.print(table)
     planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
-    out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+    if "ranks" not in result:
+        out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+        return
+    table = table_of("rank", "peak", "planned", "computing", "waiting")
+    for rank, found in enumerate(result["ranks"]):
+        sizes = (size(found["peak_bytes"]), size(found["planned_bytes"]))
+        table.add_row(str(rank), *sizes, *(f"{found[key] / result['elapsed_s']:.0%}" for key in ("busy_s", "waited_s")))
+    out.print(table)
+    out.print(
+        f"stages idle {result['bubble']:.0%} of the time; the busiest computes "
+        f"{result['imbalance']:.2f} times the mean ({result['threads']} threads a rank)"
+    )
+
+
+def rebalanced(before: Any, after: Any, output: Path, result: dict[str, Any]) -> None:
+    """How a mesh shared out layers, what each stage took, and how it shares them out now."""
+    table = table_of("stage", "layers before", "computing", "layers now")
+    busy = [row["busy_s"] / result["elapsed_s"] for row in result["ranks"]]
+    for stage, ((a, b), (c, d)) in enumerate(zip(before.stages, after.stages, strict=True)):
+        part = max(busy[stage * before.inner : (stage + 1) * before.inner])
+        table.add_row(str(stage), f"{a} to {b - 1}", f"{part:.0%} of the time", f"{c} to {d - 1}")
+    out.print(table)
+    out.print(f"written to {output}")
 
 
 def comparison(rows: list[dict[str, Any]]) -> None:

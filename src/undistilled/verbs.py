@@ -90,6 +90,24 @@ def export(
     print(json.dumps(done, indent=1)) if as_json else show_quality.exported(done)
 
 
+def rebalance(
+    model: Annotated[str, typer.Argument(help="The model that the plan is of.")],
+    plan_file: Annotated[Path, typer.Option("--plan", help="A plan with several stages (`plan --pp`).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the new plan goes.")],
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens that each request decodes while it is measured.")] = 32,
+    as_json: JSON = False,
+) -> None:
+    """Share layers out anew by the time that each stage really takes."""
+    from .observe.rebalance import rebalance as run
+
+    with show.loading() as progress:
+        before, after, result = run(model, plan_file, output, new_tokens, progress)
+    if as_json:
+        print(json.dumps({"stages": after.stages, "measured": result}, indent=1))
+    else:
+        show.rebalanced(before, after, output, result)
+
+
 def compare(
     receipts: Annotated[list[Path], typer.Argument(help="Receipts that `prove -o` wrote, of forms of one model.")],
     picture: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it (.svg, .png).")] = None,

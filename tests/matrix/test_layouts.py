@@ -5,17 +5,9 @@ import pytest
 import torch
 from ranks import Cell, Pool, run
 
-from tiny import DEEPSEEK, LLAMA, write_checkpoint
+from tiny import WIDE, write_checkpoint
 from undistilled.errors import UsageError
 
-# wide enough for four ranks of whole FP8 blocks; three get uneven shares
-WIDE = {
-    "deepseek": DEEPSEEK
-    | {"num_attention_heads": 8, "num_key_value_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
-    | {"v_head_dim": 64, "moe_intermediate_size": 512, "intermediate_size": 512, "num_hidden_layers": 4},
-    "llama": LLAMA
-    | {"head_dim": 128, "num_key_value_heads": 4, "intermediate_size": 512, "num_hidden_layers": 4},
-}
 SCHEMES = ("bf16", "fp8_block", "int8", "int4", "int8,expert=tiles16x32-2x1-3x2-4x1,dense=tiles16x32-2x1-4x1")
 LAYOUTS = {
     "tp2": {"tp": 2}, "tp4": {"tp": 4}, "tp3": {"tp": 3}, "pp2": {"pp": 2}, "pp4": {"pp": 4},

@@ -14,6 +14,7 @@ import torch
 from ..errors import UsageError
 from ..generate.engine import Engine
 from ..schedule.request import Request, Sampling
+from .ranks import Clocks, report
 
 WARM_UP_TOKENS = 4
 STATUS = Path("/proc/self/status")
@@ -78,9 +79,13 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
             f"Plan with --batch {batch} --context {prompt_tokens + new_tokens}, or ask for less.",
         )
     once(engine, min(prompt_tokens, 64), WARM_UP_TOKENS, batch)
+    ranks = engine.runner.crew is not None
+    before, began = (Clocks.read(engine) if ranks else None), perf_counter()
     runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
+    elapsed = perf_counter() - began
     predicted = engine.plan.predicted
-    return {
+    shared = report(engine, Clocks.read(engine) - before, elapsed) if before else {}
+    return shared | {
         "model": engine.name,
         "scheme": engine.plan.scheme,
         "compute_dtype": engine.plan.compute_dtype,

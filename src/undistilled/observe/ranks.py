@@ -1,0 +1,77 @@
+"""What the ranks of a run took and did: memory beside the plan, time computing, time waiting."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..generate.engine import Engine
+from ..plan.mesh import Mesh
+from ..plan.ranks import balanced
+
+SETTLE = 0.4  # seconds after which every rank's last sign of life is of the time after the last pass
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds that each rank has computed and waited so far."""
+
+    busy: list[float]
+    waited: list[float]
+
+    @classmethod
+    def read(cls, engine: Engine) -> Clocks:
+        crew, part = engine.runner.crew, engine.runner.part
+        assert crew is not None and part.comm is not None
+        time.sleep(SETTLE)
+        beats = [crew.beats[rank] for rank in sorted(crew.beats)]
+        return cls([part.busy, *(b.busy for b in beats)], [part.comm.waited, *(b.waited for b in beats)])
+
+    def __sub__(self, before: Clocks) -> Clocks:
+        return Clocks(*([a - b for a, b in zip(*pair, strict=True)] for pair in self._pairs(before)))
+
+    def _pairs(self, other: Clocks) -> list[tuple[list[float], list[float]]]:
+        return [(self.busy, other.busy), (self.waited, other.waited)]
+
+
+def peaks(engine: Engine) -> list[int]:
+    """The largest resident size of every rank's process so far, bytes (Linux)."""
+    crew = engine.runner.crew
+    assert crew is not None
+    return [_peak("self"), *(_peak(str(process.pid)) for _, process in sorted(crew.processes.items()))]
+
+
+def _peak(pid: str) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def report(engine: Engine, spent: Clocks, elapsed: float) -> dict[str, Any]:
+    """Of `elapsed` seconds: each rank's peak beside its plan, the pipeline's bubble, how uneven its stages are."""
+    plan = engine.plan
+    assert plan.mesh is not None
+    stages = stage_seconds(plan.mesh, spent.busy)
+    rows = [
+        {"device": p.device, "peak_bytes": peak, "planned_bytes": p.bytes.total, "busy_s": busy, "waited_s": waited}
+        for p, peak, busy, waited in zip(plan.predicted.ranks, peaks(engine), spent.busy, spent.waited, strict=True)
+    ]
+    return {
+        "ranks": rows,
+        "elapsed_s": elapsed,
+        "bubble": 1 - sum(stages) / len(stages) / elapsed,
+        "imbalance": max(stages) / (sum(stages) / len(stages)),
+    }
+
+
+def stage_seconds(mesh: Mesh, busy: list[float]) -> list[float]:
+    """Seconds of computing of each stage: of its slowest rank."""
+    return [max(busy[at : at + mesh.inner]) for at in range(0, mesh.size, mesh.inner)]
+
+
+def rebalanced(mesh: Mesh, costs: list[float], busy: list[float]) -> Mesh:
+    """The mesh with layers shared out anew: each stage's speed is what it was measured to do of `costs`, of layers."""
+    seconds = stage_seconds(mesh, busy)
+    speeds = [sum(costs[a:b]) / max(s, 1e-9) for (a, b), s in zip(mesh.stages, seconds, strict=True)]
+    return mesh.model_copy(update={"stages": tuple(balanced(costs, speeds))})

@@ -1,0 +1,126 @@
+"""Who holds what: shares, stages, refusals, and what a plan for ranks is checked against."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from undistilled import scheme as schemes
+from undistilled.checkpoint.resolve import find
+from undistilled.errors import BadArtefact, UsageError
+from undistilled.model.weights import weights
+from undistilled.observe.ranks import rebalanced
+from undistilled.plan.check import check
+from undistilled.plan.cut import Cuts
+from undistilled.plan.hardware import load_machine
+from undistilled.plan.mesh import Mesh, even, ranges
+from undistilled.plan.ranks import Degrees, balanced
+from undistilled.plan.recipes import scheme_of
+from undistilled.plan.solve import Ask, solve
+
+R1 = find("deepseek-r1")
+STORED = {w.name: scheme_of(w, R1.spec, "fp8_block") for w in weights(R1.spec) if not w.mtp}
+
+
+def mesh(pp=1, layers=61, **more):
+    size = pp * more.get("tp", 1) * more.get("ep", 1)
+    return Mesh(stages=tuple(even(layers, pp)), devices=("cpu",) * size, **more)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.integers(0, 300))
+def test_ranges_cover_without_gaps(shares, count):
+    found = ranges(shares, count)
+    assert [a for a, _ in found] == [0, *(b for _, b in found[:-1])] and found[-1][1] == count
+    if count >= len(shares):
+        assert all(a < b for a, b in found)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=3, max_size=9), st.lists(st.floats(0.5, 2), min_size=1, max_size=3))
+def test_stages_are_the_best_of_all_splits(costs, speeds):
+    from itertools import combinations
+
+    def slowest(ends):
+        edges = [0, *ends, len(costs)]
+        return max(sum(costs[a:b]) / s for a, b, s in zip(edges, edges[1:], speeds, strict=False))
+
+    best = min(slowest(ends) for ends in combinations(range(1, len(costs)), len(speeds) - 1))
+    found = balanced(costs, speeds)
+    assert slowest([b for _, b in found[:-1]]) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 3}, {"tp": 8}, {"tp": 4, "ep": 2}, {"ep": 16}, {"tp": 2, "pp": 4}])
+def test_slices_of_r1_make_it_whole(degrees):
+    """Every element of what is cut is held once, and whole quanta of FP8 blocks."""
+    cuts = Cuts(R1.spec, mesh(**degrees), STORED)
+    for name in STORED:
+        weight = cuts.weights[name]
+        slices = [s for rank in range(cuts.mesh.size) if (s := cuts.slice(name, rank)) is not None]
+        held = sum(schemes.bytes_of(schemes.get("bf16"), s.shape(weight)) for s in slices)
+        full = schemes.bytes_of(schemes.get("bf16"), weight.full_shape)
+        assert held == full * (1 if slices[0].axis or weight.experts else len(slices)), name
+        for s in slices if STORED[name] == "fp8_block" else ():
+            size = weight.shape[0 if s.axis == "out" else 1]
+            assert s.axis is None or (s.start % 128 == 0 and (s.stop % 128 == 0 or s.stop == size)), name
+
+
+def test_what_cannot_be_cut_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"65 ranks.*heads.*2 at a time.*q_b_proj.*fp8_block"):
+        Cuts(R1.spec, mesh(tp=65), STORED).slice("model.embed_tokens.weight", 0)
+    small = find("smollm2")
+    with pytest.raises(UsageError, match="9 heads with 3 key-value heads cannot be shared by 4"):
+        Cuts(small.spec, mesh(layers=30, tp=4), {}).spec_of(0)
+
+
+def planned(**degrees):
+    model = find("r1-nano")
+    ask = Ask("int8", 128, device="cpu", degrees=Degrees(**degrees))
+    return model, solve(model.name, model.config, model.spec, load_machine("this"), ask)
+
+
+def test_a_plan_for_ranks_is_a_file_that_holds():
+    model, plan = planned(tp=2, pp=2)
+    again = type(plan).model_validate_json(plan.model_dump_json())
+    check(again, model.spec, model.config)
+    assert len(again.predicted.ranks) == 4 and again.predicted.devices["cpu"].bytes.total == sum(
+        rank.bytes.total for rank in again.predicted.ranks
+    )
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda d: d["mesh"].update(stages=[[0, 5], [6, 16]]), "stages"),
+        (lambda d: d["mesh"].update(devices=["cpu", "cpu"]), "2 devices for 4 ranks"),
+        (lambda d: d["mesh"].update(stages=[[0, 2], [2, 16]]), "rank|Row"),
+        (lambda d: d["rows"][5].update(store="stage:7", compute="stage:7"), "stage:7"),
+        (lambda d: d["predicted"]["ranks"][1]["bytes"].update(weights=5), "rank 1"),
+        (lambda d: d["mesh"].update(devices=["cuda:0"] * 4), "cuda:0"),
+    ],
+)
+def test_an_edited_mesh_is_refused(tmp_path, edit, says):
+    import json
+
+    from undistilled.plan.plan import read_plan
+
+    model, plan = planned(tp=2, pp=2)
+    said = plan.model_dump(mode="json")
+    edit(said)
+    (tmp_path / "p.json").write_text(json.dumps(said))
+    with pytest.raises(BadArtefact, match=says):
+        check(read_plan(tmp_path / "p.json"), model.spec, model.config)
+
+
+@pytest.mark.parametrize("options, says", [({"ep": 0}, "--ep 0"), ({"pp": 99}, "16 layers")])
+def test_degrees_that_make_no_sense(options, says):
+    with pytest.raises(UsageError, match=says):
+        planned(**options)
+
+
+def test_more_ranks_than_gpus():
+    with pytest.raises(UsageError, match="8 ranks, but 4 GPUs"):
+        solve("r1", R1.config, R1.spec, load_machine("4x-rtx4090"), Ask(degrees=Degrees(tp=8)))
+
+
+def test_a_stage_that_is_twice_as_slow_gets_half_the_layers():
+    before = mesh(pp=2, layers=12)
+    after = rebalanced(before, [1.0] * 12, [6.0, 12.0])
+    assert after.stages == ((0, 8), (8, 12))
