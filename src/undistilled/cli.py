@@ -31,12 +31,15 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine's ceilings and remember them.")
     ] = False,
+    links: Annotated[
+        bool, typer.Option("--links", help="Measure how fast its GPUs, or processes of its CPU, talk.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """What this machine has, how fast it is, and which kernels will serve each scheme."""
     from .observe.doctor import examine
 
-    report = examine(measure=measure, progress=show.note)
+    report = examine(measure=measure, links=links, progress=show.note)
     _print_json(report) if as_json else show.doctor(report)
 
 

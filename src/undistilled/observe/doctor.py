@@ -13,7 +13,9 @@ from ..plan.recipes import products_of
 BLOCKS = schemes.get("tiles16x32-2x1-3x1-4x1")  # stands for dynamic blocks of any shape
 
 
-def examine(measure: bool = False, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+def examine(
+    measure: bool = False, links: bool = False, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """The machine, its ceilings, the presets, and a row for each scheme and device: kernel and reason."""
     import torch
 
@@ -24,6 +26,12 @@ def examine(measure: bool = False, progress: Callable[[str], None] | None = None
         from ..plan.measure import measure as run
 
         machine = run(machine, progress=progress or (lambda _: None))
+    if links:
+        from ..parallel.links import measure_links
+        from ..plan.machine_cache import remember
+
+        machine = machine.model_copy(update={"links": measure_links(machine, progress or (lambda _: None))})
+        remember(machine)
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -137,6 +137,19 @@ class Comm:
             work.wait()
         return x
 
+    def pass_on(self, x: torch.Tensor) -> None:
+        """From a stage's first rank to its second, which says that it has it: for measuring a link."""
+        peers = self.mesh.peers(self.rank)
+        token = x[:1].clone()
+        other, group = peers[1 - self.mesh.within(self.rank)], self.stage
+        mine, theirs = (x, token) if self.mesh.within(self.rank) == 0 else (token, x)
+        if mine is x:
+            dist.send(mine, other, group=group)
+            dist.recv(theirs, other, group=group)
+        else:
+            dist.recv(theirs, other, group=group)
+            dist.send(mine, other, group=group)
+
     def close(self) -> None:
         """Leave the others, once what was sent has arrived."""
         for work, _ in self._sent:

@@ -22,7 +22,9 @@ from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
 
 # a message between two processes where no link was measured: seconds until it is there, and bytes a second
 ESTIMATED = {"cpu": (150e-6, 1.5e9), "cuda": (20e-6, 20e9)}
-RANK_RUNTIME = {"cpu": 245_000_000, "cuda": 600_000_000}  # bytes of a rank that is not the first: no API, no tokenizer
+# bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
+RANK_RUNTIME = {"cpu": 262_000_000, "cuda": 600_000_000}
+GROUPS = {"cpu": 15_000_000, "cuda": 300_000_000}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class RankLayouts(Layouts):
             scheme=self.scheme,
         )
         working = max(working, cost.load_bytes(self.loaded) - cache)
-        constant = cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind]
+        constant = GROUPS[kind] + (cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind])
         held = self._weights[rank]
         total = held + cache + working + constant
         found = Bytes(weights=held, kv=cache, activations=working, runtime=constant, total=total)

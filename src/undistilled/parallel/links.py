@@ -1,0 +1,98 @@
+"""Measures how two processes talk: `python -m undistilled.parallel.links`, a process for each end of a pair.
+
+Latency is of an all-reduce of a token's hidden state, which decoding does twice a layer; the rate is of a message of
+64 MiB from one end to the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import combinations
+from time import perf_counter
+
+from ..errors import UndistilledError
+from ..plan.hardware import Link, Machine
+from ..plan.mesh import Mesh
+from .crew import LOOPBACK
+
+SMALL, LARGE = 7168, 16 << 20  # float32 elements: R1's hidden state; 64 MiB
+ROUNDS = 200
+SECONDS = 120  # that a pair may take
+
+
+def measure_links(machine: Machine, progress: Callable[[str], None]) -> tuple[Link, ...]:
+    """The machine's links, with those between its GPUs, or between processes of its CPU, as measured now."""
+    gpus = [d.name for d in machine.devices if d.kind == "cuda"]
+    pairs = list(combinations(gpus, 2)) or ([] if gpus else [("cpu", "cpu")])
+    found = {}
+    for a, b in pairs:
+        progress(f"{a} – {b}: sums of {SMALL * 4 >> 10} KiB and messages of {LARGE >> 18} MiB")
+        found[a, b] = _pair(a, b)
+    kept = [link for link in machine.links if (link.a, link.b) not in found]
+    return (*kept, *found.values())
+
+
+def _pair(a: str, b: str) -> Link:
+    with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
+        boot = [json.dumps({"devices": [a, b], "rank": rank, "store": f"{folder}/store"}) for rank in (0, 1)]
+        env = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-m", __name__]
+        ends = [
+            subprocess.Popen([*command, one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+            for one in boot
+        ]
+        try:
+            said, failed = ends[0].communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            said, failed = "", f"no answer within {SECONDS} s"
+        finally:
+            for end in ends:
+                end.kill()
+                end.wait()
+    if not said:
+        raise UndistilledError(f"{a} – {b}: not measured: {failed.strip()[-300:]}")
+    latency, rate = json.loads(said)
+    kind = "memory" if a == "cpu" else "nvlink" if rate > 60e9 else "pcie"
+    return Link(a=a, b=b, bytes_per_s=rate, latency_s=latency, kind=kind, source="measured")  # type: ignore[arg-type]
+
+
+def main() -> None:
+    import torch
+
+    from .comm import Comm
+
+    boot = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    mesh = Mesh(tp=2, stages=((0, 1),), devices=tuple(boot["devices"]))
+    comm = Comm(mesh, boot["rank"], boot["store"])
+    small = torch.ones(SMALL, device=comm.device)
+    large = torch.ones(LARGE, device=comm.device)
+    latency = _median(lambda: comm.all_reduce(small), ROUNDS, comm.device.type)
+    rate = large.numel() * 4 / _median(lambda: comm.pass_on(large), 5, comm.device.type)
+    if boot["rank"] == 0:
+        print(json.dumps([latency, rate]))
+    comm.close()
+
+
+def _median(run: Callable[[], object], rounds: int, kind: str) -> float:
+    """Seconds a call takes, the first few left out."""
+    import torch
+
+    taken = []
+    for _ in range(rounds + 5):
+        began = perf_counter()
+        run()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        taken.append(perf_counter() - began)
+    return statistics.median(taken[5:])
+
+
+if __name__ == "__main__":
+    main()
