@@ -2,7 +2,7 @@
 
 The extension is optional: `library()` is None where it was not built or cannot run, and
 `why_missing()` says why. Every function keeps a row's bits independent of the other rows in
-the call and of the thread count, which OpenMP shares with PyTorch.
+the call and of the number of threads: as many as PyTorch's, our own (pool.h).
 
 Shape suffixes: M rows of activations, N outputs, K inputs, R rows (one per sequence), H heads,
 D head width, W cache width, B blocks of a table. Activations are float32 and contiguous.
@@ -27,10 +27,17 @@ _ARGUMENTS = {
     "native_dequantise": [*[_P] * 2, *[_L] * 2],
     "native_attend_rows": [_I, *[_P] * 6, *[_L] * 6, _F],
     "native_mla_rows": [_I, *[_P] * 5, *[_L] * 6, _F],
-    "native_norm_rows": [*[_P] * 4, _L, _L, _F],
+    "native_norm_rows": [*[_P] * 4, *[_L] * 4, _F],
     "native_silu_mul": [*[_P] * 3, _L],
+    "native_pointwise": [*[_P] * 3, _L, _L, _I, _I],
     "native_rope_rows": [*[_P] * 3, *[_L] * 4, _I],
+    "native_write_rows": [_I, *[_P] * 3, *[_L] * 3],
+    "native_pick_rows": [*[_P] * 3, _L],
+    "native_absorb": [*[_P] * 3, *[_L] * 4],
+    "native_release": [*[_P] * 3, *[_L] * 3],
+    "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],
     "native_experts_rows": [*[_P] * 7, *[_L] * 3],
+    "native_threads": [_I],
 }
 
 
@@ -108,7 +115,25 @@ _native_mla_rows = _lazy("native_mla_rows")
 _native_norm_rows = _lazy("native_norm_rows")
 _native_silu_mul = _lazy("native_silu_mul")
 _native_rope_rows = _lazy("native_rope_rows")
+_native_pointwise = _lazy("native_pointwise")
+_native_write_rows = _lazy("native_write_rows")
+_native_pick_rows = _lazy("native_pick_rows")
+_native_absorb = _lazy("native_absorb")
+_native_release = _lazy("native_release")
+_native_route = _lazy("native_route")
 _native_experts_rows = _lazy("native_experts_rows")
+_native_threads = _lazy("native_threads")
+
+_threads = 0
+
+
+def sized() -> None:
+    """Has our team as many threads as PyTorch's from the next call on."""
+    global _threads
+    now = torch.get_num_threads()
+    if now != _threads:
+        _native_threads(now)
+        _threads = now
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype, what: str) -> int:
@@ -125,6 +150,7 @@ def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
     check(weight.experts is None, "weight: want one matrix, not experts")
     m = x_MK.numel() // k
     y_MN = x_MK.new_empty(m, n)
+    sized()
     run = _native_linear_rounded if _rounded(weight) else _native_linear
     run(weight.pointer, x_MK.data_ptr(), y_MN.data_ptr(), m)
     return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
@@ -139,6 +165,7 @@ def dequantise(weight: Matrix, rows: tuple[int, int] | None = None) -> Tensor:
     """A stored weight [N, K], or its rows [n0, n1), as float32."""
     n0, n1 = rows or (0, weight.n)
     check(0 <= n0 <= n1 <= weight.n and weight.experts is None, "rows: outside the weight")
+    sized()
     out = torch.empty((n1 - n0, weight.k))
     _native_dequantise(weight.pointer, out.data_ptr(), n0, n1)
     return out
@@ -163,6 +190,7 @@ def attend_rows(
     kv_heads = k_cache.shape[-2]
     check(k_cache.shape == v_cache.shape and k_cache.shape[-1] == d and h % kv_heads == 0, "cache: wrong shape")
     check(block_table_RB.shape[0] == r and context_R.shape == (r,), "block table or context: wrong shape")
+    sized()
     dtype = k_cache.dtype
     out_RHD = torch.empty_like(q_RHD)
     _native_attend_rows(
@@ -200,6 +228,7 @@ def mla_rows(
     r, h, w = q_RHW.shape
     check(cache.shape[-1] == w and latent <= w, "cache: wrong shape")
     check(block_table_RB.shape[0] == r and context_R.shape == (r,), "block table or context: wrong shape")
+    sized()
     dtype = cache.dtype
     out_RHL = q_RHW.new_empty((r, h, latent))
     _native_mla_rows(
@@ -220,22 +249,114 @@ def mla_rows(
     return out_RHL
 
 
-def norm_rows(x_RD: Tensor, w_D: Tensor, eps: float, residual_RD: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * w over the last axis; x += residual first, in place, if given."""
+def norm_rows(
+    x_RD: Tensor, w_D: Tensor, eps: float, residual_RD: Tensor | None = None, out_RD: Tensor | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * w over the last axis; x += residual first, in place, if given.
+
+    Rows of x and out may lie apart, and out may be x.
+    """
     d = w_D.shape[0]
     check(x_RD.shape[-1] == d, "x: wrong width")
-    x = _pointer(x_RD, torch.float32, "x")
     r = None
     if residual_RD is not None:
         check(residual_RD.shape == x_RD.shape, "residual: wrong shape")
         r = _pointer(residual_RD, torch.float32, "residual")
-    y_RD = torch.empty_like(x_RD)
-    _native_norm_rows(x, r, _pointer(w_D, torch.float32, "w"), y_RD.data_ptr(), x_RD.numel() // d, d, eps)
+    y_RD = x_RD.new_empty(x_RD.shape) if out_RD is None else out_RD
+    (x, rows, apart), (y, _, to) = _rows(x_RD, "x"), _rows(y_RD, "out")
+    sized()
+    _native_norm_rows(x, r, _pointer(w_D, torch.float32, "w"), y, rows, d, apart, to, eps)
     return y_RD
+
+
+def _rows(x: Tensor, what: str) -> tuple[int, int, int]:
+    """(pointer, rows, floats from row to row) of a tensor [..., D], contiguous or [R, D] with rows apart."""
+    d = x.shape[-1]
+    if x.is_contiguous():
+        return _pointer(x, torch.float32, what), x.numel() // d if d else 0, d
+    apart = x.dim() == 2 and x.stride(1) == 1 and x.dtype is torch.float32 and x.is_cpu
+    check(apart, f"{what}: want float32 rows on the CPU")
+    return x.data_ptr(), x.shape[0], x.stride(0)
+
+
+def pointwise(a: Tensor, b: Tensor, times: bool = False, out: Tensor | None = None) -> Tensor:
+    """a + b or a * b; b like a, or [D] for every row of a [..., D]. `out` may be a."""
+    one = b.dim() == 1 and a.dim() > 1
+    check(b.shape == (a.shape[-1:] if one else a.shape), "a and b: shapes differ")
+    y = torch.empty_like(a) if out is None else out
+    d = a.shape[-1]
+    x, z = _pointer(a, torch.float32, "a"), _pointer(b, torch.float32, "b")
+    sized()
+    _native_pointwise(x, z, _pointer(y, torch.float32, "out"), a.numel() // d if d else 0, d, one, times)
+    return y
+
+
+def write_rows(table: Tensor, slots_R: Tensor, values: Tensor) -> None:
+    """table[slots_R[r]] = values[r], rounded to nearest; table [S, ...], values [R, ...] float32."""
+    d = table[0].numel()
+    check(values.shape == (len(slots_R), *table.shape[1:]), "values: wrong shape")
+    place, rows = _pointer(table, table.dtype, "table"), _pointer(values, torch.float32, "values")
+    sized()
+    at = _pointer(slots_R, torch.int64, "slots")
+    _native_write_rows(_FLOATS[table.dtype], rows, at, place, len(slots_R), d, len(table))
+
+
+def pick_rows(weight: Matrix, ids_R: Tensor) -> Tensor:
+    """Rows ids_R of a stored weight [N, K] as float32 [R, K]; zeros for an id that is none."""
+    check(weight.experts is None, "weight: want one matrix, not experts")
+    ids = _pointer(ids_R, torch.int64, "ids")
+    out = torch.empty((len(ids_R), weight.k))
+    sized()
+    _native_pick_rows(weight.pointer, ids, out.data_ptr(), len(ids_R))
+    return out
+
+
+def absorb(q_RHX: Tensor, lift: Matrix, nope: int) -> Tensor:
+    """Queries [R, H, N + P] in latent space, [R, H, Z + P]; lift [H * (N + V), Z] as it is stored."""
+    r, h, x = q_RHX.shape
+    check(lift.n % h == 0 and nope <= min(x, lift.n // h), "lift: wrong shape")
+    q = _pointer(q_RHX, torch.float32, "q")
+    out = q_RHX.new_empty((r, h, lift.k + x - nope))
+    sized()
+    _native_absorb(lift.pointer, q, out.data_ptr(), r, h, nope, x - nope)
+    return out
+
+
+def release(x_RHZ: Tensor, lift: Matrix, nope: int) -> Tensor:
+    """Attended latents [R, H, Z] as values [R, H, V]; lift as in `absorb`."""
+    r, h, z = x_RHZ.shape
+    check(lift.n % h == 0 and z == lift.k and nope <= lift.n // h, "lift: wrong shape")
+    x = _pointer(x_RHZ, torch.float32, "x")
+    out = x_RHZ.new_empty((r, h, lift.n // h - nope))
+    sized()
+    _native_release(lift.pointer, x, out.data_ptr(), r, h, nope)
+    return out
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top: int,
+    groups: tuple[int, int],
+    sigmoid: bool,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(ids [T, top] int32, weights [T, top]), see ops/router.py; groups: how many, and how many are kept."""
+    t, e = logits_TE.shape
+    check(top <= e and e % groups[0] == 0 and groups[1] <= groups[0], "choices: more than there are")
+    check(bias_E is None or bias_E.shape == (e,), "bias: wrong shape")
+    logits = _pointer(logits_TE, torch.float32, "logits")
+    bias = None if bias_E is None else _pointer(bias_E, torch.float32, "bias")
+    ids, weights = logits_TE.new_empty((t, top), dtype=torch.int32), logits_TE.new_empty((t, top))
+    sized()
+    _native_route(logits, bias, ids.data_ptr(), weights.data_ptr(), t, e, top, *groups, sigmoid, normalise, scale)
+    return ids, weights
 
 
 def silu_mul(g: Tensor, u: Tensor) -> Tensor:
     """silu(g) * u, element by element."""
+    sized()
     check(g.shape == u.shape, "g and u: shapes differ")
     y = torch.empty_like(g)
     _native_silu_mul(_pointer(g, torch.float32, "g"), _pointer(u, torch.float32, "u"), y.data_ptr(), g.numel())
@@ -252,6 +373,7 @@ def rope_rows(x_RHD: Tensor, cos_RC: Tensor, sin_RC: Tensor, interleaved: bool) 
     ok = x_RHD.dtype is torch.float32 and x_RHD.stride(2) == 1 and (r == 1 or x_RHD.stride(0) == h * stride)
     check(ok and x_RHD.is_cpu, "x: want float32 heads at one distance on the CPU")
     check(cos_RC.shape == sin_RC.shape == (r, d // 2) and d % 2 == 0, "cos and sin: want [R, D / 2]")
+    sized()
     cos, sin = _pointer(cos_RC, torch.float32, "cos"), _pointer(sin_RC, torch.float32, "sin")
     _native_rope_rows(x_RHD.data_ptr(), cos, sin, r, h, d, stride, interleaved)
     return x_RHD
@@ -270,6 +392,7 @@ def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT
     check(same and gate.experts is not None, "gate, up and down do not fit")
     for weight in (gate, up, down):
         _rounded(weight)
+    sized()
     out_RD = x_RD.new_empty((r, d))
     _native_experts_rows(
         _pointer(x_RD, torch.float32, "x"),
