@@ -15,6 +15,7 @@ from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
 from .cache import allocate
 from .graphs import Graphs, capturable
+from .programs import Programs, recordable
 
 # Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
 ROWS = {"cpu": LARGE - 1, "cuda": 4096}
@@ -46,7 +47,12 @@ class Runner:
         self.device = decoder.embed_tokens.stored.device
         self.caches = allocate(decoder.spec, plan.kv, self.device)
         self.size = plan.kv.block_size
-        self.graphs = Graphs(decoder, self.caches) if capturable(decoder) else None
+        self.graphs: Graphs | Programs | None = None
+        if capturable(decoder):
+            self.graphs = Graphs(decoder, self.caches)
+        elif recordable(decoder):
+            blocks = -(-plan.limits.context // self.size)
+            self.graphs = Programs(decoder, self.caches, ROWS["cpu"], blocks, self.size)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Work, torch.Tensor | None]]:
@@ -69,7 +75,7 @@ class Runner:
             if work.samples:
                 wanted.append(work)
                 last.append(row - 1)
-        logits = self.decoder.logits(h_TD[last]) if last else h_TD[:0]
+        logits = self.decoder.logits(h_TD if len(last) == row else h_TD[last]) if last else h_TD[:0]
         emit("engine.pass", prefill=prefill, tokens=row, requests=len(works), seconds=perf_counter() - began)
         found = {id(work): logits[i] for i, work in enumerate(wanted)}
         return [(work, found.get(id(work))) for work in works]

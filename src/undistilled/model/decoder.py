@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import BadArtefact
+from ..ops.add import add
 from ..ops.rope import angles, frequencies
 from . import deepseek, llama
 from .batch import Batch, Cache, Packed
@@ -48,11 +49,11 @@ class Block(nn.Module):
 
     def attend(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
         """The half in which tokens see each other."""
-        return h_TD + self.self_attn(self.input_layernorm(h_TD), batch, cache)
+        return add(h_TD, self.self_attn(self.input_layernorm(h_TD), batch, cache))
 
     def transform(self, h_TD: torch.Tensor) -> torch.Tensor:
         """The half that takes each token by itself."""
-        return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
+        return add(h_TD, self.mlp(self.post_attention_layernorm(h_TD)))
 
 
 class Mtp(nn.Module):
@@ -100,6 +101,10 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch | Packed, caches: Sequence[Cache]) -> torch.Tensor:
         """Hidden states [T, D] after the last block, before the final norm."""
         self.prepare(batch)
+        return self.hidden(batch, caches)
+
+    def hidden(self, batch: Batch | Packed, caches: Sequence[Cache]) -> torch.Tensor:
+        """`forward` of a batch whose angles are there."""
         h_TD = self.embed_tokens(batch.tokens_T, self.dtype)
         for block, cache in zip(self.layers, caches, strict=False):
             h_TD = block(h_TD, batch, cache)

@@ -38,6 +38,21 @@ _ARGUMENTS = {
     "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],
     "native_experts_rows": [*[_P] * 7, *[_L] * 3],
     "native_threads": [_I],
+    "native_program_record": [_P],
+    "native_program_run": [_P, _P],
+    "native_program_free": [_P],
+    "native_program": [],
+    "native_program_steps": [_P],
+    "native_program_name": [_P, _L],
+    "native_program_weights": [_P, _L],
+    "native_program_apart": [_P, _L],
+}
+_RESULTS = {
+    "native_program": _P,
+    "native_program_steps": _L,
+    "native_program_name": ctypes.c_char_p,
+    "native_program_weights": _L,
+    "native_program_apart": _I,
 }
 
 
@@ -53,7 +68,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         needs = lib.native_isa().decode().split()
         for name, arguments in _ARGUMENTS.items():
             function = getattr(lib, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return None, f"cannot load {path}: {error}"
     lacking = [flag for flag in needs if flag not in _cpu_flags(needs)]
