@@ -224,6 +224,19 @@ def bench(result: dict[str, Any]) -> None:
     out.print(table)
     planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
     out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+    if "explain" in result:
+        kernels(result["explain"])
+
+
+def kernels(rows: list[dict[str, Any]]) -> None:
+    """The kinds of kernels of a decode pass beside the time that their weights take to be read."""
+    table = table_of("one pass", "steps", "ms", "weights", "GB/s", "floor, ms")
+    for row in rows:
+        ms, floor = (f"{row[key] * 1e3:.3f}" for key in ("seconds", "floor"))
+        read = (size(row["bytes"]), f"{row['bytes'] / row['seconds'] / 1e9:.1f}", floor) if row["bytes"] else [""] * 3
+        table.add_row(row["name"], str(row["count"]), ms, *read)
+    out.print(table)
+    out.print(f"read bandwidth {size(rows[0]['bandwidth'])}/s, measured now")
 
 
 def comparison(rows: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from ..ops.cpu.program import Arena, Program
 from ..ops.registry import forced
 
 BY_ROW = ("tokens_T", "positions_T", "slots_T", "contexts_R", "cos_TF", "sin_TF")
+ANGLES = 4 << 20  # bytes that rotary angles of all positions may take; otherwise each pass works out its own
 TRIES = 2  # a first pass may still work out what later ones find ready
 
 
@@ -38,6 +39,12 @@ class Programs:
         tables, contexts = torch.zeros(rows, blocks, dtype=short), torch.zeros(rows, dtype=short)
         cos, sin = torch.zeros(angles), torch.zeros(angles)
         self.batch = Batch(tokens, positions, slots, tables, contexts, size, False, cos, sin)
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        if 2 * 4 * blocks * size * angles[1] <= ANGLES:
+            whole = replace(self.batch, positions_T=torch.arange(blocks * size))
+            decoder.prepare(whole)
+            assert whole.cos_TF is not None and whole.sin_TF is not None
+            self.angles = whole.cos_TF, whole.sin_TF
         self.arena = Arena()
         self.programs: dict[int, tuple[Program, torch.Tensor]] = {}
         self.refused: dict[int, int] = {}  # how often, by rows
@@ -57,12 +64,18 @@ class Programs:
 
     def fill(self, batch: Batch) -> None:
         """Take over what a batch is about."""
-        self.decoder.prepare(batch)
+        self._turn(batch)
         rows, blocks = batch.tables_RB.shape
         own = self.batch
         own.tables_RB[:rows, :blocks].copy_(batch.tables_RB)
         for name in BY_ROW:
             getattr(own, name)[:rows].copy_(getattr(batch, name))
+
+    def _turn(self, batch: Batch) -> None:
+        if self.angles is None:
+            self.decoder.prepare(batch)
+        else:
+            batch.cos_TF, batch.sin_TF = (table.index_select(0, batch.positions_T) for table in self.angles)
 
     def _first(self, rows: int) -> Batch:
         return replace(self.batch, **{name: getattr(self.batch, name)[:rows] for name in ("tables_RB", *BY_ROW)})

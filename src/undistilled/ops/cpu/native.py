@@ -1,19 +1,22 @@
 """The native CPU kernels, called through ctypes.
 
 The extension is optional: `library()` is None where it was not built or cannot run, and
-`why_missing()` says why. Every function keeps a row's bits independent of the other rows in
-the call and of the number of threads: as many as PyTorch's, our own (pool.h).
+`why_missing()` says why. UNDISTILLED_KERNELS names another folder to take it from. Every function
+keeps a row's bits independent of the other rows in the call and of the number of threads: as many
+as PyTorch's, our own (pool.h).
 
 Shape suffixes: M rows of activations, N outputs, K inputs, R rows (one per sequence), H heads,
 D head width, W cache width, B blocks of a table. Activations are float32 and contiguous.
 """
 
 import ctypes
+import os
 import platform
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -37,6 +40,7 @@ _ARGUMENTS = {
     "native_release": [*[_P] * 3, *[_L] * 3],
     "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],
     "native_experts_rows": [*[_P] * 7, *[_L] * 3],
+    "native_read": [_P, _P, _L, _L],
     "native_threads": [_I],
     "native_program_record": [_P],
     "native_program_run": [_P, _P],
@@ -58,7 +62,7 @@ _RESULTS = {
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    folder = Path(__file__).parent
+    folder = Path(os.environ.get("UNDISTILLED_KERNELS") or Path(__file__).parent)
     path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_kernels{s}").exists()), None)
     if path is None:
         return None, f"no native kernels in {folder}: the package was built without a compiler"
@@ -137,6 +141,7 @@ _native_absorb = _lazy("native_absorb")
 _native_release = _lazy("native_release")
 _native_route = _lazy("native_route")
 _native_experts_rows = _lazy("native_experts_rows")
+_native_read = _lazy("native_read")
 _native_threads = _lazy("native_threads")
 
 _threads = 0
@@ -422,3 +427,17 @@ def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT
         t,
     )
     return out_RD
+
+
+PIECE = 1 << 14  # bytes that `read` counts as one
+
+
+def read(memory: Tensor) -> int:
+    """Reads all of a contiguous tensor of whole PIECEs with every thread; the exclusive or of its 32-bit words."""
+    at = _pointer(memory, memory.dtype, "memory")
+    count, rest = divmod(memory.numel() * memory.element_size(), PIECE)
+    check(rest == 0, f"memory: want whole pieces of {PIECE} bytes")
+    out = torch.empty(count, dtype=torch.int32)
+    sized()
+    _native_read(at, out.data_ptr(), count, PIECE)
+    return int(numpy.bitwise_xor.reduce(out.numpy()))

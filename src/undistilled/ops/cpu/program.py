@@ -75,6 +75,10 @@ class _Watch(TorchDispatchMode):
         self.arena = arena
         self.foreign = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would load its compiler to be told that it has nothing to do here: 76 MB and a second
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _MAKE and out.is_cpu and out.is_contiguous():

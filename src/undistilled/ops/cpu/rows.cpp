@@ -203,9 +203,35 @@ struct Pick : Kernel<Pick> {
   }
 };
 
+// Reads `count` pieces of memory of `bytes` each, and leaves of each a number that depends on all of it.
+struct Read : Kernel<Read> {
+  const uint8_t* at;
+  int32_t* out;
+  long count, bytes;           // a multiple of 256
+
+  Read(const uint8_t* at, int32_t* out, long count, long bytes) : at(at), out(out), count(count), bytes(bytes) {
+    name = "read";
+  }
+  void run(Team& team) const override {
+    team.share(count, [&](long i) {
+      i8x s[8] = {};
+      for (const uint8_t *p = at + i * bytes, *end = p + bytes; p < end; p += 256)
+        UNROLL for (int j = 0; j < 8; j++) {
+          i8x v;
+          memcpy(&v, p + 32 * j, 32);
+          s[j] ^= v;
+        }
+      for (int j = 1; j < 8; j++) s[0] ^= s[j];
+      out[i] = s[0][0] ^ s[0][1] ^ s[0][2] ^ s[0][3] ^ s[0][4] ^ s[0][5] ^ s[0][6] ^ s[0][7];
+    });
+  }
+};
+
 }  // namespace
 
 extern "C" {
+
+void native_read(const uint8_t* at, int32_t* out, long count, long bytes) { submit(Read(at, out, count, bytes)); }
 
 void native_norm_rows(float* x, const float* r, const float* w, float* y, long rows, long d, long from, long to,
                       float eps) {
