@@ -104,6 +104,23 @@ def test_a_sum_that_pytorch_takes_is_noticed(tmp_path, monkeypatch):
     assert not programs.programs
 
 
+def test_what_pytorch_does_not_see_can_say_so(tmp_path, monkeypatch):
+    """As a sum over machines will: memory that something else writes."""
+    from undistilled.model import decoder as module
+    from undistilled.ops.cpu import program
+
+    decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIGS["llama"]), scheme="int8")
+    add = module.add
+
+    def summed(a, b):
+        program.foreign("sum over machines")
+        return add(a, b)
+
+    monkeypatch.setattr(module, "add", summed)
+    assert not passes(decoder, [[5], [6], [7]]).programs
+    program.foreign("nothing is recorded")
+
+
 def test_the_reference_is_not_recorded(tmp_path):
     decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIGS["llama"]), scheme="fp32")
     with registry.force_reference():

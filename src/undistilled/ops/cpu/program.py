@@ -9,6 +9,7 @@ operation is good for nothing, and says which it was.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,17 @@ class _Watch(TorchDispatchMode):
         return out
 
 
+_here = threading.local()
+
+
+def foreign(what: str) -> None:
+    """To be called by what works on tensors behind PyTorch's back and is no native op: a pass with it in is not
+    recorded. Nothing happens where nothing is being recorded."""
+    watch = getattr(_here, "watch", None)
+    if watch is not None:
+        watch.foreign = watch.foreign or what
+
+
 def _is_view(func: Any, args: tuple, kwargs: dict | None, out: Any) -> bool:
     """Whether all that came out lies in the memory of what went in, and nothing was written."""
     given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -124,8 +136,10 @@ class Program:
         self._lib.native_program_record(self._at)
         try:
             with _Watch(self.arena) as watch:
+                _here.watch = watch
                 yield
         finally:
+            _here.watch = None
             self._lib.native_program_record(None)
         self.foreign = watch.foreign
 
