@@ -241,8 +241,8 @@ extern "C" {
 void native_attend_rows(int kind, const float* q, const uint8_t* keys, const uint8_t* values,
                         const int32_t* table, const int32_t* context, float* out, long rows, long heads,
                         long kv_heads, long d, long table_width, long block_size, float scale) {
-  submit(Attend({q, keys, values, table, context, out, rows, heads, kv_heads, d, d, table_width, block_size, kind, scale},
-                "attend"));
+  submit(Attend({q, keys, values, table, context, out, rows, heads, kv_heads, d, d, table_width, block_size, kind,
+                 scale}, "attend"));
 }
 
 void native_mla_rows(int kind, const float* q, const uint8_t* cache, const int32_t* table,

@@ -53,7 +53,7 @@ template <int BITS> struct AsStored {
   template <int NR> INLINE void prefetch(const AsStored& w, const Cursor& p) {
     if ((uintptr_t)p.a % 64 >= (uintptr_t)w.tile) return;   // rows are too many and too short to be foreseen
     UNROLL for (int j = 0; j < NR; j++)
-      _mm_prefetch((const char*)(j < 3 ? p.a : j < 6 ? p.b : p.c) + j % 3 * w.row + w.ahead, _MM_HINT_T0);
+      _mm_prefetch((const char*)(j < 3 ? p.a : j < 6 ? p.b : p.c) + j % 3 * w.row + w.ahead, _MM_HINT_T1);
   }
 };
 
@@ -114,6 +114,14 @@ void outputs(const W& w, const Strip& s, long count, const uint16_t* const* x, f
   long r = 0;
   for (; r + NR <= count; r += NR) multiply<W, MR, NR>(w, s, r, x, totals);
   for (; r < count; r++) multiply<W, MR, 1>(w, s, r, x, totals);
+}
+
+// A decoder for these levels, made where they are others than the last time.
+template <int BITS> const Decoder<BITS>& decoder_of(const float* levels) {
+  static thread_local Decoder<BITS> kept(levels);
+  static thread_local const float* made = levels;
+  if (made != levels) kept = Decoder<BITS>(made = levels);
+  return kept;
 }
 
 // What the tiles of a panel of up to OUTPUTS rows need beside their codes: places and factors as float32.
@@ -186,8 +194,8 @@ struct Panel {
   void width(const Codes& c, long first, const uint16_t* const* x, long rows, uint16_t* unpacked) {
     const Tiling& t = a.tiling;
     long tile = t.cols / 8 * c.bits, row = t.height > 1 ? tile : c.block, tiles = t.sections * c.count;
-    AsStored<BITS> w = {Decoder<BITS>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, 8 * row};
-    if (t.height > 1) w.ahead = c.block;
+    AsStored<BITS> w = {decoder_of<BITS>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, ahead_of(8 * row)};
+    if (t.height > 1) w.ahead = ahead_of(c.block);
     long all = t.order.at ? tiles * t.cols / QUANTUM : t.padded / QUANTUM, blocks = t.cols / QUANTUM;
     Strip s = {tiles, blocks, all, at + first, scales + first * by_tile, by_row, by_tile, a.group < QUANTUM};
     if (rows == 1) return outputs<AsStored<BITS>, 1, 8>(w, s, count, x, totals);

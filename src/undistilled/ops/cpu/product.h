@@ -8,6 +8,11 @@
 #define HAS_PRODUCTS 0
 #endif
 
+// Bytes of weights that are asked for before they are needed: a busy memory answers late, and short rows are no stream
+// that the processor would foresee.
+constexpr long AHEAD = 1 << 16;
+INLINE long ahead_of(long block) { return block > 0 ? (AHEAD + block - 1) / block * block : 0; }   // whole blocks
+
 constexpr long PART = 192;   // rows of x that a core multiplies with a panel of weights at a time
 
 // A row of x as product() takes it, rounded to nearest, ties to even: how many uint16, and these. As product() they

@@ -81,7 +81,8 @@ struct Route : Kernel<Route> {
     static thread_local Scratch memory;
     Cutter count, cut;
     auto lay = [&](Cutter& c) {
-      struct { float *scores, *choice, *rating; } laid = {c.take<float>(experts + 8), c.take<float>(experts), c.take<float>(groups)};
+      struct { float *scores, *choice, *rating; } laid = {c.take<float>(experts), c.take<float>(experts),
+                                                          c.take<float>(groups)};
       return laid;
     };
     lay(count);

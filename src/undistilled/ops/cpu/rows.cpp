@@ -69,7 +69,9 @@ struct SiluMul : Kernel<SiluMul> {   // y = g / (1 + exp(-g)) * u
     writes(y, count * 4);
   }
   void run(Team& team) const override {
-    elements(team, count, [&](long i, long n) { store_part(y + i, silu8(load_part(g + i, n)) * load_part(u + i, n), n); });
+    elements(team, count, [&](long i, long n) {
+      store_part(y + i, silu8(load_part(g + i, n)) * load_part(u + i, n), n);
+    });
   }
 };
 
