@@ -182,9 +182,10 @@ struct Rounded : Kernel<Rounded> {
     // Rows of weights stay in a core's cache while a block of rows of x passes by.
     long width = m < ROWS ? TILE : 4 * TILE, block = m < PART ? m : PART;
     long panels = (a.n + width - 1) / width, parts = m ? (m + block - 1) / block : 0;
+    long last = panels * (team.rank + 1) / team.size * width;
     team.share(panels * parts, [&](long at) {
       long n0 = at / parts * width, m0 = at % parts * block;
-      product(a, n0, a.n - n0 < width ? a.n - n0 : width, r.x + m0, m - m0 < block ? m - m0 : block, r.y + m0);
+      product(a, n0, a.n - n0 < width ? a.n - n0 : width, r.x + m0, m - m0 < block ? m - m0 : block, r.y + m0, last);
     });
   }
 };

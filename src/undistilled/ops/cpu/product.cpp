@@ -139,8 +139,7 @@ void block(const Panel& p, const uint16_t* const* x, float* const* y) {
 
 // block() straight from the stored rows, for so few rows of x that packed weights would be read once.
 template <class L, bool GROUPED, int MR>
-void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float* const* y) {
-  long ahead = ahead_of(rows.at[1] > rows.at[0] ? OUTPUTS * (rows.at[1] - rows.at[0]) : 0);
+void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float* const* y, long ahead) {
   Sums<MR> s;
   s.clear(s.total);
   for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
@@ -176,7 +175,7 @@ void blocks(const Panel& p, const uint16_t* const* x, long rows, float* const* y
 thread_local Scratch scratch;
 
 template <class L, bool GROUPED>
-void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
   constexpr long SOME = 12;   // rows of x that stay in the first cache while the panels pass by
   bool few = rows <= 2;
   long chunks = (a.group + CHUNK - 1) / CHUNK, panels = (count + OUTPUTS - 1) / OUTPUTS;
@@ -194,7 +193,9 @@ void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, l
     for (long r = 0; r < OUTPUTS; r++) from.at[r] = a.row(p.n + (r < p.count ? r : 0));
     panel_factors(a, p.n, p.count, groups, (float*)p.scales);
     if (!few) pack<L>(a, from, (uint16_t*)p.codes);
-    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, y) : straight<L, GROUPED, 2>(p, from, x, y);
+    long ahead = ahead_of(OUTPUTS * a.row_bytes(), OUTPUTS, p.n, last);
+    if (rows == 1) straight<L, GROUPED, 1>(p, from, x, y, ahead);
+    if (rows == 2) straight<L, GROUPED, 2>(p, from, x, y, ahead);
   }
   for (long m = 0; m < (few ? 0 : rows); m += SOME)
     for (long i = 0; i < panels; i++)
@@ -213,16 +214,17 @@ void arrange(const Matrix& a, const float* x, uint16_t* out) {
   }
 }
 
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
   auto by = [&](auto loader) {
     typedef decltype(loader) L;
-    a.group < a.k ? product_of<L, true>(a, n, count, x, rows, y) : product_of<L, false>(a, n, count, x, rows, y);
+    auto run = a.group < a.k ? product_of<L, true> : product_of<L, false>;
+    run(a, n, count, x, rows, y, last);
   };
   switch (a.kind) {
     case BF16: return by(AsBf16());
     case FP8_BLOCK: return by(Fp8Codes());
     case INT8: return by(Int8Codes());
-    default: return product_coded(a, n, count, x, rows, y);
+    default: return product_coded(a, n, count, x, rows, y, last);
   }
 }
 
@@ -230,6 +232,6 @@ void product(const Matrix& a, long n, long count, const uint16_t* const* x, long
 
 long arranged(const Matrix&) { abort(); }
 void arrange(const Matrix&, const float*, uint16_t*) { abort(); }
-void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*) { abort(); }
+void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*, long) { abort(); }
 
 #endif

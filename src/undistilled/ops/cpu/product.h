@@ -11,7 +11,11 @@
 // Bytes of weights that are asked for before they are needed: a busy memory answers late, and short rows are no stream
 // that the processor would foresee.
 constexpr long AHEAD = 1 << 16;
-INLINE long ahead_of(long block) { return block > 0 ? (AHEAD + block - 1) / block * block : 0; }   // whole blocks
+// Whole blocks of `rows` rows from row n on, in bytes; 0 where they end behind `last`.
+INLINE long ahead_of(long block, long rows, long n, long last) {
+  long blocks = (AHEAD + block - 1) / block;
+  return n + blocks * rows < last ? blocks * block : 0;
+}
 
 constexpr long PART = 192;   // rows of x that a core multiplies with a panel of weights at a time
 
@@ -21,5 +25,5 @@ long arranged(const Matrix& a);
 void arrange(const Matrix& a, const float* x, uint16_t* out);
 
 // y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded and any number of rows; a row's bits do
-// not depend on the others.
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
+// not depend on the others. No row from `last` on is asked for ahead: the caller will not need it.
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last);
