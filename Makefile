@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO_MODEL ?= r1-nano
 
-.PHONY: run test check gpu clean
+.PHONY: run test check gpu avx2 clean
 
 run: $(VENV)/.core
 	$(BIN)/undistilled demo $(DEMO_MODEL)
@@ -16,6 +16,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+avx2: $(VENV)/.dev  # the kernels as a processor without AVX-512 has them, tested on this one
+	UNDISTILLED_MARCH=x86-64-v3 $(BIN)/python setup.py build_ext --build-lib build/avx2 --build-temp build/avx2/temp
+	UNDISTILLED_KERNELS=build/avx2/undistilled/ops/cpu $(BIN)/python -m pytest tests/ops tests/generate/test_programs.py
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu

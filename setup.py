@@ -1,28 +1,32 @@
 """Builds the optional native CPU kernels; everything else is in pyproject.toml.
 
-The extension is compiled with -fopenmp but not linked with an OpenMP runtime: its GOMP_*
-symbols resolve at load time to the runtime that PyTorch has loaded, so that both share one
-thread pool. Without a compiler the build skips it and the package runs on PyTorch alone.
+Without a compiler the build skips them and the package runs on PyTorch alone.
+UNDISTILLED_MARCH builds for another processor than this one, such as x86-64-v3 (AVX2).
 """
+
+import os
 
 from setuptools import Extension, setup
 
 CPU = "src/undistilled/ops/cpu"
+SOURCES = ("pool", "program", "kernels", "rows", "attend", "lift", "router", "experts", "product", "coded", "decode")
+HEADERS = ("pool", "program", "simd", "matrix", "product", "codes", "coded", "scratch")
 
 setup(
     ext_modules=[
         Extension(
             "undistilled.ops.cpu._kernels",
-            sources=[f"{CPU}/{name}.cpp" for name in ("kernels", "attend", "experts", "product", "coded", "decode")],
-            depends=[f"{CPU}/{name}.h" for name in ("simd", "matrix", "product", "codes", "coded", "scratch")],
+            sources=[f"{CPU}/{name}.cpp" for name in SOURCES],
+            depends=[f"{CPU}/{name}.h" for name in HEADERS],
             language="c++",
             optional=True,
+            extra_link_args=["-pthread"],
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
                 "-g0",
-                "-march=native",
-                "-fopenmp",
+                f"-march={os.environ.get('UNDISTILLED_MARCH', 'native')}",
+                "-pthread",
                 "-ffp-contract=off",
                 "-fno-exceptions",
                 "-fno-rtti",

@@ -4,8 +4,9 @@
 
 llama.cpp comes as llama-cpp-python, built with -DGGML_NATIVE=ON in an environment of its own under DIR
 (default benchmarks/.peers; building takes minutes). All three read weights made from the same GGUF file:
-BF16 as we dequantise it, and Q8_0 from that. Rounds alternate engines, so that a drift of the machine meets
-them all; what counts are the ratios, round by round.
+BF16 as we dequantise it, and Q8_0 and Q4_0 from that; our int4 keeps the head, which is the embedding, in INT8, their
+Q4_0 file has it in 4 bits too. Rounds alternate engines, so that a drift of the machine meets them all; what counts are
+the ratios, round by round.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ print(json.dumps(dict(prefill={prompt} / one, decode={new} / (many - one))))
 
 
 def make_models(folder: Path) -> None:
-    """BF16 and Q8_0 GGUF files, and a transformers folder, from the demo model's dequantised weights."""
+    """BF16, Q8_0 and Q4_0 GGUF files, and a transformers folder, from the demo model's dequantised weights."""
     import gguf
     import torch
     from safetensors.torch import save_file
@@ -59,7 +60,7 @@ def make_models(folder: Path) -> None:
 
     model = find("smollm2")
     reader = gguf.GGUFReader(model.path)
-    for kind in ("BF16", "Q8_0"):
+    for kind in ("BF16", "Q8_0", "Q4_0"):
         path = folder / f"smollm2-{kind}.gguf"
         if not path.exists():
             write_gguf(gguf, reader, getattr(gguf.GGMLQuantizationType, kind), path)
@@ -137,6 +138,8 @@ def engines(folder: Path, threads: int) -> dict:
         "transformers fp32": lambda: figure([sys.executable, "-c", theirs, folder / "transformers", "float32"]),
         "ours int8": lambda: ours("int8"),
         "llama.cpp Q8_0": lambda: figure([python, "-c", llama, folder / "smollm2-Q8_0.gguf"]),
+        "ours int4": lambda: ours("int4"),
+        "llama.cpp Q4_0": lambda: figure([python, "-c", llama, folder / "smollm2-Q4_0.gguf"]),
     }
 
 
@@ -147,6 +150,7 @@ RATIOS = [
     ("ours int8", "llama.cpp Q8_0"),
     ("ours int8", "transformers bf16"),
     ("ours int8", "transformers fp32"),
+    ("ours int4", "llama.cpp Q4_0"),
 ]
 
 

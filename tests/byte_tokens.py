@@ -10,7 +10,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from undistilled.checkpoint.tokenizer import Tokenizer
 
 CONTROL = [
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<think>",
+    "</think>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
     "<｜tool▁calls▁begin｜>",
 ]
 

@@ -63,9 +63,18 @@ def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
     show_quality._suite({"tasks": {"fraction_simplification": task}, "mean": task, "unfinished": nothing,
                          "thinking": True, "max_tokens": 1024})  # fmt: skip
     speed = {"median": 12345.0, "min": 12000.0, "max": 13000.0}
-    show.bench({"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "scheme": "int4-g32-sym", "compute_dtype": "bfloat16",
-                "prefill_tokens_per_s": speed, "decode_tokens_per_s": speed, "peak_bytes": 1e9, "threads": 2,
-                "predicted": {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e5, "bytes": {"cpu": 1e9}}})
+    show.bench(
+        {
+            "model": "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "scheme": "int4-g32-sym",
+            "compute_dtype": "bfloat16",
+            "prefill_tokens_per_s": speed,
+            "decode_tokens_per_s": speed,
+            "peak_bytes": 1e9,
+            "threads": 2,
+            "predicted": {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e5, "bytes": {"cpu": 1e9}},
+        }
+    )
     lines = shown()
     assert any("-2.0 (-10.2 to +3.1)  1012 to 998" in line for line in lines)
     assert "SmolLM2-135M-Instruct.Q4_1.gguf as int4-g32-sym, bfloat16 products" in lines

@@ -211,6 +211,7 @@ def bench(
     microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
+    explain: Annotated[bool, typer.Option(help="Each kind of kernel beside the time its bytes take.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Measure prefill and decode speed and peak memory."""
@@ -222,6 +223,10 @@ def bench(
     options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, {"plan": plan_file, **options})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
+    if explain:
+        from .observe.explain import explain as explained
+
+        result["explain"] = explained(engine, batch)
     _print_json(result) if as_json else show.bench(result)
 
 

@@ -68,7 +68,12 @@ def _original(name: str, plan: Any, receipts: dict[str, dict[str, Any]]) -> dict
 def _receipt(name: str, scheme: str, suite: Wanted | None, folder: Path) -> dict[str, Any]:
     with show.steps() as say:
         receipt = prove(
-            name, scheme=scheme, context=CONTEXT, tokens=TOKENS, suite=suite, limit=SUITE_LIMIT,
+            name,
+            scheme=scheme,
+            context=CONTEXT,
+            tokens=TOKENS,
+            suite=suite,
+            limit=SUITE_LIMIT,
             progress=lambda text: say(f"{scheme}: {text}"),
         )
     write_receipt(receipt, folder / f"{name}-{scheme}.json")

@@ -238,9 +238,16 @@ def bench(result: dict[str, Any]) -> None:
         table.add_row(name, *(number(x) for x in (m["median"], m["min"], m["max"], result["predicted"][key])))
     out.print(table)
     planned = ", ".join(size(b) for b in result["predicted"]["bytes"].values())
-    if "ranks" not in result:
+    if "ranks" in result:
+        rank_times(result)
+    else:
         out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
-        return
+    if "explain" in result:
+        kernels(result["explain"])
+
+
+def rank_times(result: dict[str, Any]) -> None:
+    """What each rank took and did of the time."""
     table = table_of("rank", "peak", "planned", "computing", "waiting")
     for rank, found in enumerate(result["ranks"]):
         sizes = (size(found["peak_bytes"]), size(found["planned_bytes"]))
@@ -261,6 +268,17 @@ def rebalanced(before: Any, after: Any, output: Path, result: dict[str, Any]) ->
         table.add_row(str(stage), f"{a} to {b - 1}", f"{part:.0%} of the time", f"{c} to {d - 1}")
     out.print(table)
     out.print(f"written to {output}")
+
+
+def kernels(rows: list[dict[str, Any]]) -> None:
+    """The kinds of kernels of a decode pass beside the time that their weights take to be read."""
+    table = table_of("one pass", "steps", "ms", "weights", "GB/s", "floor, ms")
+    for row in rows:
+        ms, floor = (f"{row[key] * 1e3:.3f}" for key in ("seconds", "floor"))
+        read = (size(row["bytes"]), f"{row['bytes'] / row['seconds'] / 1e9:.1f}", floor) if row["bytes"] else [""] * 3
+        table.add_row(row["name"], str(row["count"]), ms, *read)
+    out.print(table)
+    out.print(f"read bandwidth {size(rows[0]['bandwidth'])}/s, measured now")
 
 
 def comparison(rows: list[dict[str, Any]]) -> None:

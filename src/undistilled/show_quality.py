@@ -80,8 +80,12 @@ def compared(found: list[dict[str, Any]], picture: Path | None) -> None:
     for row in found:
         right = "" if row["suite"] is None else f"{row['suite']:.1%}"
         table.add_row(
-            row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.2f}", f"{row['kl_nats']:.5f}",
-            f"{row['top1_agreement']:.1%}", right,
+            row["name"],
+            size(row["bytes"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['kl_nats']:.5f}",
+            f"{row['top1_agreement']:.1%}",
+            right,
         )
     show.out.print(table)
     if picture:

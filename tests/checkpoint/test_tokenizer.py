@@ -193,8 +193,10 @@ def test_r1_conversations_are_what_transformers_makes_of_them():
     ours = r1()
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours._tokenizer, bos_token="<｜begin▁of▁sentence｜>")
     messages = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was ist 2+2? 你好 🤖\n  x"},
-        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"}, {"role": "user", "content": "Sure?"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Was ist 2+2? 你好 🤖\n  x"},
+        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"},
+        {"role": "user", "content": "Sure?"},
     ]
     text = theirs.apply_chat_template(
         messages, chat_template=ours.chat_template, add_generation_prompt=True, tokenize=False

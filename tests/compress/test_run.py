@@ -52,7 +52,9 @@ def test_rounding_to_nearest_is_what_loading_does(tmp_path):
 
 
 RTN, ROLES, BITS, SEARCH = (
-    {"scheme": "int8", "solver": "rtn"}, {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"}, {"bits": 6.0},
+    {"scheme": "int8", "solver": "rtn"},
+    {"scheme": "int8,expert=int4-g32,attention.o=nl4-g32"},
+    {"bits": 6.0},
     {"scheme": "nl3-g32", "solver": "search"},
 )
 HQQ = {"scheme": "int4,expert=nl4-g32", "solver": "hqq"}
@@ -61,7 +63,11 @@ HQQ = {"scheme": "int4,expert=nl4-g32", "solver": "hqq"}
 @pytest.mark.parametrize(
     "name, asked",
     [
-        ("deepseek_v3", ROLES), ("deepseek_v3", BITS), ("deepseek_v3", HQQ), ("deepseek_v2", SEARCH), ("llama", BITS),
+        ("deepseek_v3", ROLES),
+        ("deepseek_v3", BITS),
+        ("deepseek_v3", HQQ),
+        ("deepseek_v2", SEARCH),
+        ("llama", BITS),
         ("qwen3", RTN),
     ],
 )
@@ -94,8 +100,11 @@ def test_a_compressed_model_is_planned_from_its_config_alone(tmp_path):
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
     model = find(str(folder(tmp_path / "m")))
     for request, word in (
-        (Request(), "one of"), (Request(scheme="int8", bits=4.0), "one of"), (Request(scheme="int9"), "int9"),
-        (Request(scheme="int8,expert"), "role=scheme"), (Request(scheme="int8", solver="magic"), "magic"),
+        (Request(), "one of"),
+        (Request(scheme="int8", bits=4.0), "one of"),
+        (Request(scheme="int9"), "int9"),
+        (Request(scheme="int8,expert"), "role=scheme"),
+        (Request(scheme="int8", solver="magic"), "magic"),
     ):
         with pytest.raises(UsageError, match=word):
             quantize(model, tmp_path / "out", request)

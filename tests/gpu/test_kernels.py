@@ -18,7 +18,16 @@ from undistilled.scheme import Stored
 pytestmark = pytest.mark.gpu
 QUANTISED = [name for name, scheme in schemes.SCHEMES.items() if form_of(scheme)]
 SOME = [
-    "int8", "int8-g32", "fp8_block", "fp8_channel", "int4", "int4-g32-sym", "int3", "int5-g64", "int6", "nl3-g32",
+    "int8",
+    "int8-g32",
+    "fp8_block",
+    "fp8_channel",
+    "int4",
+    "int4-g32-sym",
+    "int3",
+    "int5-g64",
+    "int6",
+    "nl3-g32",
     "nvfp4",
 ]
 

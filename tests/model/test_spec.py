@@ -17,31 +17,68 @@ from undistilled.model.spec import spec_from_config
 from undistilled.ops.rope import frequencies
 
 MALFORMED = [
-    ("rope_scaling", [1]), ("rope_parameters", "x"), ("quantization_config", [1]), ("quantization_config", {}),
-    ("quantization_config", {"quant_method": "fp8", "weight_block_size": 5}), ("eos_token_id", "a"),
-    ("eos_token_id", ["a"]), ("eos_token_id", True), ("bos_token_id", "a"), ("rope_theta", "abc"),
-    ("rope_theta", float("nan")), ("rope_theta", -1.0), ("rope_theta", 10**400), ("rope_theta", 0),
-    ("model_type", ["llama"]), ("model_type", None), ("num_key_value_heads", -1), ("num_key_value_heads", 3),
-    ("num_key_value_heads", 0), ("rms_norm_eps", "x"), ("rms_norm_eps", float("inf")), ("hidden_act", [1]),
-    ("max_position_embeddings", "x"), ("hidden_size", 10**30), ("num_hidden_layers", True),
-    ("num_hidden_layers", 1025), ("num_hidden_layers", 2**31 - 1),
+    ("rope_scaling", [1]),
+    ("rope_parameters", "x"),
+    ("quantization_config", [1]),
+    ("quantization_config", {}),
+    ("quantization_config", {"quant_method": "fp8", "weight_block_size": 5}),
+    ("eos_token_id", "a"),
+    ("eos_token_id", ["a"]),
+    ("eos_token_id", True),
+    ("bos_token_id", "a"),
+    ("rope_theta", "abc"),
+    ("rope_theta", float("nan")),
+    ("rope_theta", -1.0),
+    ("rope_theta", 10**400),
+    ("rope_theta", 0),
+    ("model_type", ["llama"]),
+    ("model_type", None),
+    ("num_key_value_heads", -1),
+    ("num_key_value_heads", 3),
+    ("num_key_value_heads", 0),
+    ("rms_norm_eps", "x"),
+    ("rms_norm_eps", float("inf")),
+    ("hidden_act", [1]),
+    ("max_position_embeddings", "x"),
+    ("hidden_size", 10**30),
+    ("num_hidden_layers", True),
+    ("num_hidden_layers", 1025),
+    ("num_hidden_layers", 2**31 - 1),
 ]
 DENSE = [
-    ("head_dim", "x"), ("head_dim", 33), ("head_dim", 0), ("sliding_window", "x"), ("hidden_size", 100),
+    ("head_dim", "x"),
+    ("head_dim", 33),
+    ("head_dim", 0),
+    ("sliding_window", "x"),
+    ("hidden_size", 100),
     ("rope_scaling", {"rope_type": ["yarn"]}),
 ]
 LATENT = [
-    ("qk_rope_head_dim", 15), ("q_lora_rank", "x"), ("n_group", "x"), ("n_group", 3), ("topk_group", -1),
-    ("routed_scaling_factor", "x"), ("first_k_dense_replace", -1), ("n_shared_experts", [1]),
-    ("n_routed_experts", "x"), ("num_nextn_predict_layers", "x"), ("num_experts_per_tok", 100),
-    ("num_nextn_predict_layers", 1024), ("n_routed_experts", 4100),
+    ("qk_rope_head_dim", 15),
+    ("q_lora_rank", "x"),
+    ("n_group", "x"),
+    ("n_group", 3),
+    ("topk_group", -1),
+    ("routed_scaling_factor", "x"),
+    ("first_k_dense_replace", -1),
+    ("n_shared_experts", [1]),
+    ("n_routed_experts", "x"),
+    ("num_nextn_predict_layers", "x"),
+    ("num_experts_per_tok", 100),
+    ("num_nextn_predict_layers", 1024),
+    ("n_routed_experts", 4100),
 ]
 
 
-@pytest.mark.parametrize("base, key, value", [
-    *((base, *case) for base in (LLAMA, DEEPSEEK) for case in MALFORMED), *((LLAMA, *case) for case in DENSE),
-    *((DEEPSEEK, *case) for case in LATENT),
-], ids=lambda value: f"{value}"[:20])
+@pytest.mark.parametrize(
+    "base, key, value",
+    [
+        *((base, *case) for base in (LLAMA, DEEPSEEK) for case in MALFORMED),
+        *((LLAMA, *case) for case in DENSE),
+        *((DEEPSEEK, *case) for case in LATENT),
+    ],
+    ids=lambda value: f"{value}"[:20],
+)
 def test_malformed_values_are_named(base, key, value):
     with pytest.raises(BadArtefact, match=r"config\.json") as error:
         spec_from_config(base | {key: value})
@@ -49,10 +86,18 @@ def test_malformed_values_are_named(base, key, value):
     assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("key, value", [
-    ("factor", 0), ("factor", "x"), ("original_max_position_embeddings", "64"), ("beta_fast", -1), ("mscale", "x"),
-    ("attention_factor", "x"), ("rope_theta", "x"),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("factor", 0),
+        ("factor", "x"),
+        ("original_max_position_embeddings", "64"),
+        ("beta_fast", -1),
+        ("mscale", "x"),
+        ("attention_factor", "x"),
+        ("rope_theta", "x"),
+    ],
+)
 def test_malformed_scaling_is_named(key, value):
     with pytest.raises(BadArtefact, match=rf"config\.json: '{key}' is"):
         spec_from_config(DEEPSEEK | {"rope_scaling": YARN | {key: value}})

@@ -48,3 +48,35 @@ def test_a_run_that_the_plan_has_no_room_for_is_refused(engine, prompt, new, bat
 def test_a_run_that_fills_the_context_makes_every_token(engine):
     found = bench(engine, 60, 4, 1, repeat=1)
     assert (found["prompt_tokens"], found["new_tokens"], found["batch"]) == (60, 4, 1)
+
+
+def test_the_kernels_of_a_pass_beside_their_floor(engine, monkeypatch):
+    from undistilled.observe import explain
+    from undistilled.ops.cpu import native
+
+    if native.library() is None:
+        pytest.skip(native.why_missing())
+    monkeypatch.setattr(explain, "READ", 1 << 22)
+    bench(engine, 16, 8, 1, 1)
+    rows = {row["name"]: row for row in explain.explain(engine, 1)}
+    linear = next(row for name, row in rows.items() if name.startswith("linear"))
+    layer = (2 * 128 * 128 + 2 * 32 * 128 + 3 * 128 * 224) * 3
+    assert linear["count"] == 3 * 7 and linear["bytes"] in (4 * layer, 2 * layer)
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert 0 < linear["floor"] == linear["bytes"] / linear["bandwidth"]
+    assert {"norm", "rope", "cache", "attend", "add", "silu mul", "embedding", "head: norm"} <= set(rows)
+    with pytest.raises(UsageError, match="5 rows"):
+        explain.explain(engine, 5)
+
+
+def test_reading_meets_every_byte():
+    from undistilled.ops.cpu import native
+
+    if native.library() is None:
+        pytest.skip(native.why_missing())
+    memory = torch.zeros(5 * native.PIECE, dtype=torch.uint8)
+    assert native.read(memory) == 0
+    for at in (0, native.PIECE + 1021, len(memory) - 1):
+        memory[at] ^= 5
+        assert native.read(memory) != 0
+        memory[at] ^= 5

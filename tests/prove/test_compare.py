@@ -10,13 +10,18 @@ from undistilled.prove.receipt import seal
 
 
 def write(folder, name, size, kl, sha="a", suite=None):
-    receipt = seal({
-        "plan": {"scheme": name, "bytes": size, "bits_per_weight": 8.0},
-        "original": {"digest": "d", "fingerprint": "f"},
-        "text": {"sha256": sha}, "tasks": {}, "suite": suite, "top1_agreement": 0.9,
-        "kl_nats": {"mean": kl, "se": 0.01},
-        "speed": {"measured": {"decode_tokens_per_s": {"median": 10.0}}},
-    })
+    receipt = seal(
+        {
+            "plan": {"scheme": name, "bytes": size, "bits_per_weight": 8.0},
+            "original": {"digest": "d", "fingerprint": "f"},
+            "text": {"sha256": sha},
+            "tasks": {},
+            "suite": suite,
+            "top1_agreement": 0.9,
+            "kl_nats": {"mean": kl, "se": 0.01},
+            "speed": {"measured": {"decode_tokens_per_s": {"median": 10.0}}},
+        }
+    )
     file = folder / f"{name}.json"
     file.write_text(json.dumps(receipt))
     return file
@@ -28,7 +33,8 @@ def test_rows_come_smallest_first_and_make_a_picture(tmp_path):
     files = [write(tmp_path, "big", 200, 0.1, suite=suite), write(tmp_path, "small", 100, 0.2, suite=suite)]
     found = rows(files)
     assert [(row["name"], row["bytes"], row["kl_nats"], row["suite"]) for row in found] == [
-        ("small", 100, 0.2, 0.8), ("big", 200, 0.1, 0.8),
+        ("small", 100, 0.2, 0.8),
+        ("big", 200, 0.1, 0.8),
     ]
     draw(found, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().count("<path") > 20

@@ -29,8 +29,16 @@ def test_figures_and_bindings(receipt, folder):
 def test_the_original_against_itself_costs_nothing(folder, text, tmp_path):
     said = []
     r = prove(
-        str(folder), scheme="fp32", text=text, tasks=[toy.task_file(tmp_path)], tokens=200, limit=2, context=128,
-        window=64, command=toy.bench, progress=said.append,
+        str(folder),
+        scheme="fp32",
+        text=text,
+        tasks=[toy.task_file(tmp_path)],
+        tokens=200,
+        limit=2,
+        context=128,
+        window=64,
+        command=toy.bench,
+        progress=said.append,
     )
     assert r["kl_nats"]["mean"] == 0.0 and r["top1_agreement"] == 1.0
     task = r["tasks"]["toy"]
@@ -105,8 +113,16 @@ def test_inputs_are_refused_before_anything_runs(folder, tmp_path):
         prove(str(folder), scheme="int4", tokens=1, context=128, command=never)
 
 
-@pytest.mark.parametrize("printed", ["", "[]", "{}", json.dumps(toy.BENCH | {"peak_bytes": 0}),
-                                     json.dumps(toy.BENCH | {"decode_tokens_per_s": {"median": "3"}})])
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "",
+        "[]",
+        "{}",
+        json.dumps(toy.BENCH | {"peak_bytes": 0}),
+        json.dumps(toy.BENCH | {"decode_tokens_per_s": {"median": "3"}}),
+    ],
+)
 def test_a_bench_that_measured_nothing_is_no_figure(folder, text, printed):
     with pytest.raises(UndistilledError, match="no measurement"):
         prove(str(folder), scheme="int4", text=text, tokens=64, context=128, command=lambda argv: printed)

@@ -44,10 +44,18 @@ def test_the_page_has_the_figures_and_fetches_nothing(receipt):
     page = render(receipt)
     r = receipt
     for text in (
-        nats(r["kl_nats"]["mean"]), percent(r["top1_agreement"]), size(r["memory"]["predicted"]),
-        size(r["memory"]["measured"]), rate(r["speed"]["measured"]["decode_tokens_per_s"]["median"]),
-        rate(r["speed"]["predicted"]["prefill_tokens_per_s"]), f"{r['perplexity']['plan']:.3f}", r["receipt_id"],
-        r["model"]["fingerprint"], r["plan"]["digest"], r["text"]["sha256"], "The id matches the content",
+        nats(r["kl_nats"]["mean"]),
+        percent(r["top1_agreement"]),
+        size(r["memory"]["predicted"]),
+        size(r["memory"]["measured"]),
+        rate(r["speed"]["measured"]["decode_tokens_per_s"]["median"]),
+        rate(r["speed"]["predicted"]["prefill_tokens_per_s"]),
+        f"{r['perplexity']['plan']:.3f}",
+        r["receipt_id"],
+        r["model"]["fingerprint"],
+        r["plan"]["digest"],
+        r["text"]["sha256"],
+        "The id matches the content",
         "toy, accuracy",
     ):
         assert text in page, text
@@ -63,8 +71,12 @@ def test_an_edited_receipt_is_called_that(receipt):
 
 def test_hostile_names_stay_text(receipt):
     r = changed(
-        receipt, model=receipt["model"] | {"name": HOSTILE}, tasks={HOSTILE: receipt["tasks"]["toy"]}, command=HOSTILE,
-        machine=receipt["machine"] | {"name": HOSTILE}, text=receipt["text"] | {"name": HOSTILE},
+        receipt,
+        model=receipt["model"] | {"name": HOSTILE},
+        tasks={HOSTILE: receipt["tasks"]["toy"]},
+        command=HOSTILE,
+        machine=receipt["machine"] | {"name": HOSTILE},
+        text=receipt["text"] | {"name": HOSTILE},
         plan=receipt["plan"] | {"scheme": HOSTILE},
     )
     page = render(r)

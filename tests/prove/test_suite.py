@@ -112,7 +112,9 @@ def test_answers_are_split_counted_and_scored():
     items = suite.test_items("gcd", 4)
     right, wrong, silent, endless = (i.question for i in items)
     script = {
-        right: f"hm</think>\n\n{expected(items[0])}", wrong: "hmm</think>-7", silent: "</think>",
+        right: f"hm</think>\n\n{expected(items[0])}",
+        wrong: "hmm</think>-7",
+        silent: "</think>",
         endless: "this one never ends",
     }
     told = []
@@ -185,7 +187,8 @@ def test_figures_are_paired_by_question():
     assert gcd["original_interval"] == interval.wilson(3, 6) and gcd["plan_interval"] == interval.wilson(2, 6)
     assert gcd["tokens_per_answer"] == {"original": 4, "plan": 6} and gcd["kept"] == pytest.approx(2 / 3)
     assert gcd["levels"] == [  # six questions take the three levels in turn
-        {"n": 2, "original": 0.5, "plan": 1.0}, {"n": 2, "original": 0.5, "plan": 0.0},
+        {"n": 2, "original": 0.5, "plan": 1.0},
+        {"n": 2, "original": 0.5, "plan": 0.0},
         {"n": 2, "original": 0.5, "plan": 0.0},
     ]
     assert found["tasks"]["chain_sum"]["levels"][2] == {"n": 0, "original": None, "plan": None}
@@ -217,8 +220,14 @@ def test_page_and_terminal_show_it(suite_receipt, receipt, capsys):
     page = render(suite_receipt)
     assert "No task was run" not in page
     assert not parsed(page).fetched  # and every tag closes
-    for text in ("Reasoning, on the same held-out questions", "8 generated questions, answered at once", "gcd",
-                 "chain_sum", "Not established that accuracy differs", suite_receipt["suite"]["questions_sha256"]):
+    for text in (
+        "Reasoning, on the same held-out questions",
+        "8 generated questions, answered at once",
+        "gcd",
+        "chain_sum",
+        "Not established that accuracy differs",
+        suite_receipt["suite"]["questions_sha256"],
+    ):
         assert text in page, text
     assert page.count('class="whisker"') == 4 + 2 and "The id matches the content" in page
     show_quality.receipt(suite_receipt)

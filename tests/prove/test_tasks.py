@@ -25,12 +25,24 @@ def test_reads_both_forms_and_the_limit(tmp_path):
         tasks.read_tasks([plain, other / "q.jsonl"])
 
 
-@pytest.mark.parametrize("bad", [
-    "{", "[]", "3", "[" * 100_000, '{"context": "a"}', json.dumps(GOOD | {"answer": 2}),
-    json.dumps(GOOD | {"answer": True}), json.dumps(GOOD | {"answer": -1}),
-    json.dumps(GOOD | {"choices": ["b"]}), json.dumps(GOOD | {"choices": ["b", ""]}),
-    json.dumps(GOOD | {"choices": "bc"}), json.dumps(GOOD | {"context": ""}), json.dumps(GOOD | {"context": 3}),
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "[]",
+        "3",
+        "[" * 100_000,
+        '{"context": "a"}',
+        json.dumps(GOOD | {"answer": 2}),
+        json.dumps(GOOD | {"answer": True}),
+        json.dumps(GOOD | {"answer": -1}),
+        json.dumps(GOOD | {"choices": ["b"]}),
+        json.dumps(GOOD | {"choices": ["b", ""]}),
+        json.dumps(GOOD | {"choices": "bc"}),
+        json.dumps(GOOD | {"context": ""}),
+        json.dumps(GOOD | {"context": 3}),
+    ],
+)
 def test_a_malformed_line_is_named(tmp_path, bad):
     file = tmp_path / "bad.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + bad + "\n")

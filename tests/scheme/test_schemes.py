@@ -12,10 +12,26 @@ from undistilled.scheme.packing import pack, unpack
 
 # half a step of each format, relative to the largest value that shares a scale
 HALF_STEP = {
-    "bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8_block": 2**-4, "fp8_channel": 2**-4, "int8": 0.5 / 127,
-    "int6": 0.55 / 31, "int5": 0.55 / 15, "int4": 0.55 / 7, "int3": 0.55 / 3, "int2": 0.55 / 2,
+    "bf16": 2**-8,
+    "fp16": 2**-11,
+    "fp32": 0.0,
+    "fp8_block": 2**-4,
+    "fp8_channel": 2**-4,
+    "int8": 0.5 / 127,
+    "int6": 0.55 / 31,
+    "int5": 0.55 / 15,
+    "int4": 0.55 / 7,
+    "int3": 0.55 / 3,
+    "int2": 0.55 / 2,
     # half of the widest gap between levels, and what an FP8 scale that was rounded down cuts off
-    "nl6": 0.07, "nl5": 0.08, "nl4": 0.1, "nl3": 0.14, "nl2": 0.22, "mxfp4": 0.17, "nvfp4": 0.13, "tiles16x32": 0.22,
+    "nl6": 0.07,
+    "nl5": 0.08,
+    "nl4": 0.1,
+    "nl3": 0.14,
+    "nl2": 0.22,
+    "mxfp4": 0.17,
+    "nvfp4": 0.13,
+    "tiles16x32": 0.22,
 }
 TILES = ["tiles16x32-2x3-3x4-4x5", "tiles16x32-6x12", "tiles16x32-3x6-5x6"]
 R1_SHAPES = [(576, 7168), (1536, 7168), (2048, 7168), (7168, 2048)]
@@ -57,8 +73,12 @@ def test_a_slice_is_the_slice_of_the_whole(name, into, start, stop):
 @pytest.mark.parametrize(
     "name, axis, start",
     [
-        ("fp8_block", "out", 64), ("fp8_block", "in", 64), ("int4", "in", 32), ("int3-g64", "in", 32),
-        (TILES[0], "out", 8), (TILES[0], "in", 32),
+        ("fp8_block", "out", 64),
+        ("fp8_block", "in", 64),
+        ("int4", "in", 32),
+        ("int3-g64", "in", 32),
+        (TILES[0], "out", 8),
+        (TILES[0], "in", 32),
     ],
 )
 def test_a_cut_quantum_is_refused(name, axis, start):

@@ -93,15 +93,16 @@ class FakeEngine:
         if sampling.logprobs is not None:
             top = [(token, -0.5), (65, float("-inf")), (66, -2.0)][: sampling.logprobs]
             logprobs = [TokenLogprob(token, -0.5, top)]
-        return Output(
-            request.id, [token], text, logprobs, reason, matched, len(request.prompt), running.done
-        )
+        return Output(request.id, [token], text, logprobs, reason, matched, len(request.prompt), running.done)
 
     def stats(self) -> dict[str, float]:
         return {
-            "running": len(self.running), "waiting": 0,
-            "kv_blocks_used": sum(r.blocks for r in self.running.values()), "kv_blocks_total": 100,
-            "aborted": self.aborted, "added": self.added,
+            "running": len(self.running),
+            "waiting": 0,
+            "kv_blocks_used": sum(r.blocks for r in self.running.values()),
+            "kv_blocks_total": 100,
+            "aborted": self.aborted,
+            "added": self.added,
         }
 
 

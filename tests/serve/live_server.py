@@ -90,7 +90,10 @@ class Running:
 
 def run_serve(**arguments: object) -> list[str]:
     """The command line of a process that serves the fake engine."""
-    return [sys.executable, "-c", f"""
+    return [
+        sys.executable,
+        "-c",
+        f"""
 import sys
 from undistilled.serve.server import serve
 from undistilled.errors import UndistilledError
@@ -99,7 +102,8 @@ try:
 except UndistilledError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
-"""]
+""",
+    ]
 
 
 def free_port() -> int:

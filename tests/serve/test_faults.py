@@ -35,14 +35,41 @@ def check_error(answer: httpx.Response, status: int, param: str | None = None, c
 
 
 RANGES = [
-    {"n": 10**9}, {"n": 0}, {"n": True}, {"temperature": -1}, {"temperature": 3}, {"temperature": "1"},
-    {"temperature": True}, {"max_tokens": -1}, {"max_tokens": 0}, {"max_tokens": 10**12}, {"max_tokens": 1.5},
-    {"seed": 2**63}, {"seed": 10**400}, {"temperature": 10**400},
-    {"logprobs": -1}, {"logprobs": 300}, {"stop": ["x"] * 10_000}, {"stop": [""]},
-    {"stop": "x" * 100_000}, {"logit_bias": {str(i): 1 for i in range(5000)}}, {"logit_bias": {"300": 1}},
-    {"logit_bias": {"a": 1}}, {"logit_bias": {"1": 1000}}, {"top_p": 0}, {"top_p": 2}, {"top_k": -7},
-    {"min_p": 2}, {"presence_penalty": 5}, {"frequency_penalty": -5}, {"repetition_penalty": 0}, {"best_of": 4},
-    {"stop_token_ids": [10**6]}, {"stream": "yes"}, {"suffix": "x"}, {"stream_options": {"include_usage": 1}},
+    {"n": 10**9},
+    {"n": 0},
+    {"n": True},
+    {"temperature": -1},
+    {"temperature": 3},
+    {"temperature": "1"},
+    {"temperature": True},
+    {"max_tokens": -1},
+    {"max_tokens": 0},
+    {"max_tokens": 10**12},
+    {"max_tokens": 1.5},
+    {"seed": 2**63},
+    {"seed": 10**400},
+    {"temperature": 10**400},
+    {"logprobs": -1},
+    {"logprobs": 300},
+    {"stop": ["x"] * 10_000},
+    {"stop": [""]},
+    {"stop": "x" * 100_000},
+    {"logit_bias": {str(i): 1 for i in range(5000)}},
+    {"logit_bias": {"300": 1}},
+    {"logit_bias": {"a": 1}},
+    {"logit_bias": {"1": 1000}},
+    {"top_p": 0},
+    {"top_p": 2},
+    {"top_k": -7},
+    {"min_p": 2},
+    {"presence_penalty": 5},
+    {"frequency_penalty": -5},
+    {"repetition_penalty": 0},
+    {"best_of": 4},
+    {"stop_token_ids": [10**6]},
+    {"stream": "yes"},
+    {"suffix": "x"},
+    {"stream_options": {"include_usage": 1}},
     {"chat_template": "{{ 1 }}"},
 ]
 
@@ -59,10 +86,23 @@ def test_numbers_that_are_none(server, number):
     check_error(http.post(server.base + COMPLETE, content=body, headers=headers), 400, "temperature")
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "\\ud800"}',
-    b'{"prompt": ' + b"1" * 5000 + b"}", b'{"prompt": "' + b"[" * 200 + b'\\"' + b"{" * 200 + b"",
-], ids=lambda b: b[:12])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": ' + b"1" * 5000 + b"}",
+        b'{"prompt": "' + b"[" * 200 + b'\\"' + b"{" * 200 + b"",
+    ],
+    ids=lambda b: b[:12],
+)
 def test_bad_json(server, body):
     for path in (COMPLETE, CHAT, "/tokenize", "/detokenize"):
         headers = {"Content-Type": "application/json"}
@@ -81,27 +121,55 @@ def test_brackets_in_a_string_do_not_nest(server):
     assert server.post("/tokenize", {"prompt": text}).status_code == 200
 
 
-@pytest.mark.parametrize("prompt", ["x" * 5000, [1] * 4096, [], [300], [-1], [2**70], {"a": 1}, 7, None, [["a"]], [[]],
-                                    [True], [1, "a"], ["a"] * 1000])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "x" * 5000,
+        [1] * 4096,
+        [],
+        [300],
+        [-1],
+        [2**70],
+        {"a": 1},
+        7,
+        None,
+        [["a"]],
+        [[]],
+        [True],
+        [1, "a"],
+        ["a"] * 1000,
+    ],
+)
 def test_prompts(server, prompt):
     check_error(server.post(COMPLETE, {"prompt": prompt}), 400, "prompt")
 
 
 def test_context(server):
     check_error(server.post(COMPLETE, {"prompt": "x" * 5000}), 400, "prompt", "context_length_exceeded")
-    check_error(server.post(CHAT, {"messages": [{"role": "user", "content": "x" * 5000}]}), 400, None,
-                "context_length_exceeded")
-    check_error(server.post(COMPLETE, {"prompt": "x", "max_tokens": 4096}), 400, "max_tokens",
-                "context_length_exceeded")
+    check_error(
+        server.post(CHAT, {"messages": [{"role": "user", "content": "x" * 5000}]}), 400, None, "context_length_exceeded"
+    )
+    check_error(
+        server.post(COMPLETE, {"prompt": "x", "max_tokens": 4096}), 400, "max_tokens", "context_length_exceeded"
+    )
 
 
-@pytest.mark.parametrize("messages", [
-    [], [{}], [{"role": "admin", "content": "x"}], [{"role": "user", "content": 5}], "x",
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
-    [{"role": "user", "content": [{"type": "input_audio"}]}], [{"role": "user", "content": [{"type": "text"}]}],
-    [{"role": "tool", "content": "x"}],
-], ids=lambda m: f"{m}"[:50])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{}],
+        [{"role": "admin", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        "x",
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
+        [{"role": "user", "content": [{"type": "input_audio"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "tool", "content": "x"}],
+    ],
+    ids=lambda m: f"{m}"[:50],
+)
 def test_messages(server, messages):
     check_error(server.post(CHAT, {"messages": messages}), 400, "messages")
 
@@ -112,11 +180,19 @@ def test_malformed_tool_calls(server, calls):
     assert server.post(CHAT, {"messages": messages}).status_code in (200, 400)
 
 
-@pytest.mark.parametrize("body", [
-    {"stop": [1] * 10**6}, {"stop_token_ids": ["a"] * 10**6}, {"logit_bias": {str(i): "a" for i in range(300_000)}},
-    {"messages": [{}] * 10**6}, {"tools": [1] * 10**6, "messages": HELLO}, {"tokens": ["a"] * 10**6},
-    {"messages": [{"role": "user", "content": ["a"] * 10**6}]},
-], ids=lambda b: next(iter(b)))
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"stop": [1] * 10**6},
+        {"stop_token_ids": ["a"] * 10**6},
+        {"logit_bias": {str(i): "a" for i in range(300_000)}},
+        {"messages": [{}] * 10**6},
+        {"tools": [1] * 10**6, "messages": HELLO},
+        {"tokens": ["a"] * 10**6},
+        {"messages": [{"role": "user", "content": ["a"] * 10**6}]},
+    ],
+    ids=lambda b: next(iter(b)),
+)
 def test_a_million_mistakes_are_one_error(server, body):
     """A report of each of them would take a gigabyte."""
     path = "/detokenize" if "tokens" in body else CHAT if "messages" in body else COMPLETE
@@ -144,12 +220,22 @@ def test_what_is_not_supported_says_so(server):
 
 
 IGNORED_ELSEWHERE = [
-    {"guided_choice": ["a"]}, {"guided_json": {"type": "object"}}, {"structured_outputs": {"regex": "a"}},
-    {"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-    {"functions": [{"name": "f"}]}, {"function_call": {"name": "f"}}, {"modalities": ["text", "audio"]},
-    {"prompt_logprobs": 0}, {"prompt_logprobs": 3}, {"continue_final_message": True},
-    {"chat_template_kwargs": {"enable_thinking": False}}, {"min_tokens": 5}, {"include_stop_str_in_output": True},
-    {"skip_special_tokens": False}, {"response_format": {"type": "json_object"}},
+    {"guided_choice": ["a"]},
+    {"guided_json": {"type": "object"}},
+    {"structured_outputs": {"regex": "a"}},
+    {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"functions": [{"name": "f"}]},
+    {"function_call": {"name": "f"}},
+    {"modalities": ["text", "audio"]},
+    {"prompt_logprobs": 0},
+    {"prompt_logprobs": 3},
+    {"continue_final_message": True},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"min_tokens": 5},
+    {"include_stop_str_in_output": True},
+    {"skip_special_tokens": False},
+    {"response_format": {"type": "json_object"}},
 ]
 
 
@@ -162,9 +248,19 @@ def test_what_would_change_the_answer_is_not_ignored(server, more):
 
 def test_what_changes_nothing_is_let_through(server):
     harmless = {
-        "guided_choice": None, "functions": [], "tool_choice": "auto", "function_call": "none", "modalities": ["text"],
-        "prompt_logprobs": None, "chat_template_kwargs": {}, "min_tokens": 0, "skip_special_tokens": True,
-        "include_stop_str_in_output": False, "response_format": {"type": "text"}, "user": "me", "stop": ["x"] * 16,
+        "guided_choice": None,
+        "functions": [],
+        "tool_choice": "auto",
+        "function_call": "none",
+        "modalities": ["text"],
+        "prompt_logprobs": None,
+        "chat_template_kwargs": {},
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "response_format": {"type": "text"},
+        "user": "me",
+        "stop": ["x"] * 16,
     }
     for path in (COMPLETE, CHAT):
         assert server.post(path, {"prompt": "Hi", "messages": HELLO, "max_tokens": 2, **harmless}).status_code == 200

@@ -16,9 +16,20 @@ from live_server import Running, http
 from undistilled.serve.limits import Limits, too_deep
 
 ROUTES = [
-    ("GET", "/v1/models"), ("GET", "/v1/models/fake"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"),
-    ("GET", "/metrics"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/version"), ("GET", "/openapi.json"),
-    ("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("GET", "/docs"), ("GET", "/v1/models/../../health"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/fake"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/metrics"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nowhere"),
+    ("GET", "//health"),
+    ("GET", "/health/"),
+    ("GET", "/docs"),
+    ("GET", "/v1/models/../../health"),
     ("GET", "/v1/models?path=/health"),
 ]
 
@@ -68,7 +79,9 @@ def test_one_byte_chunks(strict):
     with socket.create_connection(("127.0.0.1", strict.port)) as s:
         s.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-            + b"Authorization: Bearer " + "sécret".encode() + b"\r\n\r\n"
+            + b"Authorization: Bearer "
+            + "sécret".encode()
+            + b"\r\n\r\n"
         )
         s.settimeout(10)
         try:
@@ -87,7 +100,8 @@ def test_one_byte_chunks(strict):
 def test_a_slow_body_and_slow_headers(strict):
     for sent in (
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nAuthorization: Bearer "
-        + "sécret".encode() + b"\r\n\r\n{",
+        + "sécret".encode()
+        + b"\r\n\r\n{",
         b"GET /health HTTP/1.1\r\nHost: x\r\n",
         b"",
     ):

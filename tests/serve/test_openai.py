@@ -143,9 +143,14 @@ def test_version_health_metrics(server):
     for name in (
         'undistilled_requests_total{route="/v1/completions",status="200"}',
         "undistilled_time_to_first_token_seconds_sum",
-        "undistilled_inter_token_latency_seconds_count", "undistilled_e2e_request_latency_seconds_count",
-        "undistilled_prompt_tokens_total", "undistilled_generation_tokens_total", "undistilled_requests_running",
-        "undistilled_requests_waiting", "undistilled_kv_blocks_used 0.0", "undistilled_kv_blocks_total 100.0",
+        "undistilled_inter_token_latency_seconds_count",
+        "undistilled_e2e_request_latency_seconds_count",
+        "undistilled_prompt_tokens_total",
+        "undistilled_generation_tokens_total",
+        "undistilled_requests_running",
+        "undistilled_requests_waiting",
+        "undistilled_kv_blocks_used 0.0",
+        "undistilled_kv_blocks_total 100.0",
     ):
         assert name in text, name
 

@@ -39,8 +39,14 @@ def test_garbage_on_the_sockets_is_dropped(server):
             with context.socket(zmq.PUSH) as s:
                 s.set(zmq.LINGER, 500)
                 s.connect(f"ipc://{directory}/{name}")
-                for frames in ([b"x"], [b"", b""], forged, [server.client._key.encode(), b"\xff" * 100], [b"x"] * 9,
-                               [server.client._key.encode(), b"\x91" * 100_000]):
+                for frames in (
+                    [b"x"],
+                    [b"", b""],
+                    forged,
+                    [server.client._key.encode(), b"\xff" * 100],
+                    [b"x"] * 9,
+                    [server.client._key.encode(), b"\x91" * 100_000],
+                ):
                     s.send_multipart(frames)
             with socket.socket(socket.AF_UNIX) as s:
                 s.connect(f"{directory}/{name}")

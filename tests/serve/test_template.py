@@ -117,9 +117,9 @@ def test_a_template_that_waits_for_a_second_message_stops_nothing(brief):
 def test_an_ordinary_rendering_takes_little_and_threads_keep_their_answers():
     def ask(name: str) -> None:
         for _ in range(25):
-            found[name] = byte_tokenizer().decode(render_ids(byte_tokenizer(), "{{ messages[0].content }}", [
-                {"role": "user", "content": name}
-            ]))
+            found[name] = byte_tokenizer().decode(
+                render_ids(byte_tokenizer(), "{{ messages[0].content }}", [{"role": "user", "content": name}])
+            )
             assert found[name] == name
 
     found: dict[str, str] = {}
@@ -196,7 +196,8 @@ def test_r1_prompt_is_r1s():
     tokenizer = byte_tokenizer()
     assert template_of(tokenizer) == R1_TEMPLATE
     messages = [
-        {"role": "system", "content": "One."}, {"role": "developer", "content": "Two."},
+        {"role": "system", "content": "One."},
+        {"role": "developer", "content": "Two."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHo", "reasoning_content": "hm"},
         {"role": "user", "content": "Again"},

@@ -16,7 +16,12 @@ def test_a_refused_turn_does_not_end_the_session(monkeypatch):
     add = engine.add
     monkeypatch.setattr(engine, "add", lambda r: (prompts.append(engine.tokenizer.decode(r.prompt)), add(r)))
     converse(
-        engine, system=None, max_tokens=50, temperature=0.0, ask=lambda: next(turns), on_text=shown.append,
+        engine,
+        system=None,
+        max_tokens=50,
+        temperature=0.0,
+        ask=lambda: next(turns),
+        on_text=shown.append,
         on_thought=shown.append,
     )
     text = "".join(shown)

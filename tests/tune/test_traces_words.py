@@ -71,8 +71,9 @@ def test_number_sorting():
 
 def test_number_filtering():
     for question, thought, answer in cases("number_filtering"):
-        verb, relation, limit, listed = re.match(r"(\w+) all numbers (\w+) than (\S+) in this list: (.*)",
-                                                 question).groups()
+        verb, relation, limit, listed = re.match(
+            r"(\w+) all numbers (\w+) than (\S+) in this list: (.*)", question
+        ).groups()
         rule, *lines = thought.split("\n")
         wanted = {"Keeplarger": ">", "Keepsmaller": "<", "Removelarger": "<=", "Removesmaller": ">="}[verb + relation]
         sign, number = re.fullmatch(r"keep ([<>]=?)([+-][\d.]+)", rule).groups()
@@ -182,13 +183,13 @@ def test_knights_knaves():
         one, zero = lines[1].removeprefix("1="), lines[2].removeprefix("0=")
         assert f"So who is {one} and who is {zero}?" in question
         formulas, at = {}, 0
-        for letter, line in zip("ABC", lines[3:3 + len(names)], strict=False):
+        for letter, line in zip("ABC", lines[3 : 3 + len(names)], strict=False):
             assert line[:2] == f"{letter}:"
             said, formulas[letter] = english(line[2:], names, one, zero)
             at = question.index(said, at) + len(said)  # the question's order is that of the people
         said = len(re.findall(f" is ({one}|{zero})", question.split("So who")[0]))
         assert said == sum(map(str.isalpha, "".join(formulas.values())))
-        found = check_cases(lines[3 + len(names):], formulas)
+        found = check_cases(lines[3 + len(names) :], formulas)
         said = [f"{name} is {one if bit == '1' else zero}" for name, bit in zip(names.values(), found, strict=True)]
         assert answer == ", ".join(said[:-1]) + f", and {said[-1]}."
 
@@ -277,8 +278,12 @@ def check_last(lines, numbers, target):
         makes = [a + b, big - small, a * b, "x" if big % small else big // small]
         assert made == f"{a},{b}:+{makes[0]}-{makes[1]}*{makes[2]}/{makes[3]}"
         product_ = target * last if target * last <= max(a * b, a + b) else "x"
-        needs = [target - last if target >= last else "x", target + last,
-                 "x" if target % last else target // last, product_]
+        needs = [
+            target - last if target >= last else "x",
+            target + last,
+            "x" if target % last else target // last,
+            product_,
+        ]
         assert needed == f"{last}:-{needs[0]}+{needs[1]}/{needs[2]}*{needs[3]}"
         common = [n for n in needs if n in makes and n != "x"]
         assert verdict == (f"yes {common[0]}" if common else "no") and bool(common) == (place == len(lines) - 1)

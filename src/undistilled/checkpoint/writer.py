@@ -58,7 +58,9 @@ def _blocks(tensors: list[Tensor], values: Iterable[torch.Tensor]):
     header, at = {}, 0
     for name, spec in tensors:
         header[name] = {
-            "dtype": KIND[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes],
+            "dtype": KIND[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
         }
         at += spec.nbytes
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()

@@ -51,7 +51,8 @@ def _claim(file: Path, model: Model, request: Request) -> None:
     """Say whose calibration this folder is, or check it."""
     texts = {kind: _digest(name, kind) for kind, name in (("emma", request.text), ("questions", request.questions))}
     said = {
-        "format": FORMAT, "model": model.fingerprint(),
+        "format": FORMAT,
+        "model": model.fingerprint(),
         "tokens": request.tokens,
         "traces": request.traces,
         "device": request.device,

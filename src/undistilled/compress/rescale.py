@@ -39,11 +39,28 @@ SchemeOf = Callable[[Weight], str]
 
 # what gives the channels -> what takes them, by their names in a layer
 FOLDS = (
-    ("input_layernorm.weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_a_proj",
-                                "self_attn.kv_a_proj_with_mqa")),
-    ("post_attention_layernorm.weight", ("mlp.gate_proj", "mlp.up_proj", "mlp.gate", "mlp.experts.*.gate_proj",
-                                         "mlp.experts.*.up_proj", "mlp.shared_experts.gate_proj",
-                                         "mlp.shared_experts.up_proj")),
+    (
+        "input_layernorm.weight",
+        (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.q_a_proj",
+            "self_attn.kv_a_proj_with_mqa",
+        ),
+    ),
+    (
+        "post_attention_layernorm.weight",
+        (
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.gate",
+            "mlp.experts.*.gate_proj",
+            "mlp.experts.*.up_proj",
+            "mlp.shared_experts.gate_proj",
+            "mlp.shared_experts.up_proj",
+        ),
+    ),
     ("self_attn.q_a_layernorm.weight", ("self_attn.q_b_proj",)),
     ("self_attn.kv_a_layernorm.weight", ("self_attn.kv_b_proj",)),
     ("self_attn.v_proj.weight", ("self_attn.o_proj",)),

@@ -7,13 +7,15 @@ from time import perf_counter
 
 import torch
 
-from ..model.batch import Batch
+from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
+from ..ops.linear import LARGE
 from ..parallel.comm import Comm
 from ..parallel.messages import Pass
 from ..plan.plan import Plan
 from .cache import allocate
 from .graphs import Graphs, capturable
+from .programs import Programs, recordable
 
 
 @dataclass
@@ -24,6 +26,16 @@ class Submitted:
     logits: torch.Tensor | None
 
 
+def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache]) -> Graphs | Programs | None:
+    """What runs decode passes again by one call, where something does."""
+    if capturable(decoder):
+        return Graphs(decoder, caches)
+    if recordable(decoder):
+        blocks = -(-plan.limits.context // plan.kv.block_size)
+        return Programs(decoder, caches, LARGE - 1, blocks, plan.kv.block_size)
+    return None
+
+
 class Part:
     """The decoder, its cache, and what comes from and goes to other ranks."""
 
@@ -31,7 +43,7 @@ class Part:
         self.decoder, self.comm, self.size = decoder, comm, plan.kv.block_size
         self.device = decoder.device
         self.caches = allocate(decoder.spec, plan.kv, self.device, len(decoder.layers))
-        self.graphs = Graphs(decoder, self.caches) if capturable(decoder) and comm is None else None
+        self.graphs = _replayed(decoder, plan, self.caches) if comm is None else None
         self.passes, self.busy = 0, 0.0
 
     @torch.inference_mode()
@@ -71,7 +83,7 @@ class Part:
             return None
         if not work.last:
             return None
-        logits = self.decoder.logits(h_TD[work.last])
+        logits = self.decoder.logits(h_TD if len(work.last) == len(h_TD) else h_TD[work.last])
         if comm is None or comm.rank == 0:
             return logits
         if comm.mesh.pp > 1 and comm.mesh.within(comm.rank) == 0:

@@ -29,7 +29,7 @@ class Sampler:
         s = self.sampling
         raw = logits_V.cpu()
         logits = self._penalised(raw)
-        token = int(logits.argmax()) if s.temperature < COLDEST else self._draw(logits)
+        token = int(logits.numpy().argmax()) if s.temperature < COLDEST else self._draw(logits)
         self.counts[token] = self.counts.get(token, 0) + 1
         return token, self._report(raw, token) if s.logprobs is not None else None
 

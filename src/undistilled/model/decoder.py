@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import BadArtefact
+from ..ops.add import add
 from ..ops.rope import angles, frequencies
 from . import deepseek, llama
 from .batch import Batch, Cache, Packed
@@ -48,11 +49,11 @@ class Block(nn.Module):
 
     def attend(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
         """The half in which tokens see each other."""
-        return h_TD + self.self_attn(self.input_layernorm(h_TD), batch, cache)
+        return add(h_TD, self.self_attn(self.input_layernorm(h_TD), batch, cache))
 
     def transform(self, h_TD: torch.Tensor) -> torch.Tensor:
         """The half that takes each token by itself."""
-        return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
+        return add(h_TD, self.mlp(self.post_attention_layernorm(h_TD)))
 
 
 class Mtp(nn.Module):
@@ -112,6 +113,12 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Hidden states [T, D] after the last block, before the final norm; `h_TD`: of the stage before this one."""
         self.prepare(batch)
+        return self.hidden(batch, caches, h_TD)
+
+    def hidden(
+        self, batch: Batch | Packed, caches: Sequence[Cache], h_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`forward` of a batch whose angles are there."""
         if h_TD is None:
             h_TD = self.embed_tokens(batch.tokens_T, self.dtype)
         for block, cache in zip(self.layers, caches, strict=False):

@@ -11,7 +11,9 @@ from torch import nn
 from ..ops import mla
 from ..ops.attention import context_slots, packed
 from ..ops.linear import dense
-from ..ops.rope import rotate
+from ..ops.norm import norm_head
+from ..ops.rope import rotate_tail
+from ..ops.table import write_rows
 from .batch import Batch, Cache, Packed
 from .layers import Linear, Make, Norm
 from .spec import ModelSpec
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         if isinstance(batch, Packed):
             return self.o_proj(self._packed(q_THX, batch, fresh_TW).flatten(-2))
         (latents,) = cache
-        latents.index_copy_(0, batch.slots_T, fresh_TW.to(latents.dtype))
+        write_rows(fresh_TW, latents, batch.slots_T)
         attend = self._prefill if batch.prefill else self._decode
         return self.o_proj(attend(q_THX, batch, latents).flatten(-2))
 
@@ -51,15 +53,13 @@ class Attention(nn.Module):
     def _queries(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
         compressed = self.mla.q_lora_rank > 0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
-        nope, rope = q.unflatten(-1, (self.spec.heads, -1)).split(
-            [self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], -1
-        )
-        return torch.cat((nope, rotate(rope, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)), -1)
+        q_THX = q.unflatten(-1, (self.spec.heads, -1))
+        return rotate_tail(q_THX, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved, self.mla.qk_rope_head_dim)
 
     def _latents(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
-        latent, key = self.kv_a_proj_with_mqa(x_TD).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], -1)
-        key = rotate(key[:, None], batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved)[:, 0]
-        return torch.cat((self.kv_a_layernorm(latent), key), -1)
+        both_TW = norm_head(self.kv_a_proj_with_mqa(x_TD), self.kv_a_layernorm.values, LATENT_EPS)
+        width, interleaved = self.mla.qk_rope_head_dim, self.spec.rope.interleaved
+        return rotate_tail(both_TW[:, None], batch.cos_TF, batch.sin_TF, interleaved, width)[:, 0]
 
     def _lift(self, dtype: torch.dtype) -> torch.Tensor:
         """kv_b as [H, N + V, Z]."""
@@ -71,9 +71,10 @@ class Attention(nn.Module):
         return mla.naive(q_LHX, cached, self._lift(q_LHX.dtype), self.mla.qk_nope_head_dim, self.spec.softmax_scale)
 
     def _decode(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
-        lift, nope = self._lift(q_RHX.dtype), self.mla.qk_nope_head_dim
+        nope = self.mla.qk_nope_head_dim
         if not self.absorbed:
-            return self._decode_naive(q_RHX, batch, latents, lift)
+            return self._decode_naive(q_RHX, batch, latents, self._lift(q_RHX.dtype))
+        lift = mla.lift_of(self.kv_b_proj.stored, self.spec.heads, q_RHX.dtype)
         inside = mla.absorb(q_RHX, lift, nope)
         rank, scale = self.mla.kv_lora_rank, self.spec.softmax_scale
         out = mla.mla_rows(inside, latents, batch.tables_RB, batch.contexts_R, batch.block_size, rank, scale)

@@ -16,7 +16,11 @@ def bad(config: dict[str, Any], key: str, expected: str) -> BadArtefact:
 
 
 def need(
-    config: dict[str, Any], key: str, default: int | None = None, null: int | None = None, least: int = 1,
+    config: dict[str, Any],
+    key: str,
+    default: int | None = None,
+    null: int | None = None,
+    least: int = 1,
     most: int = MAX_SIZE,
 ) -> int:
     """A whole number; `default` stands for a missing key, `null` for null and for a key missing without default."""

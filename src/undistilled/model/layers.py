@@ -6,16 +6,19 @@ A layer asks `make(name)` for its weights: the loader answers with memory of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from ..ops.add import add
 from ..ops.experts import experts
 from ..ops.linear import apply
 from ..ops.norm import rms_norm
 from ..ops.router import route
 from ..ops.swiglu import silu_mul
+from ..ops.table import embed
 from ..scheme import Stored
 from .spec import Moe
 
@@ -67,9 +70,7 @@ class Embedding(Weighted):
         super().__init__(make, f"{name}.weight")
 
     def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        stored = self.stored
-        rows = {name: part[tokens_T] for name, part in stored.parts.items()}
-        return stored.scheme.decompress(rows, (len(tokens_T), stored.shape[1]), dtype)
+        return embed.resolve(self.stored, dtype).run(tokens_T, self.stored, dtype)
 
 
 class SwiGlu(nn.Module):
@@ -125,7 +126,6 @@ class MoeLayer(nn.Module):
         logits = apply(x_TD.float(), self.gate.stored)
         ids, weights = route(logits, vector(self.bias), self.moe)
         handles = [bank.submit(x_TD, ids, weights) for bank in self.banks]  # type: ignore[operator]
-        out = self.shared_experts(x_TD) if self.shared_experts is not None else torch.zeros_like(x_TD)
-        for bank, handle in zip(self.banks, handles, strict=True):
-            out = out + bank.collect(handle)  # type: ignore[operator]
-        return out
+        parts = [self.shared_experts(x_TD)] if self.shared_experts is not None else []
+        parts += [bank.collect(h) for bank, h in zip(self.banks, handles, strict=True)]  # type: ignore[operator]
+        return reduce(add, parts)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops.attention import attend_rows, causal, context_slots, packed
 from ..ops.rope import rotate
+from ..ops.table import write_rows
 from .batch import Batch, Cache, Packed
 from .layers import Linear, Make, Norm
 from .spec import ModelSpec
@@ -37,8 +38,8 @@ class Attention(nn.Module):
             out = packed(q_THD, k_TGD, v_TGD, batch.bounds_S, batch.longest, spec.softmax_scale)
             return self.o_proj(out.flatten(-2))
         k_cache, v_cache = cache
-        k_cache.index_copy_(0, batch.slots_T, k_TGD.to(k_cache.dtype))
-        v_cache.index_copy_(0, batch.slots_T, v_TGD.to(v_cache.dtype))
+        write_rows(k_TGD, k_cache, batch.slots_T)
+        write_rows(v_TGD, v_cache, batch.slots_T)
         return self.o_proj(self._attend(q_THD, batch, k_cache, v_cache).flatten(-2))
 
     def _attend(self, q_THD: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:

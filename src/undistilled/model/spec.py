@@ -256,7 +256,8 @@ def _moe(config: dict[str, Any], v3: bool) -> Moe:
         per_token=need(config, "num_experts_per_tok"),
         width=need(config, "moe_intermediate_size"),
         shared=need(config, "n_shared_experts", 1 if v3 else 2, null=0, least=0),
-        groups=groups, top_groups=top_groups,
+        groups=groups,
+        top_groups=top_groups,
         scoring="sigmoid" if v3 else "softmax",
         # transformers never normalises V2's weights, whatever its config says; released V2 configs say not to
         normalise=bool(config.get("norm_topk_prob", True)) if v3 else False,

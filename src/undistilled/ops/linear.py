@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, fp8_channel, int8, plain
 from . import triton as cuda
+from .add import add
 from .cpu import matrix, native
 from .registry import Kernel, forced, op, say_fallback
 
@@ -30,7 +31,7 @@ def apply(x_TK: torch.Tensor, weight: Stored, bias_N: torch.Tensor | None = None
     if kernel is None:
         kernel = weight.kernels[x_TK.dtype] = _choose(x_TK, weight)
     y = kernel.run(x_TK, weight)  # type: ignore[attr-defined]
-    return y if bias_N is None else y + bias_N.to(y.dtype)
+    return y if bias_N is None else add(y, bias_N.to(y.dtype))
 
 
 def _choose(x_TK: torch.Tensor, weight: Stored) -> Kernel:
@@ -79,10 +80,11 @@ def _int8_torch(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 
 def native_ready(w: Stored, dtype: torch.dtype) -> bool:
     """Whether the C kernels serve this weight with these activations, which stay float32."""
-    return not w.products and _native_reads(w, dtype)
+    return not w.products and native_reads(w, dtype)
 
 
-def _native_reads(w: Stored, dtype: torch.dtype) -> bool:
+def native_reads(w: Stored, dtype: torch.dtype) -> bool:
+    """Whether the C kernels read this weight where it lies, for activations of this dtype."""
     here = w.device.type == "cpu" and dtype == torch.float32
     return here and native.library() is not None and matrix.takes(w)
 
@@ -90,7 +92,7 @@ def _native_reads(w: Stored, dtype: torch.dtype) -> bool:
 def rounds_ready(w: Stored, dtype: torch.dtype) -> bool:
     """Whether the C kernels serve this weight's products with activations rounded to BF16."""
     exact = w.scheme.name not in ("fp32", "fp16")
-    return w.products == "bfloat16" and exact and native.rounds() and _native_reads(w, dtype)
+    return w.products == "bfloat16" and exact and native.rounds() and native_reads(w, dtype)
 
 
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
@@ -120,7 +122,8 @@ def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:
 def _native_by_row(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if x_TK.shape[0] >= LARGE and not weight.products:
         return F.linear(x_TK, dense(weight, x_TK.dtype))
-    return native.linear(x_TK.contiguous(), weight.once("codes", _as_blocks)) * weight.parts["scales"][:, 0]
+    y_TN = native.linear(x_TK.contiguous(), weight.once("codes", _as_blocks))
+    return native.pointwise(y_TN, weight.parts["scales"].flatten(), times=True, out=y_TN)
 
 
 def _as_blocks(weight: Stored) -> matrix.Matrix:
@@ -152,7 +155,7 @@ def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weight as a plain tensor [N, K], by our kernels where they serve; not a copy where it is one already."""
     if isinstance(weight.scheme, plain.Plain) and weight.parts["values"].dtype == dtype:
         return weight.parts["values"]
-    if len(weight.shape) == 2 and not forced() and _native_reads(weight, dtype):
+    if len(weight.shape) == 2 and not forced() and native_reads(weight, dtype):
         return native.dequantise(checked(weight))
     if len(weight.shape) == 2 and not forced() and cuda.ready(weight, dtype):
         from .triton import linear as kernels

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from ..scheme import Stored
 from . import triton as cuda
 from .attention import causal, context_slots
 from .cpu import native
-from .registry import op
+from .cpu.matrix import Matrix
+from .linear import checked, dense, native_reads
+from .registry import forced, op
 
 
 def naive(
@@ -35,14 +38,25 @@ def parted(both_CHY: torch.Tensor, rope_CP: torch.Tensor, nope: int) -> tuple[to
     return torch.cat((both_CHY[..., :nope], rope_key), -1), both_CHY[..., nope:]
 
 
-def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:
+def lift_of(stored: Stored, heads: int, dtype: torch.dtype) -> torch.Tensor | Matrix:
+    """kv_b for `absorb` and `release`: as it is stored where our C kernels read it, else as [H, N + V, Z]."""
+    if native_reads(stored, dtype) and not forced():
+        return checked(stored)
+    return dense(stored, dtype).unflatten(0, (heads, -1))
+
+
+def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor | Matrix, nope: int) -> torch.Tensor:
     """Queries in latent space: [R, H, N + P] -> [R, H, Z + P]."""
+    if isinstance(lift_HYZ, Matrix):
+        return native.absorb(q_RHX.contiguous(), lift_HYZ, nope)
     inside = _by_row("rhn,hnz->rhz", q_RHX[..., :nope], lift_HYZ[:, :nope])
     return torch.cat((inside, q_RHX[..., nope:]), -1)
 
 
-def release(out_RHZ: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:
+def release(out_RHZ: torch.Tensor, lift_HYZ: torch.Tensor | Matrix, nope: int) -> torch.Tensor:
     """Attended latents to values: [R, H, Z] -> [R, H, V]."""
+    if isinstance(lift_HYZ, Matrix):
+        return native.release(out_RHZ, lift_HYZ, nope)
     return _by_row("rhz,hvz->rhv", out_RHZ, lift_HYZ[:, nope:])
 
 

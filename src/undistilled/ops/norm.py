@@ -19,8 +19,8 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
 
 @rms_norm.register("native", native.serves, "our C kernel: one pass over a row")
 def _native(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
-    x = x_TD.contiguous()
-    return native.norm_rows(x.view(-1, x.shape[-1]), w_D, eps).view(x.shape)
+    apart = x_TD.dim() == 2 and x_TD.stride(1) == 1
+    return native.norm_rows(x_TD if apart else x_TD.contiguous(), w_D, eps)
 
 
 @rms_norm.register("triton", cuda.inference, "our Triton kernel: one pass over a row")
@@ -28,3 +28,17 @@ def _triton(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     from .triton import small
 
     return small.rms_norm(x_TD, w_D, eps)
+
+
+@op
+def norm_head(x_TD: torch.Tensor, w_Z: torch.Tensor, eps: float) -> torch.Tensor:
+    """The first Z of every row normalised, the others as they are; x may be overwritten."""
+    z = w_Z.shape[0]
+    return torch.cat((rms_norm(x_TD[:, :z], w_Z, eps), x_TD[:, z:]), -1)
+
+
+@norm_head.register("native", native.serves, "our C kernel: in place")
+def _native_head(x_TD: torch.Tensor, w_Z: torch.Tensor, eps: float) -> torch.Tensor:
+    head = x_TD[:, : w_Z.shape[0]]
+    native.norm_rows(head, w_Z, eps, out_RD=head)
+    return x_TD

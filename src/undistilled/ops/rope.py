@@ -81,3 +81,20 @@ def _triton(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, int
     from .triton import small
 
     return small.rotate(x_THR, cos_TF, sin_TF, interleaved)
+
+
+@op
+def rotate_tail(
+    x_THX: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool, width: int
+) -> torch.Tensor:
+    """The last `width` of every head rotated, the others as they are; x may be overwritten."""
+    tail = rotate(x_THX[..., -width:], cos_TF, sin_TF, interleaved)
+    return torch.cat((x_THX[..., :-width], tail), -1)
+
+
+@rotate_tail.register("native", native.serves, "our C kernel: in place")
+def _native_tail(
+    x_THX: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool, width: int
+) -> torch.Tensor:
+    native.rope_rows(x_THX[..., -width:], cos_TF, sin_TF, interleaved)
+    return x_THX

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 
 from ..model.spec import Moe
+from .cpu import native
+from .registry import op
 
 
+@op
 def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
-    """(expert ids [T, k] int64, weights [T, k] float32) from the router's float32 logits."""
+    """(expert ids [T, k], int64 or int32, weights [T, k] float32) from the router's float32 logits."""
     scores = logits_TE.sigmoid() if moe.scoring == "sigmoid" else logits_TE.softmax(-1)
     choice = scores if bias_E is None else scores + bias_E
     if moe.groups > 1:
@@ -22,6 +25,13 @@ def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tup
     if moe.normalise:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     return ids, chosen * moe.scale
+
+
+@route.register("native", native.serves, "our C kernel: of equal choices the first")
+def _native(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = (moe.groups, moe.top_groups) if moe.groups > 1 else (1, 1)
+    sigmoid = moe.scoring == "sigmoid"
+    return native.route(logits_TE, bias_E, moe.per_token, groups, sigmoid, moe.normalise, moe.scale)
 
 
 def _best_groups(choice_TE: torch.Tensor, moe: Moe) -> torch.Tensor:

@@ -40,7 +40,9 @@ def rows(files: Sequence[Path]) -> list[dict[str, Any]]:
 def _about(receipt: dict[str, Any]) -> tuple[Any, ...]:
     suite, original = receipt["suite"], receipt["original"]
     return (
-        receipt["text"]["sha256"], sorted(receipt["tasks"]), suite and suite["questions_sha256"],
+        receipt["text"]["sha256"],
+        sorted(receipt["tasks"]),
+        suite and suite["questions_sha256"],
         original.get("fingerprint") or original["digest"],
     )
 
@@ -48,8 +50,12 @@ def _about(receipt: dict[str, Any]) -> tuple[Any, ...]:
 def _row(file: Path, receipt: dict[str, Any]) -> dict[str, Any]:
     plan, suite, speed = receipt["plan"], receipt["suite"], receipt["speed"]["measured"]
     return {
-        "name": file.stem, "scheme": plan["scheme"], "bytes": plan["bytes"], "bits_per_weight": plan["bits_per_weight"],
-        "kl_nats": receipt["kl_nats"]["mean"], "kl_se": receipt["kl_nats"]["se"],
+        "name": file.stem,
+        "scheme": plan["scheme"],
+        "bytes": plan["bytes"],
+        "bits_per_weight": plan["bits_per_weight"],
+        "kl_nats": receipt["kl_nats"]["mean"],
+        "kl_se": receipt["kl_nats"]["se"],
         "top1_agreement": receipt["top1_agreement"],
         "suite": suite["mean"]["plan"] if suite else None,
         "suite_original": suite["mean"]["original"] if suite else None,

@@ -154,7 +154,10 @@ def _kl_figures(found: list[Positions], kl: list[float]) -> dict[str, Any]:
     if figures["interval"]:
         figures["interval"][0] = max(0.0, figures["interval"][0])  # what it is an interval of is never negative
     return figures | {
-        "p99": float(np.quantile(kl, 0.99)), "max": max(kl), "n": len(kl), "windows": len(found),
+        "p99": float(np.quantile(kl, 0.99)),
+        "max": max(kl),
+        "n": len(kl),
+        "windows": len(found),
         "histogram": {"edges": EDGES, "counts": counts.tolist()},
     }
 

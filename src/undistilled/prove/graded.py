@@ -77,9 +77,9 @@ def ask(
             say(f"{done} of {total} reasoning questions")
 
     engine = Engine(decoder, plan, tokenizer, plan.model)
-    found = iter(answers(
-        engine, items, thinking=suite.wanted.thinking, max_tokens=suite.wanted.max_tokens, progress=progress
-    ))
+    found = iter(
+        answers(engine, items, thinking=suite.wanted.thinking, max_tokens=suite.wanted.max_tokens, progress=progress)
+    )
     return {name: [next(found) for _ in questions] for name, questions in suite.tasks.items()}
 
 
@@ -92,11 +92,15 @@ def figures(suite: Suite, original: dict[str, list[Answer]], plan: dict[str, lis
     for only_by_task in ("original_interval", "plan_interval", "kept"):
         del pooled[only_by_task]
     return {
-        "tasks": tasks, "mean": pooled | by_task,
-        "thinking": suite.wanted.thinking, "max_tokens": suite.wanted.max_tokens, "context": suite.plan.limits.context,
+        "tasks": tasks,
+        "mean": pooled | by_task,
+        "thinking": suite.wanted.thinking,
+        "max_tokens": suite.wanted.max_tokens,
+        "context": suite.plan.limits.context,
         "batch": {"original": suite.original.limits.batch, "plan": suite.plan.limits.batch},
         "unfinished": _sides(before, after, lambda a: a.finish_reason == "length"),
-        "questions_sha256": fingerprint(flat(suite.tasks)), "reasoning_gym": version("reasoning-gym"),
+        "questions_sha256": fingerprint(flat(suite.tasks)),
+        "reasoning_gym": version("reasoning-gym"),
     }
 
 

@@ -57,8 +57,10 @@ def read_inputs(model: Model, plan: Plan, original: Plan, asked: Asked) -> Input
     cut = divergence.windows(ids, min(asked.window, room), asked.tokens, bos)
     read = questions.read_tasks(list(asked.tasks), asked.limit)
     described = {
-        "name": name, "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "tokens": sum(len(w) - (bos is not None) for w in cut), "window": min(asked.window, room),
+        "name": name,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "tokens": sum(len(w) - (bos is not None) for w in cut),
+        "window": min(asked.window, room),
     }
     encoded = [questions.encode_task(t, tokenizer, room) for t in read]
     return Inputs(described, cut, read, encoded, _suite(model, tokenizer, plan, original, asked))

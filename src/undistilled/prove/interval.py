@@ -13,7 +13,9 @@ def t_quantile(freedom: int) -> float:
     """Student's two-sided 95% quantile by Cornish and Fisher's expansion; 0.4% low at 7 degrees, better above."""
     z, v = Z, freedom
     return (
-        z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
 
@@ -76,10 +78,16 @@ def compared(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
     lost = gained - second + first
     return {
-        "original": first / n, "plan": second / n, "n": n,
-        "original_interval": wilson(first, n), "plan_interval": wilson(second, n),
-        "difference": (second - first) / n, "difference_interval": paired(gained, lost, n),
-        "gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost),
+        "original": first / n,
+        "plan": second / n,
+        "n": n,
+        "original_interval": wilson(first, n),
+        "plan_interval": wilson(second, n),
+        "difference": (second - first) / n,
+        "difference_interval": paired(gained, lost, n),
+        "gained": gained,
+        "lost": lost,
+        "mcnemar_p": mcnemar(gained, lost),
         "kept": second / first if first else None,
     }
 

@@ -19,10 +19,8 @@ ARITHMETIC: dict[str, tuple[Settings, ...]] = {
     ),
     "basic_arithmetic": (
         {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-        {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2,
-         "operators": ("+", "-", "+", "-", "*", "/")},
-        {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 2,
-         "operators": ("+", "-", "+", "-", "*", "/")},
+        {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2, "operators": ("+", "-", "+", "-", "*", "/")},
+        {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 2, "operators": ("+", "-", "+", "-", "*", "/")},
     ),
     "gcd": ({"max_value": 60}, {"max_value": 300}, {"max_value": 1000}),
     "lcm": ({"max_value": 30}, {"max_value": 60}, {"max_value": 120}),
@@ -87,11 +85,23 @@ WORDS: dict[str, tuple[Settings, ...]] = {
         {"allow_all": False, "invalid_ratio": 0.5},
     ),
     "countdown": (
-        {"min_numbers": 3, "max_numbers": 3, "max_value": 20, "min_target": 1, "max_target": 100,
-         "operators": ("+", "-")},
+        {
+            "min_numbers": 3,
+            "max_numbers": 3,
+            "max_value": 20,
+            "min_target": 1,
+            "max_target": 100,
+            "operators": ("+", "-"),
+        },
         {"min_numbers": 3, "max_numbers": 3, "max_value": 12, "min_target": 1, "max_target": 100},
-        {"min_numbers": 4, "max_numbers": 4, "max_value": 20, "min_target": 1, "max_target": 100,
-         "operators": ("+", "-")},
+        {
+            "min_numbers": 4,
+            "max_numbers": 4,
+            "max_value": 20,
+            "min_target": 1,
+            "max_target": 100,
+            "operators": ("+", "-"),
+        },
     ),
 }
 

@@ -63,7 +63,9 @@ def bench_conditions(plan: Plan) -> dict[str, int]:
     context = plan.limits.context
     new = max(2, min(NEW_TOKENS, context // 2))
     return {
-        "prompt_tokens": max(1, min(context - new, LONGEST_PROMPT)), "new_tokens": new, "batch": plan.limits.batch,
+        "prompt_tokens": max(1, min(context - new, LONGEST_PROMPT)),
+        "new_tokens": new,
+        "batch": plan.limits.batch,
         "context": context,
     }
 
@@ -82,10 +84,24 @@ def bench(model_name: str, plan: Plan, run: Command = run_command) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
         file = Path(folder) / "plan.json"
         plan.write(file)
-        printed = run([
-            sys.executable, "-m", "undistilled", "bench", model_name, "--plan", str(file), "--batch", str(at["batch"]),
-            "--prompt-tokens", str(at["prompt_tokens"]), "--new-tokens", str(at["new_tokens"]), "--json",
-        ])
+        printed = run(
+            [
+                sys.executable,
+                "-m",
+                "undistilled",
+                "bench",
+                model_name,
+                "--plan",
+                str(file),
+                "--batch",
+                str(at["batch"]),
+                "--prompt-tokens",
+                str(at["prompt_tokens"]),
+                "--new-tokens",
+                str(at["new_tokens"]),
+                "--json",
+            ]
+        )
     try:
         found = json.loads(printed)
         speed = {name: {k: _positive(found[name][k]) for k in ("median", "min", "max")} for name in SPEEDS}

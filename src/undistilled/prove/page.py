@@ -28,11 +28,17 @@ def render(receipt: dict[str, Any]) -> str:
 def view(r: dict[str, Any]) -> dict[str, Any]:
     """What the template shows beside the receipt itself."""
     return {
-        "verified": verify_receipt(r), "sentence": sentence(r), "perplexity": perplexity(r["perplexity"]),
-        "kl_note": kl_note(r["kl_nats"]), "tasks": [task(name, t) for name, t in r["tasks"].items()],
-        "suite": suite(r.get("suite")), "bars": bars(r), "histogram": histogram(r["kl_nats"]["histogram"]),
+        "verified": verify_receipt(r),
+        "sentence": sentence(r),
+        "perplexity": perplexity(r["perplexity"]),
+        "kl_note": kl_note(r["kl_nats"]),
+        "tasks": [task(name, t) for name, t in r["tasks"].items()],
+        "suite": suite(r.get("suite")),
+        "bars": bars(r),
+        "histogram": histogram(r["kl_nats"]["histogram"]),
         "bindings": bindings(r),
-        "same_context": not r["conditions"] or r["conditions"]["same_context"], "busy": busy(r["conditions"]),
+        "same_context": not r["conditions"] or r["conditions"]["same_context"],
+        "busy": busy(r["conditions"]),
     }
 
 
@@ -71,9 +77,14 @@ def perplexity(p: dict[str, Any]) -> Row:
     if ratio["interval"] is None:
         return {"change": change, "low": None, "high": None, "verdict": "One position: nothing is established."}
     low, high = (math.expm1(x) for x in ratio["interval"])
-    verdict = "The plan's perplexity is higher: it predicts this text less well." if low > 0 else (
-        "The plan's perplexity is lower on this text." if high < 0 else
-        "Not established that the perplexities differ: the interval includes zero."
+    verdict = (
+        "The plan's perplexity is higher: it predicts this text less well."
+        if low > 0
+        else (
+            "The plan's perplexity is lower on this text."
+            if high < 0
+            else "Not established that the perplexities differ: the interval includes zero."
+        )
     )
     return {"change": change, "low": low, "high": high, "verdict": verdict}
 
@@ -107,18 +118,34 @@ def suite(s: dict[str, Any] | None) -> Row | None:
     for name, t in s["tasks"].items():
         levels = [v for v in t["levels"] if v["n"]]
         shares = ", ".join(f"{v['original']:.0%} / {v['plan']:.0%}" for v in levels) if len(levels) > 1 else ""
-        rows.append({**t, "name": name, "by_level": shares, "established": difference(t)[0],
-                     "accuracy": [accuracy(who, t[who], t[f"{who}_interval"]) for who in SIDES]})
+        rows.append(
+            {
+                **t,
+                "name": name,
+                "by_level": shares,
+                "established": difference(t)[0],
+                "accuracy": [accuracy(who, t[who], t[f"{who}_interval"]) for who in SIDES],
+            }
+        )
     ways = "after reasoning" if s["thinking"] else "at once, without reasoning"
-    return {**s, "rows": rows, "verdict": verdict, "established": established, "ways": ways,
-            "mean_accuracy": [accuracy(who, s["mean"][who]) for who in SIDES]}
+    return {
+        **s,
+        "rows": rows,
+        "verdict": verdict,
+        "established": established,
+        "ways": ways,
+        "mean_accuracy": [accuracy(who, s["mean"][who]) for who in SIDES],
+    }
 
 
 def accuracy(who: str, share: float, interval: list[float] | None = None) -> Row:
     """A bar in percent of a whole, with its interval's whisker where there is one."""
     low, high = interval or (None, None)
     return {
-        "who": who, "share": share, "width": f"{100 * share:.2f}", "interval": interval,
+        "who": who,
+        "share": share,
+        "width": f"{100 * share:.2f}",
+        "interval": interval,
         "low": None if low is None else f"{100 * low:.2f}",
         "range": None if low is None or high is None else f"{100 * (high - low):.2f}",
     }
@@ -147,9 +174,14 @@ def bar(title: str, predicted: float, measured: float, show, low=None, high=None
     words = "as predicted" if abs(off) < 0.0005 else f"{abs(off):.1%} {'above' if off > 0 else 'below'} the prediction"
     spread = f"{show(low)} to {show(high)} over the runs" if low is not None else ""
     return {
-        "title": title, "predicted": show(predicted), "measured": show(measured), "words": words, "spread": spread,
+        "title": title,
+        "predicted": show(predicted),
+        "measured": show(measured),
+        "words": words,
+        "spread": spread,
         "worse": off > 0.0005 if lower_is_better else off < -0.0005,
-        "predicted_width": f"{100 * predicted / top:.2f}", "measured_width": f"{100 * measured / top:.2f}",
+        "predicted_width": f"{100 * predicted / top:.2f}",
+        "measured_width": f"{100 * measured / top:.2f}",
         "low": f"{100 * low / top:.2f}" if low is not None else None,
         "range": f"{100 * (high - low) / top:.2f}" if low is not None else None,
     }
@@ -159,11 +191,17 @@ def histogram(h: dict[str, Any]) -> dict[str, Any]:
     """Columns of a 640 x 180 drawing; the first holds everything below its first edge, the last all above."""
     counts, edges = h["counts"], h["edges"]
     top, width = max(counts) or 1, 640 / len(counts)
-    names = [f"below {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in pairwise(edges)),
-             f"{edges[-1]:.2g} or more"]
+    names = [f"below {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in pairwise(edges)), f"{edges[-1]:.2g} or more"]
     columns = [
-        {"x": f"{i * width + 1:.1f}", "y": f"{150 - 140 * c / top:.1f}", "height": f"{140 * c / top:.1f}",
-         "width": f"{width - 2:.1f}", "middle": f"{(i + 0.5) * width:.1f}", "count": c, "name": f"{names[i]} nats"}
+        {
+            "x": f"{i * width + 1:.1f}",
+            "y": f"{150 - 140 * c / top:.1f}",
+            "height": f"{140 * c / top:.1f}",
+            "width": f"{width - 2:.1f}",
+            "middle": f"{(i + 0.5) * width:.1f}",
+            "count": c,
+            "name": f"{names[i]} nats",
+        }
         for i, c in enumerate(counts)
     ]
     ticks = [{"x": f"{(i + 1) * width:.1f}", "text": power(e)} for i, e in enumerate(edges) if i % 2 == 0]

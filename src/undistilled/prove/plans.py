@@ -106,17 +106,21 @@ def suite_plan(plan: Plan, spec: ModelSpec, context: int, questions: int) -> Pla
 
 def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
     """`plan` with other limits, its bytes computed again; its speeds stay those of the old ones."""
-    made = plan.model_copy(update={
-        "kv": plan.kv.model_copy(update={"blocks": batch * -(-context // plan.kv.block_size)}),
-        "limits": plan.limits.model_copy(update={"context": context, "batch": batch}),
-    })
+    made = plan.model_copy(
+        update={
+            "kv": plan.kv.model_copy(update={"blocks": batch * -(-context // plan.kv.block_size)}),
+            "limits": plan.limits.model_copy(update={"context": context, "batch": batch}),
+        }
+    )
     devices = {}
     for name, needed in bytes_needed(made, spec).items():
         available = plan.predicted.devices[name].available
         devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
-    predicted = plan.predicted.model_copy(update={
-        "devices": devices,
-        "contexts": contexts_of(made, spec, [each.context for each in plan.predicted.contexts]),
-        "decode_bytes_per_token": decode_bytes(made, spec),
-    })
+    predicted = plan.predicted.model_copy(
+        update={
+            "devices": devices,
+            "contexts": contexts_of(made, spec, [each.context for each in plan.predicted.contexts]),
+            "decode_bytes_per_token": decode_bytes(made, spec),
+        }
+    )
     return made.model_copy(update={"predicted": predicted, "fits": all(device.fits for device in devices.values())})

@@ -96,11 +96,21 @@ def _quality(first: Planned, second: Planned, inputs: Inputs, file: Path, say: P
     """One model after the other; the first one's log-probabilities wait in `file`."""
     suite, (base, original), (model, plan) = inputs.suite, first, second
     one = _side(
-        base, original, suite.original if suite else None, inputs, f"original ({original.scheme})", say,
+        base,
+        original,
+        suite.original if suite else None,
+        inputs,
+        f"original ({original.scheme})",
+        say,
         lambda scorer: divergence.record(scorer, inputs.windows, file),
     )
     other = _side(
-        model, plan, suite.plan if suite else None, inputs, f"plan ({plan.scheme})", say,
+        model,
+        plan,
+        suite.plan if suite else None,
+        inputs,
+        f"plan ({plan.scheme})",
+        say,
         lambda scorer: divergence.compare(scorer, inputs.windows, one.text),
     )
     compared = zip(inputs.tasks, one.chosen, other.chosen, strict=True)
@@ -174,7 +184,9 @@ def _bindings(first: Planned, second: Planned, inputs: Inputs) -> dict[str, Any]
         | {"name": base.name, "fingerprint": base.fingerprint(), "digest": original.digest()},
         "versions": {"undistilled": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {
-            "name": plan.machine, "system": platform.platform(), "processor": platform.machine(),
+            "name": plan.machine,
+            "system": platform.platform(),
+            "processor": platform.machine(),
             "threads": torch.get_num_threads(),
         },
         "command": shlex.join(sys.argv),
@@ -189,8 +201,12 @@ def _weights(plan: Plan) -> dict[str, Any]:
     held = sum(row.nbytes for row in loaded)
     count = sum(math.prod(row.shape) * (row.experts[1] - row.experts[0] if row.experts else 1) for row in loaded)
     return {
-        "scheme": plan.scheme, "device": device_of(plan), "bytes": held, "bits_per_weight": 8 * held / count,
-        "compute_dtype": plan.compute_dtype, "kv_dtype": plan.kv.dtype,
+        "scheme": plan.scheme,
+        "device": device_of(plan),
+        "bytes": held,
+        "bits_per_weight": 8 * held / count,
+        "compute_dtype": plan.compute_dtype,
+        "kv_dtype": plan.kv.dtype,
     }
 
 

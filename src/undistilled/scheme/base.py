@@ -20,8 +20,15 @@ Parts = dict[str, "torch.Tensor"]
 T = TypeVar("T")
 
 BYTES = {
-    "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1,
-    "int8": 1, "uint8": 1, "int16": 2, "int32": 4, "int64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
 }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from .base import Parts
 
+
 @dataclass(unsafe_hash=True)
 class Float16:
     dtype: str = "float16"

@@ -88,13 +88,15 @@ def _whole(sequences: list[Sequence], generation: Chat) -> dict[str, Any]:
         count += output.completion_tokens
         piece = _split(generation.splitter(), output)
         reasoning = _both(piece.reasoning) if piece.reasoning else {}
-        choices.append({
-            "index": sequence.index,
-            "message": {"role": "assistant", "content": piece.content, "refusal": None, **reasoning},
-            "logprobs": chat_logprobs(tokenizer, output.logprobs),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        })
+        choices.append(
+            {
+                "index": sequence.index,
+                "message": {"role": "assistant", "content": piece.content, "refusal": None, **reasoning},
+                "logprobs": chat_logprobs(tokenizer, output.logprobs),
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+        )
     return generation.frame("chat.completion", choices, usage=generation.usage(count))
 
 

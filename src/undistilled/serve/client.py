@@ -87,7 +87,11 @@ class EngineClient:
 
     @classmethod
     async def start(
-        cls, options: dict[str, Any], *, factory: str = ENGINE, progress: Progress | None = None,
+        cls,
+        options: dict[str, Any],
+        *,
+        factory: str = ENGINE,
+        progress: Progress | None = None,
         watchdog: float = 900.0,
     ) -> EngineClient:
         """A client whose engine is ready. Raises what `open_engine` raised, as one of `errors`."""

@@ -38,7 +38,8 @@ async def _begin(body: CompletionBody, client: Client, metrics: Metrics) -> Gene
     check_model(body.model, client)
     if body.echo and body.logprobs is not None:
         raise RequestError(
-            "echo with logprobs is not supported: prompts have no log-probabilities here.", param="echo",
+            "echo with logprobs is not supported: prompts have no log-probabilities here.",
+            param="echo",
             code="unsupported",
         )
     generation = Generation("cmpl", body, client, metrics)

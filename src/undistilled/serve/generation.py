@@ -148,7 +148,9 @@ def check_model(name: str | None, client: Client) -> None:
     if ".." in name.split("/") or not name.isprintable():
         raise RequestError("model is a name, not a path.", param="model")
     raise RequestError(
-        f"The model {name[:200]!r} does not exist; this server has {client.name!r}.", status=404, param="model",
+        f"The model {name[:200]!r} does not exist; this server has {client.name!r}.",
+        status=404,
+        param="model",
         code="model_not_found",
     )
 
@@ -159,7 +161,8 @@ def check_prompt(ids: list[int], client: Client) -> list[int]:
     if len(ids) >= client.max_context:
         raise RequestError(
             f"The prompt has {len(ids)} tokens; this server's context is {client.max_context}.",
-            param="prompt", code="context_length_exceeded",
+            param="prompt",
+            code="context_length_exceeded",
         )
     if min(ids) < 0 or max(ids) >= client.vocab:
         raise RequestError(f"The prompt has a token id outside 0 to {client.vocab - 1}.", param="prompt")
@@ -180,8 +183,12 @@ def sampling_of(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     sampling = Sampling(
         max_tokens=min(default_tokens or left, left) if asked is None else asked,
-        seed=body.seed, logprobs=logprobs, stop=stop, stop_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos, logit_bias=_bias(body.logit_bias or {}),
+        seed=body.seed,
+        logprobs=logprobs,
+        stop=stop,
+        stop_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        logit_bias=_bias(body.logit_bias or {}),
         **{name: value for name, value in chosen.items() if value is not None},
     )
     sampling.check(client.vocab)
@@ -189,7 +196,8 @@ def sampling_of(
         raise RequestError(
             f"max_tokens is {sampling.max_tokens}, but {prompt_length} tokens of prompt leave {left} "
             f"of this server's context of {client.max_context}.",
-            param="max_tokens", code="context_length_exceeded",
+            param="max_tokens",
+            code="context_length_exceeded",
         )
     return sampling
 
@@ -252,9 +260,8 @@ async def off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
 async def encode(tokenizer: Tokenizer, text: str, control: bool, bos: bool = True) -> list[int]:
     """Ids of a text that a client wrote as a whole prompt."""
     work: Callable[[], list[int]] = (
-        (lambda: tokenizer.encode_prompt(text, control=control)) if bos
+        (lambda: tokenizer.encode_prompt(text, control=control))
+        if bos
         else (lambda: tokenizer.encode(text, control=control))
     )
     return await off_loop(len(text), work)
-
-

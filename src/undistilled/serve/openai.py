@@ -27,7 +27,11 @@ def make_app(
 ) -> FastAPI:
     """The ASGI app that serves `client`. Setting `gate.draining` makes it refuse new requests."""
     app = FastAPI(
-        title="undistilled", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        title="undistilled",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     metrics = Metrics(client.stats)
     app.include_router(completion_routes(client, metrics))
@@ -47,7 +51,10 @@ def make_app(
 def model_routes(client: Client) -> APIRouter:
     router = APIRouter()
     card = {
-        "id": client.name, "object": "model", "created": int(time.time()), "owned_by": "undistilled",
+        "id": client.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "undistilled",
         "max_model_len": client.max_context,
     }
 

@@ -29,7 +29,10 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 REFUSED_GENERATING = REFUSED | {
     "suffix": ("the model continues a prompt, it does not fill in", NOTHING),
-    "guided_json": FREE, "guided_regex": FREE, "guided_grammar": FREE, "guided_choice": FREE,
+    "guided_json": FREE,
+    "guided_regex": FREE,
+    "guided_grammar": FREE,
+    "guided_choice": FREE,
     "structured_outputs": FREE,
     "tool_choice": ("the model decides whether it calls a tool", (*NOTHING, "none", "auto")),
     "functions": ("tools has taken its place", NOTHING),
@@ -211,7 +214,8 @@ def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in TEXT_PARTS:
         raise RequestError(
-            "A message's content is text; images, audio and files are not supported.", param="messages",
+            "A message's content is text; images, audio and files are not supported.",
+            param="messages",
             code="unsupported",
         )
     if not isinstance(part.get("text"), str):

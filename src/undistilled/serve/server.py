@@ -100,8 +100,13 @@ def serve(
 
 
 async def _serve(
-    bound: socket.socket, options: dict[str, Any], api_key: str | None, shutdown_timeout: float,
-    limits: Limits | None, factory: str, progress: Progress | None,
+    bound: socket.socket,
+    options: dict[str, Any],
+    api_key: str | None,
+    shutdown_timeout: float,
+    limits: Limits | None,
+    factory: str,
+    progress: Progress | None,
 ) -> int:
     client = await _load(options, factory, progress or show_progress)
     try:
@@ -112,8 +117,17 @@ async def _serve(
         gate = Gate()
         app = make_app(client, api_key=api_key, limits=limits, gate=gate)
         config = uvicorn.Config(
-            app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
-            timeout_keep_alive=30, timeout_graceful_shutdown=1, server_header=False, date_header=True,
+            app,
+            http=Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,
+            server_header=False,
+            date_header=True,
         )
         server = Server(config, gate, shutdown_timeout)
         announce(client, bound, api_key)
@@ -158,7 +172,7 @@ def announce(client: EngineClient, bound: socket.socket, api_key: str | None) ->
     if ":" in shown and not shown.startswith("["):
         shown = f"[{shown}]"
     base = f"http://{shown}:{port}/v1"
-    key = " -H \"Authorization: Bearer $UNDISTILLED_API_KEY\"" if api_key else ""
+    key = ' -H "Authorization: Bearer $UNDISTILLED_API_KEY"' if api_key else ""
     chat = template_of(client.tokenizer) is not None
     ask: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]} if chat else {"prompt": "Once"}
     path = "/chat/completions" if chat else "/completions"
@@ -166,5 +180,3 @@ def announce(client: EngineClient, bound: socket.socket, api_key: str | None) ->
     print(f"  curl {base}{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(ask)}'", flush=True)
     if not api_key and not address.is_loopback:
         print("Anybody who reaches this address can use it: set an API key.", file=sys.stderr, flush=True)
-
-

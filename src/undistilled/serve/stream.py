@@ -59,5 +59,9 @@ def merge(outputs: list[Output]) -> Output:
         [t for o in outputs for t in o.tokens],
         "".join(o.text for o in outputs),
         [p for o in outputs for p in o.logprobs],
-        last.finish_reason, last.stop_reason, last.prompt_tokens, last.completion_tokens, last.error,
+        last.finish_reason,
+        last.stop_reason,
+        last.prompt_tokens,
+        last.completion_tokens,
+        last.error,
     )

@@ -161,8 +161,11 @@ def _variables(
     messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, bos: str, eos: str
 ) -> dict[str, Any]:
     return {
-        "messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos, "eos_token": eos,
+        "messages": messages,
+        "tools": tools or None,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos,
+        "eos_token": eos,
     }
 
 

@@ -63,7 +63,13 @@ class Conversation:
 
 
 def converse(
-    engine: Engine, *, system: str | None, max_tokens: int, temperature: float, ask: Callable[[], str], on_text: Show,
+    engine: Engine,
+    *,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    ask: Callable[[], str],
+    on_text: Show,
     on_thought: Show,
 ) -> None:
     """Turns until an empty line or the end of input."""

@@ -169,8 +169,10 @@ def main() -> int:
     die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
     with (
-        subscribed(tell_fallback), zmq.Context() as context,
-        context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox,
+        subscribed(tell_fallback),
+        zmq.Context() as context,
+        context.socket(zmq.PULL) as inbox,
+        context.socket(zmq.PUSH) as outbox,
     ):
         outbox.set(zmq.SNDHWM, 0)
         outbox.set(zmq.LINGER, 2000)

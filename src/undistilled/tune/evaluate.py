@@ -54,7 +54,9 @@ class HeldOut:
         student.train()
         exact = {task: sum(marks) / len(marks) for task, marks in found.items()}
         return {
-            "exact": exact, "exact_mean": sum(exact.values()) / len(exact), "second_token": second_right / second_all
+            "exact": exact,
+            "exact_mean": sum(exact.values()) / len(exact),
+            "second_token": second_right / second_all,
         }
 
 

@@ -41,7 +41,13 @@ class Trainer:
     """A student, its optimizer, and how far it has come. `activations`: see memory.py; `zero`: see ranks.py."""
 
     def __init__(
-        self, spec: ModelSpec, recipe: Recipe, device: torch.device, *, activations: str = "keep", zero: bool = False,
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        activations: str = "keep",
+        zero: bool = False,
         compiled: bool = False,
     ) -> None:
         torch.manual_seed(recipe.seed)
@@ -90,8 +96,12 @@ class Trainer:
     def _news(self, losses: tuple[torch.Tensor, ...], seconds: float) -> dict[str, Any]:
         _, first, second, norm = (float(value) for value in losses)
         news = {
-            "step": self.step, "seconds": self.seconds, "of": self.recipe.seconds,
-            "loss": first, "second_loss": second, "gradient_norm": norm,
+            "step": self.step,
+            "seconds": self.seconds,
+            "of": self.recipe.seconds,
+            "loss": first,
+            "second_loss": second,
+            "gradient_norm": norm,
             "rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_s": NEWS * self.recipe.tokens * ranks.world() / seconds,
             "busiest_expert": float(self.shares.amax() * self.shares.shape[1]),
@@ -106,9 +116,15 @@ class Trainer:
             return
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "state.part"
-        torch.save({
-            "weights": self.student.state_dict(), "optimizer": state, "step": self.step, "seconds": self.seconds,
-        }, part)
+        torch.save(
+            {
+                "weights": self.student.state_dict(),
+                "optimizer": state,
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            part,
+        )
         part.replace(folder / "state.pt")
 
     def resume(self, folder: Path) -> bool:

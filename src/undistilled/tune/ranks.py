@@ -59,9 +59,7 @@ def spread(student: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(student, device_ids=on, broadcast_buffers=False)
 
 
-def optimizer(
-    groups: list[dict[str, Any]], rate: float, device: torch.device, zero: bool
-) -> torch.optim.Optimizer:
+def optimizer(groups: list[dict[str, Any]], rate: float, device: torch.device, zero: bool) -> torch.optim.Optimizer:
     """AdamW over the groups; with `zero` each rank keeps the states of its share of the parameters alone."""
     options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.95), "fused": device.type == "cuda"}
     if not zero:

@@ -64,7 +64,11 @@ def _train(
 ) -> dict[str, Any]:
     recipe = options.recipe
     trainer = Trainer(
-        spec_from_config(CONFIG), recipe, device, activations=options.activations, zero=options.zero,
+        spec_from_config(CONFIG),
+        recipe,
+        device,
+        activations=options.activations,
+        zero=options.zero,
         compiled=options.compiled,
     )
     if trainer.resume(folder):

@@ -16,9 +16,22 @@ from ..serve.template import R1_TEMPLATE
 
 FIRST = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")  # ids 0, 1 and 2, as in R1
 LAST = (
-    "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<|EOT|>", "<｜fim▁hole｜>", "<｜fim▁begin｜>",
-    "<｜fim▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+    "<|EOT|>",
+    "<｜fim▁hole｜>",
+    "<｜fim▁begin｜>",
+    "<｜fim▁end｜>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
     "<｜tool▁sep｜>",
 )
 PIECES = r"\p{N}|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\n+|[^\S\n]+"
@@ -27,15 +40,22 @@ PIECES = r"\p{N}|[^\S\n]?\p{L}+|[^\S\n]?[^\s\p{L}\p{N}]+|\n+|[^\S\n]+"
 def learn(texts: Iterable[str], size: int) -> Tokenizer:
     """A tokenizer of exactly `size` entries, control tokens among them."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size - len(LAST), special_tokens=list(FIRST), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size - len(LAST),
+            special_tokens=list(FIRST),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in LAST])  # shown to readers, as R1's are
     return tokenizer
 
@@ -45,9 +65,15 @@ def write(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     bos, eos, pad = FIRST
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "add_bos_token": False, "add_eos_token": False, "bos_token": bos, "eos_token": eos, "pad_token": pad,
-        "clean_up_tokenization_spaces": False, "model_max_length": context,
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": R1_TEMPLATE.strip(),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": R1_TEMPLATE.strip(),
     }
     generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
     for name, value in (("tokenizer_config", config), ("generation_config", generation)):

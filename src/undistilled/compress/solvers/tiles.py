@@ -20,9 +20,7 @@ from . import gptq, hqq, search
 MEASURED = 5  # candidates for a scale where only the loss is wanted
 
 
-def lost(
-    scheme: Scheme, parts: Parts, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
-) -> torch.Tensor:
+def lost(scheme: Scheme, parts: Parts, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """What each value of [..., N, K] loses as `parts` of `scheme`, for mean moments [..., K] and [..., N]."""
     d = scheme.decompress(parts, tuple(w.shape), torch.float32) - w
     return 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include "matrix.h"
+#include "pool.h"
 
 namespace {
 
@@ -166,23 +167,51 @@ void merge(float* partials, long step, long spans, long heads, long pad, long de
   }
 }
 
-void attend(const Paged& a) {
-  long group = a.heads / a.kv_heads, blocks = (group + HEADS - 1) / HEADS, pad = (a.depth + 7) / 8 * 8;
-  long size = HEADS * (2 + pad), per_span = a.kv_heads * blocks, work = 0;
-  long* start = (long*)malloc((a.rows + 1) * sizeof(long));   // first span of each row
-  start[0] = 0;
-  for (long r = 0; r < a.rows; r++) {
-    start[r + 1] = start[r] + a.spans(r);
-    work += a.context[r];
+thread_local Scratch starts, read;
+
+struct Attend : Kernel<Attend> {
+  Paged a;
+  long group, blocks, pad, size, per_span;   // size: floats of a Partial
+
+  Attend(const Paged& paged, const char* called) : a(paged) {
+    name = called;
+    shared = true;
+    group = a.heads / a.kv_heads;
+    blocks = (group + HEADS - 1) / HEADS;
+    pad = (a.depth + 7) / 8 * 8;
+    size = HEADS * (2 + pad);
+    per_span = a.kv_heads * blocks;
+    long slots = INT32_MAX, row = slots * a.kv_heads * a.width;   // how long the cache is, nobody said
+    reads(a.q, a.rows * a.heads * a.width * 4);
+    reads(a.keys, row);
+    if (a.values != a.keys) reads(a.values, row);
+    reads(a.table, a.rows * a.table_width * 4);
+    reads(a.context, a.rows * 4);
+    writes(a.out, a.rows * a.heads * a.depth * 4);
   }
-  float* partials = (float*)malloc((start[a.rows] * per_span * size + size) * sizeof(float));
-  bool serial = work * a.heads * a.width < 1 << 15;
-  // The partials of a (row, kv head, head block) lie together, span after span.
-#pragma omp parallel if (!serial)
-  {
-    float* scratch = (float*)malloc((2 * BLOCK * a.width + 8) * sizeof(float));
-#pragma omp for schedule(dynamic)
-    for (long task = 0; task < start[a.rows] * per_span; task++) {
+  long spans() const {
+    long all = 0;
+    for (long r = 0; r < a.rows; r++) all += a.spans(r);
+    return all;
+  }
+  long scratch() const override { return (spans() * per_span + 1) * size * 4; }
+  void end(float* partials, long r, long spans, long i) const {
+    long kv = i / blocks, h = i % blocks * HEADS, heads = group - h < HEADS ? group - h : HEADS;
+    float* out = a.out + (r * a.heads + kv * group + h) * a.depth;
+    if (spans) merge(partials, size, spans, heads, pad, a.depth, out);
+    else memset(out, 0, heads * a.depth * sizeof(float));
+  }
+  // The partials of a (row, kv head, head block) lie together, span after span. A row of one span ends at once.
+  void run(Team& team) const override {
+    long* start = (long*)starts.of((a.rows + 1) * sizeof(long));   // first span of each row
+    float *partials = (float*)team.scratch, *cached = (float*)read.of((2 * BLOCK * a.width + 8) * sizeof(float));
+    bool later = false;
+    start[0] = 0;
+    for (long r = 0; r < a.rows; r++) {
+      start[r + 1] = start[r] + a.spans(r);
+      later |= a.spans(r) != 1;
+    }
+    team.share(start[a.rows] * per_span, [&](long task) {
       long low = 0, high = a.rows;
       while (high - low > 1) {
         long middle = (low + high) / 2;
@@ -193,21 +222,17 @@ void attend(const Paged& a) {
       long h = block * HEADS, heads = group - h < HEADS ? group - h : HEADS;
       long t1 = (s + 1) * SPAN < a.context[r] ? (s + 1) * SPAN : a.context[r];
       attend_span(a, r, kv, a.q + (r * a.heads + kv * group + h) * a.width, heads, s * SPAN, t1,
-                  Partial(partials + task * size), pad, scratch);
-    }
-    free(scratch);
-#pragma omp for schedule(static)
-    for (long i = 0; i < a.rows * per_span; i++) {
-      long r = i / per_span, spans = a.spans(r), kv = i % per_span / blocks, h = i % blocks * HEADS;
-      float* out = a.out + (r * a.heads + kv * group + h) * a.depth;
-      long heads = group - h < HEADS ? group - h : HEADS;
-      if (spans) merge(partials + (start[r] * per_span + i % per_span * spans) * size, size, spans, heads, pad, a.depth, out);
-      else memset(out, 0, heads * a.depth * sizeof(float));
-    }
+                  Partial(partials + task * size), pad, cached);
+      if (spans == 1) end(partials + task * size, r, 1, local);
+    });
+    if (!later) return;
+    team.barrier();
+    team.share(a.rows * per_span, [&](long i) {
+      long r = i / per_span, spans = a.spans(r);
+      if (spans != 1) end(partials + (start[r] * per_span + i % per_span * spans) * size, r, spans, i % per_span);
+    });
   }
-  free(partials);
-  free(start);
-}
+};
 
 }  // namespace
 
@@ -216,13 +241,15 @@ extern "C" {
 void native_attend_rows(int kind, const float* q, const uint8_t* keys, const uint8_t* values,
                         const int32_t* table, const int32_t* context, float* out, long rows, long heads,
                         long kv_heads, long d, long table_width, long block_size, float scale) {
-  attend({q, keys, values, table, context, out, rows, heads, kv_heads, d, d, table_width, block_size, kind, scale});
+  submit(Attend({q, keys, values, table, context, out, rows, heads, kv_heads, d, d, table_width, block_size, kind,
+                 scale}, "attend"));
 }
 
 void native_mla_rows(int kind, const float* q, const uint8_t* cache, const int32_t* table,
                      const int32_t* context, float* out, long rows, long heads, long width, long latent,
                      long table_width, long block_size, float scale) {
-  attend({q, cache, cache, table, context, out, rows, heads, 1, width, latent, table_width, block_size, kind, scale});
+  submit(Attend({q, cache, cache, table, context, out, rows, heads, 1, width, latent, table_width, block_size, kind,
+                 scale}, "attend latents"));
 }
 
 }  // extern "C"

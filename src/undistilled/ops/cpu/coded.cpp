@@ -53,7 +53,7 @@ template <int BITS> struct AsStored {
   template <int NR> INLINE void prefetch(const AsStored& w, const Cursor& p) {
     if ((uintptr_t)p.a % 64 >= (uintptr_t)w.tile) return;   // rows are too many and too short to be foreseen
     UNROLL for (int j = 0; j < NR; j++)
-      _mm_prefetch((const char*)(j < 3 ? p.a : j < 6 ? p.b : p.c) + j % 3 * w.row + w.ahead, _MM_HINT_T0);
+      _mm_prefetch((const char*)(j < 3 ? p.a : j < 6 ? p.b : p.c) + j % 3 * w.row + w.ahead, _MM_HINT_T1);
   }
 };
 
@@ -116,13 +116,21 @@ void outputs(const W& w, const Strip& s, long count, const uint16_t* const* x, f
   for (; r < count; r++) multiply<W, MR, 1>(w, s, r, x, totals);
 }
 
+// A decoder for these levels, made where they are others than the last time.
+template <int BITS> const Decoder<BITS>& decoder_of(const float* levels) {
+  static thread_local Decoder<BITS> kept(levels);
+  static thread_local const float* made = levels;
+  if (made != levels) kept = Decoder<BITS>(made = levels);
+  return kept;
+}
+
 // What the tiles of a panel of up to OUTPUTS rows need beside their codes: places and factors as float32.
 struct Panel {
   const Matrix& a;
   long n, count;
   int32_t* at;
   float *scales, *mins, *totals;
-  long by_row, by_tile;
+  long by_row, by_tile, last;
 
   // LANES scales or minimums from the i-th stored number on, of which `some` are there.
   static __m512 read(int format, const uint8_t* from, long i, long some) {
@@ -186,8 +194,8 @@ struct Panel {
   void width(const Codes& c, long first, const uint16_t* const* x, long rows, uint16_t* unpacked) {
     const Tiling& t = a.tiling;
     long tile = t.cols / 8 * c.bits, row = t.height > 1 ? tile : c.block, tiles = t.sections * c.count;
-    AsStored<BITS> w = {Decoder<BITS>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, 8 * row};
-    if (t.height > 1) w.ahead = c.block;
+    AsStored<BITS> w = {decoder_of<BITS>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, 0};
+    w.ahead = t.height > 1 ? ahead_of(c.block, t.height, n, last) : ahead_of(8 * row, 8, n, last);
     long all = t.order.at ? tiles * t.cols / QUANTUM : t.padded / QUANTUM, blocks = t.cols / QUANTUM;
     Strip s = {tiles, blocks, all, at + first, scales + first * by_tile, by_row, by_tile, a.group < QUANTUM};
     if (rows == 1) return outputs<AsStored<BITS>, 1, 8>(w, s, count, x, totals);
@@ -242,7 +250,8 @@ void arrange_coded(const Matrix& a, const float* x, uint16_t* out) {
   }
 }
 
-void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
+                   long last) {
   const Tiling& t = a.tiling;
   long tiles = t.sections * t.tiles, most = OUTPUTS * lanes(t.order.at ? tiles : t.factors);
   long slice = OUTPUTS * (t.cols > SLICE ? t.cols : SLICE);
@@ -255,7 +264,7 @@ void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x
     next = (n / OUTPUTS + 1) * OUTPUTS;
     if (t.order.at && next > (n / t.height + 1) * t.height) next = (n / t.height + 1) * t.height;
     if (next > end) next = end;
-    Panel p = {a, n, next - n, at, scales, mins, totals, 0, 0};
+    Panel p = {a, n, next - n, at, scales, mins, totals, 0, 0, last};
     p.prepare();
     p.begin(x, rows);
     for (long w = 0, first = 0; w < t.widths; first += t.sections * t.codes[w++].count)
@@ -270,6 +279,6 @@ void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x
 
 long arranged_coded(const Matrix&) { abort(); }
 void arrange_coded(const Matrix&, const float*, uint16_t*) { abort(); }
-void product_coded(const Matrix&, long, long, const uint16_t* const*, long, float* const*) { abort(); }
+void product_coded(const Matrix&, long, long, const uint16_t* const*, long, float* const*, long) { abort(); }
 
 #endif

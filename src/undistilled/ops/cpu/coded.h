@@ -74,4 +74,5 @@ long arranged_coded(const Matrix& a);
 void arrange_coded(const Matrix& a, const float* x, uint16_t* out);
 
 // y[m][n..n+count) = x[m] . rows n.. of a, x arranged; a row's bits do not depend on the others.
-void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
+void product_coded(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
+                   long last);

@@ -1,8 +1,7 @@
-// Linear layers on stored weights, and the per-row operations around them.
-#include <cmath>
+// Linear layers on stored weights.
 #include "coded.h"
+#include "pool.h"
 #include "product.h"
-#include "scratch.h"
 
 namespace {
 
@@ -36,7 +35,7 @@ void tile_of(const Matrix& a, long n, int count, const float* const* x, const fl
   }
 }
 
-thread_local Scratch scratch;
+thread_local Scratch scratch, prepared;
 
 // A coded tile as float32 rows: one look-up serves all rows of x.
 void tile_coded(const Matrix& a, long n, int count, const float* const* x, long rows, float* const* y) {
@@ -52,7 +51,174 @@ void tile_coded(const Matrix& a, long n, int count, const float* const* x, long 
   }
 }
 
+template <class L> void decode_scaled(const Matrix& a, long i, float* out) {
+  long k = a.k, group = a.group;
+  float factors[PANEL], lows[PANEL];
+  for (long k0 = 0, k1; k0 < k; k0 = k1) {
+    k1 = panel_end(a, k0);
+    decode<L>(a.row(i), k0, k1, out + k0);
+    if (a.kind <= BF16) continue;
+    panel_scales(a, i, k0, k1, factors);
+    if (a.mins.at) {
+      Matrix b = a;
+      b.scales = a.mins;
+      panel_scales(b, i, k0, k1, lows);
+    }
+    for (long g = 0, from = k0; from < k1; g++) {
+      long end = (from / group + 1) * group;
+      end = end < k1 ? end : k1;
+      v8 f = splat(factors[g]), low = splat(a.mins.at ? lows[g] : 0);
+      auto scaled = [&](v8 w) {
+        return a.kind != INT4 ? w * f : a.mins.at ? fma(w, f, low) : (w - splat(8)) * f;
+      };
+      for (; from + 8 <= end; from += 8) store(out + from, scaled(load(out + from)));
+      if (from < end) store_part(out + from, scaled(load_part(out + from, end - from)), end - from);
+      from = end;
+    }
+  }
+}
+
+// prepare(i) for every row: by each thread in memory of its own, or shared.
+template <class F> void each_row(Team& team, bool own, long rows, F prepare) {
+  if (own) {
+    for (long i = 0; i < rows; i++) prepare(i);
+    return;
+  }
+  team.share(rows, prepare);
+  team.barrier();
+}
+
+// Rows of x cost a thread less to prepare by itself than to wait for others' share of them, up to so many elements.
+constexpr long OWN = 1 << 14;
+
+struct Linear : Kernel<Linear> {
+  const Matrix& a;
+  const float* x;
+  float* y;
+  long m;
+
+  Linear(const Matrix& a, const float* x, float* y, long m) : a(a), x(x), y(y), m(m) {
+    name = "linear";
+    weights = bytes_of(a);
+    small = m * a.n * a.k <= SERIAL;
+    shared = !own();
+    reads(x, m * a.k * 4);
+    writes(y, m * a.n * 4);
+  }
+  bool own() const { return small || m * a.k <= OWN || !has_offsets(a); }
+  struct Rows {
+    const float **x, **sums;
+    float **y, *buffer;
+    long bytes;
+  };
+  Rows rows(void* at) const {
+    Cutter cut = {(char*)at};
+    long groups = has_offsets(a) ? a.groups() : 0;
+    return {cut.take<const float*>(m), cut.take<const float*>(m), cut.take<float*>(m), cut.take<float>(m * groups),
+            cut.at - (char*)at};
+  }
+  long scratch() const override { return own() ? 0 : rows(nullptr).bytes; }
+  void run(Team& team) const override {
+    Rows r = rows(own() ? prepared.of(rows(nullptr).bytes) : team.scratch);
+    auto prepare = [&](long i) {
+      r.x[i] = x + i * a.k;
+      r.y[i] = y + i * a.n;
+      r.sums[i] = r.buffer + i * a.groups();
+      if (has_offsets(a)) group_sums(a, r.x[i], r.buffer + i * a.groups());
+    };
+    each_row(team, own(), m, prepare);
+    long width = m <= 2 ? 4 : TILE, tiles = (a.n + width - 1) / width;   // wide tiles read x less, narrow ones stream
+    team.share(tiles, [&](long at) {
+      long n = at * width;
+      tile(a, n, a.n - n < width ? a.n - n : width, r.x, r.sums, m, r.y);
+    });
+  }
+};
+
+struct Rounded : Kernel<Rounded> {
+  const Matrix& a;
+  const float* x;
+  float* y;
+  long m, row;
+
+  Rounded(const Matrix& a, const float* x, float* y, long m)
+      : a(a), x(x), y(y), m(m), row((arranged(a) + 31) / 32 * 32) {
+    name = "linear bf16";
+    weights = bytes_of(a);
+    small = m * a.n * a.k <= SERIAL;
+    shared = !own();
+    reads(x, m * a.k * 4);
+    writes(y, m * a.n * 4);
+  }
+  bool own() const { return small || m * a.k <= OWN; }
+  struct Rows {
+    const uint16_t** x;
+    float** y;
+    uint16_t* buffer;
+    long bytes;
+  };
+  Rows rows(void* at) const {
+    Cutter cut = {(char*)at};
+    return {cut.take<const uint16_t*>(m), cut.take<float*>(m), cut.take<uint16_t>(m * row), cut.at - (char*)at};
+  }
+  long scratch() const override { return own() ? 0 : rows(nullptr).bytes; }
+  // Asks for the first weights of a thread's own part, where each is used at once.
+  void ask(Team& team, long panels) const {
+    const Tiling& t = a.tiling;
+    if (m > 2 || (a.kind == CODED && t.height > 1)) return;
+    long from = panels * team.rank / team.size * TILE, to = panels * (team.rank + 1) / team.size * TILE;
+    long row = a.kind == CODED ? t.codes[0].block : a.row_bytes(), bytes = ((to < a.n ? to : a.n) - from) * row;
+    const uint8_t* at = (a.kind == CODED ? t.codes[0].values.at : a.values.at) + from * row;
+    for (long o = 0; o < bytes && o < AHEAD; o += 64) __builtin_prefetch(at + o, 0, 2);
+  }
+  void run(Team& team) const override {
+    Rows r = rows(own() ? prepared.of(rows(nullptr).bytes) : team.scratch);
+    ask(team, (a.n + TILE - 1) / TILE);
+    each_row(team, own(), m, [&](long i) {
+      r.x[i] = r.buffer + i * row;
+      r.y[i] = y + i * a.n;
+      arrange(a, x + i * a.k, r.buffer + i * row);
+    });
+    // Rows of weights stay in a core's cache while a block of rows of x passes by.
+    long width = m < ROWS ? TILE : 4 * TILE, block = m < PART ? m : PART;
+    long panels = (a.n + width - 1) / width, parts = m ? (m + block - 1) / block : 0;
+    long last = panels * (team.rank + 1) / team.size * width;
+    team.share(panels * parts, [&](long at) {
+      long n0 = at / parts * width, m0 = at % parts * block;
+      product(a, n0, a.n - n0 < width ? a.n - n0 : width, r.x + m0, m - m0 < block ? m - m0 : block, r.y + m0, last);
+    });
+  }
+};
+
+struct Dequantise : Kernel<Dequantise> {
+  const Matrix& a;
+  float* out;
+  long n0, n1;
+
+  Dequantise(const Matrix& a, float* out, long n0, long n1) : a(a), out(out), n0(n0), n1(n1) {
+    name = "dequantise";
+    small = (n1 - n0) * a.k <= SERIAL;
+    writes(out, (n1 - n0) * a.k * 4);
+  }
+  void run(Team& team) const override {
+    team.share(n1 - n0, [&](long i) { decode_row(a, n0 + i, out + i * a.k); });
+  }
+};
+
 }  // namespace
+
+void decode_row(const Matrix& a, long i, float* out) {
+  if (a.kind == CODED) return decode_coded(a, i, out);
+  with_loader(a.kind, [&](auto loader) { decode_scaled<decltype(loader)>(a, i, out); });
+}
+
+long bytes_of(const Matrix& a) {
+  const Tiling& t = a.tiling;
+  long rows = a.kind == FP8_BLOCK ? (a.n + 127) / 128 : a.n, bytes = 0;
+  if (a.kind != CODED) return a.n * a.row_bytes() + (a.scales.at ? rows * a.groups() * (a.kind == INT4 ? 2 : 4) : 0);
+  for (int w = 0; w < t.widths; w++) bytes += (a.n + t.height - 1) / t.height * t.codes[w].block;
+  return bytes + a.n * t.factors * (t.format == SCALES_F16 ? 2 : 1);
+}
 
 void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
           float* const* y) {
@@ -68,148 +234,15 @@ __attribute__((visibility("default"))) void* PyInit__kernels(void) { return null
 // The /proc/cpuinfo flags without which this build must not be called.
 const char* native_isa(void) { return ISA; }
 
-void native_linear(const Matrix* matrix, const float* x, float* y, long m) {
-  const Matrix& a = *matrix;
-  long n = a.n, k = a.k, groups = a.groups();
-  const float** xs = (const float**)malloc(m * 3 * sizeof(void*));
-  const float** sums = xs + m;
-  float** ys = (float**)(xs + 2 * m);
-  float* buffer = has_offsets(a) ? (float*)malloc(m * groups * 4) : nullptr;
-  for (long i = 0; i < m; i++) {
-    xs[i] = x + i * k;
-    ys[i] = y + i * n;
-    sums[i] = buffer + i * groups;
-    if (buffer) group_sums(a, xs[i], buffer + i * groups);
-  }
-  long width = m <= 2 ? 4 : TILE;   // a wide tile reads x less often, a narrow one streams better
-#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
-  for (long n0 = 0; n0 < n; n0 += width) tile(a, n0, n - n0 < width ? n - n0 : width, xs, sums, m, ys);
-  free(buffer);
-  free(xs);
-}
+void native_linear(const Matrix* a, const float* x, float* y, long m) { submit(Linear(*a, x, y, m)); }
 
 // 1 where native_linear_rounded may be called, and native_experts_rows with matrices that round.
 int native_rounds(void) { return HAS_PRODUCTS; }
 
 // native_linear with x rounded to BF16.
-void native_linear_rounded(const Matrix* matrix, const float* x, float* y, long m) {
-  if (m == 0) return;
-  const Matrix& a = *matrix;
-  long n = a.n, k = a.k, row = (arranged(a) + 31) / 32 * 32;
-  const uint16_t** xs = (const uint16_t**)malloc(m * 2 * sizeof(void*));
-  float** ys = (float**)(xs + m);
-  uint16_t* rounded = (uint16_t*)aligned_alloc(64, m * row * 2);
-  // Rows of weights stay in a core's cache while a block of rows of x passes by.
-  long width = m < ROWS ? TILE : 4 * TILE, rows = m < PART ? m : PART;
-  long panels = (n + width - 1) / width, parts = (m + rows - 1) / rows;
-#pragma omp parallel for schedule(static) if (m >= ROWS)
-  for (long i = 0; i < m; i++) {
-    xs[i] = rounded + i * row;
-    ys[i] = y + i * n;
-    arrange(a, x + i * k, rounded + i * row);
-  }
-  auto task = [&](long at) {
-    long n0 = at / parts * width, m0 = at % parts * rows;
-    product(a, n0, n - n0 < width ? n - n0 : width, xs + m0, m - m0 < rows ? m - m0 : rows, ys + m0);
-  };
-  if (parts == 1 && m < ROWS) {
-#pragma omp parallel for schedule(static) if (m * n * k > SERIAL)
-    for (long at = 0; at < panels; at++) task(at);
-  } else {
-#pragma omp parallel for schedule(dynamic)
-    for (long at = 0; at < panels * parts; at++) task(at);
-  }
-  free(rounded);
-  free(xs);
-}
+void native_linear_rounded(const Matrix* a, const float* x, float* y, long m) { submit(Rounded(*a, x, y, m)); }
 
 // out [n1 - n0, k] = rows n0..n1 as float32.
-void native_dequantise(const Matrix* matrix, float* out, long n0, long n1) {
-  const Matrix& a = *matrix;
-  long k = a.k, group = a.group;
-  if (a.kind == CODED) {
-#pragma omp parallel for schedule(static) if ((n1 - n0) * k > SERIAL)
-    for (long i = n0; i < n1; i++) decode_coded(a, i, out + (i - n0) * k);
-    return;
-  }
-  with_loader(a.kind, [&](auto loader) {
-#pragma omp parallel for schedule(static) if ((n1 - n0) * k > SERIAL)
-    for (long i = n0; i < n1; i++) {
-      float factors[PANEL], lows[PANEL], *row = out + (i - n0) * k;
-      for (long k0 = 0, k1; k0 < k; k0 = k1) {
-        k1 = panel_end(a, k0);
-        decode<decltype(loader)>(a.row(i), k0, k1, row + k0);
-        if (a.kind <= BF16) continue;
-        panel_scales(a, i, k0, k1, factors);
-        if (a.mins.at) {
-          Matrix b = a;
-          b.scales = a.mins;
-          panel_scales(b, i, k0, k1, lows);
-        }
-        for (long g = 0, from = k0; from < k1; g++) {
-          long end = (from / group + 1) * group;
-          end = end < k1 ? end : k1;
-          v8 f = splat(factors[g]), low = splat(a.mins.at ? lows[g] : 0);
-          auto scaled = [&](v8 w) {
-            return a.kind != INT4 ? w * f : a.mins.at ? fma(w, f, low) : (w - splat(8)) * f;
-          };
-          for (; from + 8 <= end; from += 8) store(row + from, scaled(load(row + from)));
-          if (from < end) store_part(row + from, scaled(load_part(row + from, end - from)), end - from);
-          from = end;
-        }
-      }
-    }
-  });
-}
-
-// y = x / rms(x) * w; with r, x += r first, in place.
-void native_norm_rows(float* x, const float* r, const float* w, float* y, long rows, long d, float eps) {
-#pragma omp parallel for schedule(static) if (rows * d > SERIAL)
-  for (long i = 0; i < rows; i++) {
-    float* a = x + i * d;
-    v8 s = splat(0), t = splat(0);
-    long k = 0;
-    auto squares = [&](long count, v8 acc) {
-      v8 v = load_part(a + k, count);
-      if (r) store_part(a + k, v = v + load_part(r + i * d + k, count), count);
-      return fma(v, v, acc);
-    };
-    for (; k + 8 <= d; k += 8) {
-      v8 acc = squares(8, s);
-      s = t;
-      t = acc;
-    }
-    if (k < d) s = squares(d - k, s);
-    v8 inverse = splat(1 / std::sqrt(sum(s + t) / d + eps));
-    for (k = 0; k + 8 <= d; k += 8) store(y + i * d + k, load(a + k) * inverse * load(w + k));
-    if (k < d) store_part(y + i * d + k, load_part(a + k, d - k) * inverse * load_part(w + k, d - k), d - k);
-  }
-}
-
-// y = g / (1 + exp(-g)) * u
-void native_silu_mul(const float* g, const float* u, float* y, long count) {
-  long whole = count / 8;
-#pragma omp parallel for schedule(static) if (count > SERIAL)
-  for (long i = 0; i < whole; i++) store(y + i * 8, silu8(load(g + i * 8)) * load(u + i * 8));
-  long done = whole * 8, left = count - done;
-  if (left) store_part(y + done, silu8(load_part(g + done, left)) * load_part(u + done, left), left);
-}
-
-// Rotary embedding of x [rows, heads, d], in place; heads lie `stride` floats apart. The cosines and
-// sines are [rows, d / 2]; pair i is (2i, 2i + 1) if interleaved, else (i, i + d / 2).
-void native_rope_rows(float* x, const float* cosines, const float* sines, long rows, long heads, long d,
-                      long stride, int interleaved) {
-  long half = d / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
-#pragma omp parallel for schedule(static) if (rows * heads * d > SERIAL)
-  for (long i = 0; i < rows * heads; i++) {
-    const float *c = cosines + i / heads * half, *s = sines + i / heads * half;
-    float* a = x + i * stride;
-    for (long j = 0; j < half; j++) {
-      float p = a[j * step], q = a[j * step + other];
-      a[j * step] = p * c[j] - q * s[j];
-      a[j * step + other] = q * c[j] + p * s[j];
-    }
-  }
-}
+void native_dequantise(const Matrix* a, float* out, long n0, long n1) { submit(Dequantise(*a, out, n0, n1)); }
 
 }  // extern "C"

@@ -212,3 +212,9 @@ INLINE void group_sums(const Matrix& a, const float* x, float* sums) {
 // sums: group_sums() of each row of x when a is int4.
 void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
           float* const* y);
+
+// out[0..k) = row i of a, as float32.
+void decode_row(const Matrix& a, long i, float* out);
+
+// Bytes of a matrix that a product reads, minimums and orders but roughly.
+long bytes_of(const Matrix& a);

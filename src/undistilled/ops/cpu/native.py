@@ -1,120 +1,54 @@
-"""The native CPU kernels, called through ctypes.
+"""The native CPU kernels: tensors in, tensors out.
 
-The extension is optional: `library()` is None where it was not built or cannot run, and
-`why_missing()` says why. Every function keeps a row's bits independent of the other rows in
-the call and of the thread count, which OpenMP shares with PyTorch.
+Every function keeps a row's bits independent of the other rows in the call and of the number of
+threads: as many as PyTorch's, our own (pool.h).
 
 Shape suffixes: M rows of activations, N outputs, K inputs, R rows (one per sequence), H heads,
 D head width, W cache width, B blocks of a table. Activations are float32 and contiguous.
 """
 
-import ctypes
-import platform
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from .loader import FLOATS, kernels, library, pointer, rounds, serves, sized, why_missing
 from .matrix import Matrix, check
+from .rows import (
+    PIECE,
+    absorb,
+    norm_rows,
+    pick_rows,
+    pointwise,
+    read,
+    release,
+    rope_rows,
+    route,
+    silu_mul,
+    write_rows,
+)
 
-_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-_ARGUMENTS = {
-    "native_linear": [*[_P] * 3, _L],
-    "native_linear_rounded": [*[_P] * 3, _L],
-    "native_dequantise": [*[_P] * 2, *[_L] * 2],
-    "native_attend_rows": [_I, *[_P] * 6, *[_L] * 6, _F],
-    "native_mla_rows": [_I, *[_P] * 5, *[_L] * 6, _F],
-    "native_norm_rows": [*[_P] * 4, _L, _L, _F],
-    "native_silu_mul": [*[_P] * 3, _L],
-    "native_rope_rows": [*[_P] * 3, *[_L] * 4, _I],
-    "native_experts_rows": [*[_P] * 7, *[_L] * 3],
-}
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    folder = Path(__file__).parent
-    path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_kernels{s}").exists()), None)
-    if path is None:
-        return None, f"no native kernels in {folder}: the package was built without a compiler"
-    try:
-        lib = ctypes.CDLL(str(path))
-        lib.native_isa.restype = ctypes.c_char_p
-        needs = lib.native_isa().decode().split()
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(lib, name)
-            function.argtypes, function.restype = arguments, None
-    except (OSError, AttributeError) as error:
-        return None, f"cannot load {path}: {error}"
-    lacking = [flag for flag in needs if flag not in _cpu_flags(needs)]
-    if lacking:
-        return None, f"{path} was built for a processor with {' '.join(lacking)}: build it again here"
-    return lib, ""
-
-
-def _cpu_flags(otherwise: list[str]) -> list[str]:
-    if platform.system() != "Linux":
-        return otherwise
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line.split()
-    return otherwise
-
-
-def serves(x: Tensor) -> bool:
-    """Whether the kernels take activations like x."""
-    return x.device.type == "cpu" and x.dtype is torch.float32 and library() is not None
-
-
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None."""
-    return _load()[0]
-
-
-@cache
-def rounds() -> bool:
-    """Whether the kernels have products of activations rounded to BF16: `Matrix.rounded`."""
-    lib = library()
-    return lib is not None and bool(lib.native_rounds())
-
-
-def why_missing() -> str:
-    """Why `library()` is None; empty where it is not."""
-    return _load()[1]
-
-
-def _bound(name: str):
-    lib = library()
-    if lib is None:
-        raise RuntimeError(why_missing())
-    function = getattr(lib, name)
-    globals()[f"_{name}"] = function
-    return function
-
-
-def _lazy(name: str):
-    """A stand-in that loads the library on its first call and puts the function in its place."""
-    return lambda *arguments: _bound(name)(*arguments)
-
-
-_native_linear = _lazy("native_linear")
-_native_linear_rounded = _lazy("native_linear_rounded")
-_native_dequantise = _lazy("native_dequantise")
-_native_attend_rows = _lazy("native_attend_rows")
-_native_mla_rows = _lazy("native_mla_rows")
-_native_norm_rows = _lazy("native_norm_rows")
-_native_silu_mul = _lazy("native_silu_mul")
-_native_rope_rows = _lazy("native_rope_rows")
-_native_experts_rows = _lazy("native_experts_rows")
-
-
-def _pointer(tensor: Tensor | None, dtype: torch.dtype, what: str) -> int:
-    if tensor is None or tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(f"{what}: want a contiguous {dtype} tensor on the CPU")
-    return tensor.data_ptr()
+__all__ = [
+    "PIECE",
+    "absorb",
+    "attend_rows",
+    "dequantise",
+    "experts_rows",
+    "library",
+    "linear",
+    "mla_rows",
+    "norm_rows",
+    "pick_rows",
+    "pointwise",
+    "read",
+    "release",
+    "rope_rows",
+    "rounds",
+    "route",
+    "serves",
+    "silu_mul",
+    "sized",
+    "why_missing",
+    "write_rows",
+]
 
 
 def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
@@ -125,7 +59,8 @@ def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
     check(weight.experts is None, "weight: want one matrix, not experts")
     m = x_MK.numel() // k
     y_MN = x_MK.new_empty(m, n)
-    run = _native_linear_rounded if _rounded(weight) else _native_linear
+    sized()
+    run = kernels.linear_rounded if _rounded(weight) else kernels.linear
     run(weight.pointer, x_MK.data_ptr(), y_MN.data_ptr(), m)
     return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
 
@@ -139,8 +74,9 @@ def dequantise(weight: Matrix, rows: tuple[int, int] | None = None) -> Tensor:
     """A stored weight [N, K], or its rows [n0, n1), as float32."""
     n0, n1 = rows or (0, weight.n)
     check(0 <= n0 <= n1 <= weight.n and weight.experts is None, "rows: outside the weight")
+    sized()
     out = torch.empty((n1 - n0, weight.k))
-    _native_dequantise(weight.pointer, out.data_ptr(), n0, n1)
+    kernels.dequantise(weight.pointer, out.data_ptr(), n0, n1)
     return out
 
 
@@ -163,15 +99,16 @@ def attend_rows(
     kv_heads = k_cache.shape[-2]
     check(k_cache.shape == v_cache.shape and k_cache.shape[-1] == d and h % kv_heads == 0, "cache: wrong shape")
     check(block_table_RB.shape[0] == r and context_R.shape == (r,), "block table or context: wrong shape")
+    sized()
     dtype = k_cache.dtype
     out_RHD = torch.empty_like(q_RHD)
-    _native_attend_rows(
-        _FLOATS[dtype],
-        _pointer(q_RHD, torch.float32, "q"),
-        _pointer(k_cache, dtype, "k_cache"),
-        _pointer(v_cache, dtype, "v_cache"),
-        _pointer(block_table_RB, torch.int32, "block table"),
-        _pointer(context_R, torch.int32, "context"),
+    kernels.attend_rows(
+        FLOATS[dtype],
+        pointer(q_RHD, torch.float32, "q"),
+        pointer(k_cache, dtype, "k_cache"),
+        pointer(v_cache, dtype, "v_cache"),
+        pointer(block_table_RB, torch.int32, "block table"),
+        pointer(context_R, torch.int32, "context"),
         out_RHD.data_ptr(),
         r,
         h,
@@ -200,14 +137,15 @@ def mla_rows(
     r, h, w = q_RHW.shape
     check(cache.shape[-1] == w and latent <= w, "cache: wrong shape")
     check(block_table_RB.shape[0] == r and context_R.shape == (r,), "block table or context: wrong shape")
+    sized()
     dtype = cache.dtype
     out_RHL = q_RHW.new_empty((r, h, latent))
-    _native_mla_rows(
-        _FLOATS[dtype],
-        _pointer(q_RHW, torch.float32, "q"),
-        _pointer(cache, dtype, "cache"),
-        _pointer(block_table_RB, torch.int32, "block table"),
-        _pointer(context_R, torch.int32, "context"),
+    kernels.mla_rows(
+        FLOATS[dtype],
+        pointer(q_RHW, torch.float32, "q"),
+        pointer(cache, dtype, "cache"),
+        pointer(block_table_RB, torch.int32, "block table"),
+        pointer(context_R, torch.int32, "context"),
         out_RHL.data_ptr(),
         r,
         h,
@@ -218,43 +156,6 @@ def mla_rows(
         scale,
     )
     return out_RHL
-
-
-def norm_rows(x_RD: Tensor, w_D: Tensor, eps: float, residual_RD: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * w over the last axis; x += residual first, in place, if given."""
-    d = w_D.shape[0]
-    check(x_RD.shape[-1] == d, "x: wrong width")
-    x = _pointer(x_RD, torch.float32, "x")
-    r = None
-    if residual_RD is not None:
-        check(residual_RD.shape == x_RD.shape, "residual: wrong shape")
-        r = _pointer(residual_RD, torch.float32, "residual")
-    y_RD = torch.empty_like(x_RD)
-    _native_norm_rows(x, r, _pointer(w_D, torch.float32, "w"), y_RD.data_ptr(), x_RD.numel() // d, d, eps)
-    return y_RD
-
-
-def silu_mul(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) * u, element by element."""
-    check(g.shape == u.shape, "g and u: shapes differ")
-    y = torch.empty_like(g)
-    _native_silu_mul(_pointer(g, torch.float32, "g"), _pointer(u, torch.float32, "u"), y.data_ptr(), g.numel())
-    return y
-
-
-def rope_rows(x_RHD: Tensor, cos_RC: Tensor, sin_RC: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding, in place; C = D / 2. Pair i is (2i, 2i + 1) if interleaved, else (i, i + C).
-
-    x may be a slice of the last axis of a contiguous [R, H, more] tensor.
-    """
-    r, h, d = x_RHD.shape
-    stride = x_RHD.stride(1) if h > 1 else x_RHD.stride(0)
-    ok = x_RHD.dtype is torch.float32 and x_RHD.stride(2) == 1 and (r == 1 or x_RHD.stride(0) == h * stride)
-    check(ok and x_RHD.is_cpu, "x: want float32 heads at one distance on the CPU")
-    check(cos_RC.shape == sin_RC.shape == (r, d // 2) and d % 2 == 0, "cos and sin: want [R, D / 2]")
-    cos, sin = _pointer(cos_RC, torch.float32, "cos"), _pointer(sin_RC, torch.float32, "sin")
-    _native_rope_rows(x_RHD.data_ptr(), cos, sin, r, h, d, stride, interleaved)
-    return x_RHD
 
 
 def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT: Tensor, weights_RT: Tensor) -> Tensor:
@@ -270,14 +171,15 @@ def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT
     check(same and gate.experts is not None, "gate, up and down do not fit")
     for weight in (gate, up, down):
         _rounded(weight)
+    sized()
     out_RD = x_RD.new_empty((r, d))
-    _native_experts_rows(
-        _pointer(x_RD, torch.float32, "x"),
+    kernels.experts_rows(
+        pointer(x_RD, torch.float32, "x"),
         gate.pointer,
         up.pointer,
         down.pointer,
-        _pointer(chosen_RT, torch.int32, "chosen"),
-        _pointer(weights_RT, torch.float32, "weights"),
+        pointer(chosen_RT, torch.int32, "chosen"),
+        pointer(weights_RT, torch.float32, "weights"),
         out_RD.data_ptr(),
         gate.experts,
         r,

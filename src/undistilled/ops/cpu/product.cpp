@@ -25,20 +25,22 @@ struct Panel {
   long n, count;               // its rows of the matrix
 };
 
-// The g-th scale of a row.
-INLINE float factor(const Matrix& a, long row, long g) {
-  const float* scales = (const float*)a.scales.at;
-  switch (a.kind) {
-    case FP8_BLOCK: return scales[row / 128 * a.groups() + g] * 256;
-    case INT8: return scales[row * a.groups() + g];
+// out[group][j][c] = the scales of the rows n.., at most OUTPUTS; n is a multiple of OUTPUTS, as blocks of FP8 are.
+void panel_factors(const Matrix& a, long n, long count, long groups, float* out) {
+  const __m512i PLACE = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const float* scales = (const float*)a.scales.at + (a.kind == FP8_BLOCK ? n / 128 : n) * groups;
+  __mmask16 here = (1u << count) - 1, placed = _mm512_cmplt_epi32_mask(PLACE, _mm512_set1_epi32(count));
+  __m512i at = _mm512_mullo_epi32(PLACE, _mm512_set1_epi32(groups));
+  for (long g = 0; g < groups; g++, out += OUTPUTS) {
+    __m512 f = _mm512_set1_ps(1);
+    if (a.kind == FP8_BLOCK) f = _mm512_set1_ps(scales[g] * 256);
+    else if (a.kind == INT8 && groups == 1) f = _mm512_permutexvar_ps(PLACE, _mm512_maskz_loadu_ps(here, scales));
+    else if (a.kind == INT8) f = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), placed, at, scales + g, 4);
+    _mm512_storeu_ps(out, f);
   }
-  return 1;
-}
-
-// out[group][j][c] = the scales of the rows n.., at most OUTPUTS.
-void panel_factors(const Matrix& a, long n, long count, float* out) {
-  for (long g = 0; g < a.groups(); g++, out += OUTPUTS)
-    for (long i = 0; i < OUTPUTS; i++) out[i % 4 * 4 + i / 4] = i < count ? factor(a, n + i, g) : 0;
+  if (a.kind == INT8)   // the next panel's: no stream that the processor would foresee
+    for (long line = 0; line < groups; line++)
+      _mm_prefetch((const char*)(scales + OUTPUTS * (groups + line)), _MM_HINT_T0);
 }
 
 struct Rows { const uint8_t* at[OUTPUTS]; };
@@ -137,8 +139,7 @@ void block(const Panel& p, const uint16_t* const* x, float* const* y) {
 
 // block() straight from the stored rows, for so few rows of x that packed weights would be read once.
 template <class L, bool GROUPED, int MR>
-void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float* const* y) {
-  long ahead = rows.at[1] > rows.at[0] ? OUTPUTS * (rows.at[1] - rows.at[0]) : 0;
+void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float* const* y, long ahead) {
   Sums<MR> s;
   s.clear(s.total);
   for (long k0 = 0, g = 0; k0 < p.k; k0 += p.group, g++) {
@@ -147,7 +148,7 @@ void straight(const Panel& p, const Rows& rows, const uint16_t* const* x, float*
     for (long k = k0; k < end; k += 32) {
       if (k * L::BITS / 8 % 64 == 0)   // the rows are too many and too short for the processor to foresee
         UNROLL for (int r = 0; r < OUTPUTS; r++)
-          _mm_prefetch((const char*)rows.at[r] + k * L::BITS / 8 + ahead, _MM_HINT_T0);
+          _mm_prefetch((const char*)rows.at[r] + k * L::BITS / 8 + ahead, _MM_HINT_T1);
       b32 v[MR][4];
       UNROLL for (int m = 0; m < MR; m++)
         UNROLL for (int i = 0; i < 4; i++) v[m][i] = four_times(x[m] + k + i * CHUNK, end - k - i * CHUNK);
@@ -174,11 +175,12 @@ void blocks(const Panel& p, const uint16_t* const* x, long rows, float* const* y
 thread_local Scratch scratch;
 
 template <class L, bool GROUPED>
-void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
   constexpr long SOME = 12;   // rows of x that stay in the first cache while the panels pass by
   bool few = rows <= 2;
   long chunks = (a.group + CHUNK - 1) / CHUNK, panels = (count + OUTPUTS - 1) / OUTPUTS;
-  long codes = few ? 0 : a.groups() * chunks * CHUNK * OUTPUTS, factors = a.groups() * OUTPUTS;
+  long groups = GROUPED ? a.groups() : 1;
+  long codes = few ? 0 : groups * chunks * CHUNK * OUTPUTS, factors = groups * OUTPUTS;
   uint16_t* packed = (uint16_t*)scratch.of(panels * (2 * codes + 4 * factors));
   float* scales = (float*)(packed + panels * codes);
   auto panel = [&](long i) {
@@ -189,9 +191,11 @@ void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, l
     Panel p = panel(i);
     Rows from;
     for (long r = 0; r < OUTPUTS; r++) from.at[r] = a.row(p.n + (r < p.count ? r : 0));
-    panel_factors(a, p.n, p.count, (float*)p.scales);
+    panel_factors(a, p.n, p.count, groups, (float*)p.scales);
     if (!few) pack<L>(a, from, (uint16_t*)p.codes);
-    else rows == 1 ? straight<L, GROUPED, 1>(p, from, x, y) : straight<L, GROUPED, 2>(p, from, x, y);
+    long ahead = ahead_of(OUTPUTS * a.row_bytes(), OUTPUTS, p.n, last);
+    if (rows == 1) straight<L, GROUPED, 1>(p, from, x, y, ahead);
+    if (rows == 2) straight<L, GROUPED, 2>(p, from, x, y, ahead);
   }
   for (long m = 0; m < (few ? 0 : rows); m += SOME)
     for (long i = 0; i < panels; i++)
@@ -210,16 +214,17 @@ void arrange(const Matrix& a, const float* x, uint16_t* out) {
   }
 }
 
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
   auto by = [&](auto loader) {
     typedef decltype(loader) L;
-    a.groups() > 1 ? product_of<L, true>(a, n, count, x, rows, y) : product_of<L, false>(a, n, count, x, rows, y);
+    auto run = a.group < a.k ? product_of<L, true> : product_of<L, false>;
+    run(a, n, count, x, rows, y, last);
   };
   switch (a.kind) {
     case BF16: return by(AsBf16());
     case FP8_BLOCK: return by(Fp8Codes());
     case INT8: return by(Int8Codes());
-    default: return product_coded(a, n, count, x, rows, y);
+    default: return product_coded(a, n, count, x, rows, y, last);
   }
 }
 
@@ -227,6 +232,6 @@ void product(const Matrix& a, long n, long count, const uint16_t* const* x, long
 
 long arranged(const Matrix&) { abort(); }
 void arrange(const Matrix&, const float*, uint16_t*) { abort(); }
-void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*) { abort(); }
+void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*, long) { abort(); }
 
 #endif

@@ -53,10 +53,14 @@ def _table(table: tuple[int, ...]) -> str:
     text = "shr.u32 u, t, 4; or.b32 u, u, t; mov.b32 b, 0; prmt.b32 u, u, b, 0x4420;\n"
     if len(words) == 2:
         return text + f"mov.b32 a, {words[0]}; mov.b32 b, {words[1]}; prmt.b32 t, a, b, u;" + _SIGNED
-    return text + f"""and.b32 u, u, 0x7777; shr.u32 t, t, 3; and.b32 t, t, 0x01010101; mul.lo.u32 t, t, 255;
+    return (
+        text
+        + f"""and.b32 u, u, 0x7777; shr.u32 t, t, 3; and.b32 t, t, 0x01010101; mul.lo.u32 t, t, 255;
 mov.b32 a, {words[0]}; mov.b32 b, {words[1]}; prmt.b32 v, a, b, u;
 mov.b32 a, {words[2]}; mov.b32 b, {words[3]}; prmt.b32 u, a, b, u;
-lop3.b32 t, t, u, v, 0xCA;""" + _SIGNED
+lop3.b32 t, t, u, v, 0xCA;"""
+        + _SIGNED
+    )
 
 
 def program(form: Form, piece: int) -> str:

@@ -1,0 +1,33 @@
+"""Rows out of a table and into one: the embedding, and the cache. T tokens, D hidden."""
+
+from __future__ import annotations
+
+import torch
+
+from ..scheme import Stored
+from .cpu import native
+from .linear import checked, native_reads
+from .registry import op
+
+
+@op
+def embed(tokens_T: torch.Tensor, weight: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a stored weight [V, D], decompressed one by one: [T, D]. Ids are in [0, V)."""
+    rows = {name: part[tokens_T] for name, part in weight.parts.items()}
+    return weight.scheme.decompress(rows, (len(tokens_T), weight.shape[1]), dtype)
+
+
+@embed.register("native", native_reads, "our C kernel: the rows straight from their codes")
+def _native_embed(tokens_T: torch.Tensor, weight: Stored, dtype: torch.dtype) -> torch.Tensor:
+    return native.pick_rows(checked(weight), tokens_T)
+
+
+@op
+def write_rows(values: torch.Tensor, table: torch.Tensor, slots_T: torch.Tensor) -> None:
+    """table[slots_T[t]] = values[t], in the table's dtype; values [T, ...], table [slots, ...]."""
+    table.index_copy_(0, slots_T, values.to(table.dtype))
+
+
+@write_rows.register("native", native.serves, "our C kernel: rounded and written in one")
+def _native_write(values: torch.Tensor, table: torch.Tensor, slots_T: torch.Tensor) -> None:
+    native.write_rows(table, slots_T, values.contiguous())
