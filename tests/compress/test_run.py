@@ -17,7 +17,7 @@ from tiny import CONFIGS, load, write_checkpoint
 from undistilled import scheme as schemes
 from undistilled.checkpoint import writer
 from undistilled.checkpoint.resolve import find
-from undistilled.compress import choose, run
+from undistilled.compress import rescale, run
 from undistilled.compress.rescaled import Factors
 from undistilled.compress.run import Request, quantize
 from undistilled.errors import BadArtefact, DoesNotFit, UsageError
@@ -173,8 +173,8 @@ def test_a_budget_with_awq_goes_on_with_the_factors_that_it_found(tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(writer.DiskFull):
         patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         quantize(find(str(source)), tmp_path / "out", asked)
-    assert Factors.load(tmp_path / "out.partial" / "factors.safetensors").columns
-    monkeypatch.setattr(choose, "search_factors", lambda *_: pytest.fail("searched again"))
+    assert Factors.load(tmp_path / "out.partial" / "factors" / "0.safetensors").columns
+    monkeypatch.setattr(rescale, "_together", lambda *_: pytest.fail("searched again"))
     assert quantize(find(str(source)), tmp_path / "out", asked)["bits_per_weight"] <= 7.5
     assert not list((tmp_path / "out").glob("factors*"))
     (made, made_plan), (truth, plan) = load(tmp_path / "out", scheme=None), load(source, scheme="fp32")

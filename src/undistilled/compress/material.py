@@ -20,7 +20,7 @@ from .traces import traces
 if TYPE_CHECKING:
     from .run import Request
 
-FORMAT = 2  # of a calibration on disk: raised whenever what it holds changes
+FORMAT = 3  # of a calibration on disk: raised whenever what it holds changes
 FEWEST = 64  # tokens
 WINDOW = 512  # tokens, or the model's longest context
 
@@ -51,7 +51,8 @@ def _claim(file: Path, model: Model, request: Request) -> None:
     """Say whose calibration this folder is, or check it."""
     texts = {kind: _digest(name, kind) for kind, name in (("emma", request.text), ("questions", request.questions))}
     said = {
-        "format": FORMAT, "model": model.fingerprint(),
+        "format": FORMAT,
+        "model": model.fingerprint(),
         "tokens": request.tokens,
         "traces": request.traces,
         "device": request.device,

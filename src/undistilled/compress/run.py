@@ -27,7 +27,7 @@ from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
-from .choose import CALIBRATION, Choice, at_once, budget, check, choose
+from .choose import CALIBRATION, FACTORS, Choice, at_once, budget, check, choose
 from .files import LOCK, alone, keep, kept
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
@@ -220,6 +220,7 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
     os.replace(folder, out)  # before anything of the work is removed: a kill in between loses none of it
-    for name in ("request.json", "journal.jsonl", "choice.json", "factors.safetensors", LOCK):
+    for name in ("request.json", "journal.jsonl", "choice.json", LOCK):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / CALIBRATION, ignore_errors=True)
+    for name in (CALIBRATION, FACTORS):
+        shutil.rmtree(out / name, ignore_errors=True)
