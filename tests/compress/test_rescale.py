@@ -114,9 +114,7 @@ def test_routers_and_16_bit_weights_are_scaled_by_powers_of_two(tmp_path):
         inputs = torch.diag_embed(torch.rand(*lead, w.shape[1], generator=draw).pow(4))
         moments[w.name] = Moments(inputs, torch.ones(*lead, w.shape[0]), torch.full(lead, 99.0) if lead else None, 1)
     asked = {"expert.up": "bf16", "attention.kv_b": "fp8_block", "norm": "fp32", "router": "bf16"}
-    found = search_factors(
-        model.spec, model.source(), moments, lambda w: asked.get(w.role, "int3-g32"), lambda _: None
-    )
+    found = search_factors(model.spec, model.source(), moments, lambda w: asked.get(w.role, "int3-g32"), lambda _: None)
 
     def exact(t):
         return bool((t.log2() == t.log2().round()).all())

@@ -5,7 +5,7 @@ import torch
 
 from undistilled import scheme as schemes
 from undistilled.compress.calibrate import Moments
-from undistilled.compress.hessian import Hessian
+from undistilled.compress.hessian import Factored, Hessian
 from undistilled.compress.solvers import gptq, hqq, search, tiles
 from undistilled.scheme.tiles import Tiles
 
@@ -78,6 +78,28 @@ def test_experts_together_are_experts_apart():
         # a product over stacked matrices rounds otherwise in its last bits, which may move a code by one
         same = (both["values"][at] == one["values"]).float().mean()
         assert same > 0.98 and torch.equal(both["scales"][at], one["scales"])
+
+
+@pytest.mark.parametrize("shape, by", [((48, 160), (1, 160)), ((3, 48, 160), (3, 1, 160)), ((3, 48, 160), (1, 160))])
+def test_scales_are_the_same_in_pieces(shape, by, monkeypatch):
+    for name in ("int4", "nl3-g32"):
+        scheme, w, importance = schemes.get(name), torch.randn(shape), torch.rand(by)
+        whole = search.fit(scheme, w, importance)
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "PIECE", 1000)
+            pieces = search.fit(scheme, w, importance)
+        assert all(torch.equal(whole[part].float(), pieces[part].float()) for part in whole)
+
+
+def test_weights_with_one_input_share_its_factor():
+    (w, moments), factored = case(), Factored()
+    first = factored.of(moments)
+    assert factored.of(moments) is first and factored.of(moments.clone()) is not first
+    stretch = torch.rand(160) + 0.5
+    scheme, hessian = schemes.get("int4"), Hessian(moments, 2.0, stretch)
+    solved = gptq.solve(scheme, w, hessian, first)
+    searched = search.solve(scheme, w, hessian.diagonal()[None])
+    assert lost(scheme, solved, w, hessian.dense()) < 0.8 * lost(scheme, searched, w, hessian.dense())
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():

@@ -21,6 +21,7 @@ from ..plan.recipes import MIXED, parse, scheme_of
 from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
+from . import room
 from .allocate import allocate
 from .calibrate import Moments, look_up
 from .files import keep
@@ -42,6 +43,7 @@ UNCALIBRATED = ("rtn", "hqq")
 TRIED = "nl3-g64"  # under a budget: what awq tries its factors in, before schemes are known
 FACTORS = "factors"  # the folder of what rows and columns are multiplied by, inside the one being made
 CALIBRATION = "calibration"  # the folder of moments, inside the one being made where no other was named
+DRAFT = 0.01  # nats of an answer that a draft's nat is worth: an MTP layer's errors cost tries, never answers
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
 
@@ -132,8 +134,7 @@ def budget(model: Model, request: Request) -> int | None:
     names = {w.name for w in shared}
     rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if w.name not in names)
     least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in shared)
-    params = sum(w.params for w in every)
-    asked = request.bytes or int((request.bits or 0) * params / 8)
+    params, asked = sum(w.params for w in every), size(model, request)
     if asked < least:
         raise DoesNotFit(
             f"The smallest form of {model.name} takes {least / 1e6:,.1f} MB, {8 * least / params:.2f} bits a weight; "
@@ -141,6 +142,14 @@ def budget(model: Model, request: Request) -> int | None:
             f"Give --bits {math.ceil(80 * least / params) / 10} or more.",
         )
     return asked - rest
+
+
+def size(model: Model, request: Request) -> int:
+    """Bytes of the checkpoint that is asked for."""
+    every = list(weights(model.spec))
+    if request.scheme is not None:
+        return sum(_bytes(w, scheme_of(w, model.spec, request.scheme)) for w in every)
+    return request.bytes or int((request.bits or 0) * sum(w.params for w in every) / 8)
 
 
 def _shared(model: Model, request: Request) -> list[Weight]:
@@ -158,6 +167,7 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     moments: Mapping[str, Moments] = {}
     calibrated = request.solver not in UNCALIBRATED
     kept = Path(request.calibration) if request.calibration and calibrated else folder / CALIBRATION
+    room.check(model, request.tokens, kept if calibrated else None, folder, size(model, request))
     if calibrated:
         moments = moments_of(model, request, kept, say)
     choice = Choice(request.scheme or REST, request.solver, moments, device=request.device)
@@ -185,11 +195,13 @@ def _shared_out(
 ) -> dict[str, str]:
     """Weight -> scheme, so that the whole checkpoint has the bytes that were asked for."""
     shared = _shared(model, request)
-    room = budget(model, request)
-    assert room is not None
+    shared_out = budget(model, request)
+    assert shared_out is not None
     basis = "nothing" if not choice.moments else "scaled" if choice.factors.columns else "moments"
     found = _measured(model, shared, choice, kept / f"options-{FORMAT}-of-{basis}.jsonl", say)
-    taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
+    worth = [DRAFT if w.mtp else 1.0 for w in shared]
+    groups = [[(by * o.loss, o.nbytes) for o in each] for by, each in zip(worth, found, strict=True)]
+    taken = allocate(groups, shared_out)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}
 
 

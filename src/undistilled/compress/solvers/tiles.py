@@ -125,9 +125,9 @@ def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tenso
 def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and levels of values in units of their scales; `kind`: where the rungs of their width begin."""
     assert kind is not None
-    codes, levels = _rungs(x.device)
     place = (x * FINE).ceil_().clamp_(-FINE * MOST, FINE * MOST).int() + kind
-    return codes[place], levels[place]
+    codes, levels = (table.index_select(0, place.flatten()).view(place.shape) for table in _rungs(x.device))
+    return codes, levels
 
 
 FINE, MOST = 2, int(NORMAL[2][-1])  # what lies halfway between levels of any width is half a unit's multiple
