@@ -182,14 +182,19 @@ def test_a_kill_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypatch):
-    model = find(str(folder(tmp_path / "m")))
+    model, calls = find(str(folder(tmp_path / "m"))), iter(range(1))
+
+    def full(_fd):
+        if next(calls, None) is None:
+            raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch, pytest.raises(writer.DiskFull, match="goes on"):
-        patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
-    assert not list((tmp_path / "out.partial").glob("*.safetensors*"))
+        patch.setattr(writer.os, "fsync", full)
+        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
+    assert len(list((tmp_path / "out.partial").glob("*.safetensors*"))) == 1
     with pytest.raises(UsageError, match="another request: scheme was int8"):
-        quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn"))
-    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+        quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn", shard=200_000))
+    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
 
 
 def test_a_budget_with_awq_goes_on_with_the_factors_that_it_found(tmp_path, monkeypatch):
