@@ -262,7 +262,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path, 
     monkeypatch.setattr(choose, "moments_of", lambda *_: pytest.fail("calibrated"))
     free = files.shutil.disk_usage(tmp_path)
     for room_, asked, what in (
-        (1_000, Request(bits=5.0, calibration=str(tmp_path / "kept"), **SMALL), "calibration takes .* GB; .*kept has"),
+        (1_000, Request(bits=5.0, calibration=str(tmp_path / "kept"), **SMALL), "calibration takes .* MB; .*kept has"),
         (reckoned(model.spec, 1024) + 1, Request(bits=5.0, **SMALL), "in this form, with its calibration"),
         (1_000, Request(scheme="int8", solver="rtn"), "This form takes"),
     ):

@@ -33,13 +33,17 @@ def whole(file: Path) -> Iterator[Path]:
         ) from None
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def check_room(folder: Path, need: int, what: str) -> None:
     """DiskFull, before anything is computed, where the disk of `folder` has less than `need` bytes for `what`."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if need > free:
         raise DiskFull(
-            f"{what} takes {need / 1e9:,.2f} GB; {folder} has {free / 1e9:,.2f} GB free.",
+            f"{what} takes {_size(need)}; {folder} has {_size(free)} free.",
             "Make room and give the same command again, or name a folder on another disk.",
         )
 

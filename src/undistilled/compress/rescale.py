@@ -118,23 +118,27 @@ def search_factors(
     Each layer's are kept in `folder`, and taken from there where a run before this one left them.
     """
     found, layers = Factors(), spec.layers + spec.mtp_layers
-    for layer, some in groupby(folds(spec), lambda fold: fold.giver.layer):
+    cases = _Cases(source, moments, scheme_of, device)
+    for layer, some in groupby(folds(spec), lambda fold: fold.giver.layer or 0):
         file = folder / f"{layer}.safetensors" if folder else None
-        if file and file.exists():
-            found |= Factors.load(file)
-            continue
-        own = Factors()
-        for fold in filter(None, (_worth(each, scheme_of) for each in some)):
-            tried = [t for t in fold.takers if t.role != "router"]
-            if all(t.name in moments for t in tried):
-                s = (_apart if fold.apart else _together)(fold, tried, _Cases(source, moments, scheme_of, device))
-                if (s != 1).any():
-                    put(own, fold, s.cpu())
-        if file:
+        own = Factors.load(file) if file and file.exists() else _layers(some, cases)
+        if file and not file.exists():
             file.parent.mkdir(exist_ok=True)
             own.save(file)
         found |= own
-        say(f"scaled the inputs of layer {layer + 1 if layer is not None else 1} of {layers}")
+        say(f"scaled the inputs of layer {layer + 1} of {layers}")
+    return found
+
+
+def _layers(every: Iterator[Fold], cases: _Cases) -> Factors:
+    """The factors of a layer's folds."""
+    found = Factors()
+    for fold in filter(None, (_worth(each, cases.scheme_of) for each in every)):
+        tried = [t for t in fold.takers if t.role != "router"]
+        if all(t.name in cases.moments for t in tried):
+            s = (_apart if fold.apart else _together)(fold, tried, cases)
+            if (s != 1).any():
+                put(found, fold, s.cpu())
     return found
 
 
