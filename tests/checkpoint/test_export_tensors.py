@@ -134,6 +134,9 @@ def test_odd_requests_are_named(tmp_path):
         export(model, tmp_path / "out", "onnx")
     with pytest.raises(UsageError, match="exists"):
         export(model, tmp_path / "q", "compressed-tensors")
+    for form in ("compressed-tensors", "gguf"):
+        with pytest.raises(UsageError, match="missing is no folder"):
+            export(model, tmp_path / "missing" / "out", form)
     with pytest.raises(UsageError, match="no weights"):
         export(find("deepseek-r1"), tmp_path / "out", "compressed-tensors")
 

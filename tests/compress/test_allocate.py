@@ -2,13 +2,14 @@
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from undistilled.compress.allocate import allocate
+from undistilled.compress.allocate import _by_price, allocate
 from undistilled.errors import DoesNotFit
 
 OPTION = st.tuples(st.floats(0, 100), st.integers(1, 50))
@@ -33,6 +34,26 @@ def test_no_choice_is_better(groups, share):
 def test_a_budget_below_the_smallest_is_refused():
     with pytest.raises(DoesNotFit, match="smallest"):
         allocate([[(1.0, 10), (0.5, 20)], [(1.0, 10)]], 19)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5), share=st.floats(0, 1))
+def test_without_a_programme_the_budget_is_kept_too(groups, share):
+    least, most = (sum(f(size for _, size in options) for options in groups) for f in (min, max))
+    budget = int(least + share * (most - least))
+    taken = [options[i] for options, i in zip(groups, _by_price(groups, budget), strict=True)]
+    assert sum(size for _, size in taken) <= budget
+
+
+def test_a_programme_that_runs_out_of_time_leaves_what_a_price_finds(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.rand(200, generator=draw).mul(9).exp()
+    groups = [[(float(s) * 4.0**-b, b * 1000) for b in range(2, 9)] for s in scale]
+    best = sum(groups[g][i][0] for g, i in enumerate(allocate(groups, 640_000)))
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: SimpleNamespace(x=None))
+    chosen = allocate(groups, 640_000)
+    assert sum(groups[g][i][1] for g, i in enumerate(chosen)) <= 640_000
+    assert best <= sum(groups[g][i][0] for g, i in enumerate(chosen)) * (1 + 1e-3) < 1.05 * best
 
 
 def test_r1_size_takes_under_a_minute():

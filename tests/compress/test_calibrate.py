@@ -6,7 +6,7 @@ import torch
 from tiny import CONFIGS, load, write_checkpoint
 from undistilled.checkpoint.resolve import find
 from undistilled.compress import calibrate
-from undistilled.compress.calibrate import FEW, Moments
+from undistilled.compress.calibrate import FEW, Moments, look_up, looked_up
 from undistilled.compress.store import Store
 from undistilled.compress.sweep import Sweep, sweep
 from undistilled.model.batch import Packed
@@ -42,7 +42,7 @@ def test_every_matrix_has_moments_of_its_own_inputs(name, tmp_path):
     folder = write_checkpoint(tmp_path / "m", CONFIGS[name])
     _, plan = load(folder, scheme="fp32")
     found = moments(folder, windows(2), tmp_path / "c")
-    wanted = {row.name: row for row in plan.rows if len(row.shape) == 2 and row.role not in ("embed", "router")}
+    wanted = {row.name: row for row in plan.rows if len(row.shape) == 2 and row.role != "router"}
     assert set(found) == set(wanted)
     assert {f.name.split("-")[0] for f in (tmp_path / "c").iterdir()} == {"moments"}
     for weight, one in found.items():
@@ -50,6 +50,9 @@ def test_every_matrix_has_moments_of_its_own_inputs(name, tmp_path):
         assert one.tokens == 96 and one.inputs.shape[-2:] == (into, into)
         assert one.outputs.shape[-1] == out and (one.outputs.sum() > 0 or "experts" in weight)
     at = "model.layers.0.self_attn."
+    if name == "deepseek_v3":
+        shared = [found[f"{at}{part}.weight"].inputs for part in ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")]
+        assert shared[0] is shared[1] and shared[0] is not shared[2]
     if name in ("llama", "qwen3"):
         assert found[f"{at}q_proj.weight"].inputs is found[f"{at}v_proj.weight"].inputs
         assert found[f"{at}o_proj.weight"].inputs is not found[f"{at}q_proj.weight"].inputs
@@ -84,6 +87,17 @@ def whole_model(decoder, texts):
     return inputs, outputs
 
 
+def gradients_of(embedding):
+    """Where the gradients at what it looks up will be, a tensor for each window."""
+    found = []
+
+    def after(_module, _ids, h_TD):
+        h_TD.requires_grad_(True).register_hook(found.append)
+
+    embedding.register_forward_hook(after)
+    return found
+
+
 def decoder_weights(decoder):
     for path, module in decoder.named_modules():
         if isinstance(module, Linear):
@@ -114,11 +128,14 @@ def test_block_by_block_is_the_whole_model_at_once(name, tmp_path):
     folder, texts = write_checkpoint(tmp_path / "m", CONFIGS[name]), windows(3)
     found = moments(folder, texts, tmp_path / "c")
     decoder, _ = load(folder, scheme="fp32")
-    decoder.embed_tokens.register_forward_hook(lambda _module, _ids, h_TD: h_TD.requires_grad_(True))
+    rows = gradients_of(decoder.embed_tokens)
     inputs, outputs = whole_model(decoder, texts)
+    embedding = "model.embed_tokens.weight"
     if name == "llama-tied":
-        inputs["model.embed_tokens.weight"] = inputs.pop("lm_head.weight")
-        outputs["model.embed_tokens.weight"] = outputs.pop("lm_head.weight")
+        inputs[embedding], outputs[embedding] = inputs.pop("lm_head.weight"), outputs.pop("lm_head.weight")
+        embedding = look_up(embedding)
+    inputs[embedding] = sum(g.T @ g for g in rows)
+    outputs[embedding] = looked_up(torch.tensor(texts).flatten(), rows[0], found[embedding].outputs.numel()).outputs
     assert {n.split("/")[0] for n in outputs} == set(found)
     for weight, total in outputs.items():
         at, _, expert = weight.partition("/")
@@ -126,6 +143,46 @@ def test_block_by_block_is_the_whole_model_at_once(name, tmp_path):
         into, out = (one.inputs[int(expert)], one.outputs[int(expert)]) if expert else (one.inputs, one.outputs)
         assert (into - inputs[weight]).norm() < 1e-4 * inputs[weight].norm() + 1e-12, weight
         assert (out - total).norm() < 1e-3 * total.norm() + 1e-12, weight
+
+
+def test_an_mtp_layer_is_calibrated_by_the_loss_of_its_own_tokens(tmp_path):
+    folder, texts = write_checkpoint(tmp_path / "m", CONFIGS["deepseek_v3-mtp"]), windows(3)
+    found = moments(folder, texts, tmp_path / "c")
+    decoder, _ = load(folder, scheme="fp32", mtp=True)
+    layer = f"model.layers.{len(decoder.layers)}"
+    mtp, draw, outputs, inputs = decoder.mtp[0], torch.Generator().manual_seed(0), [], []
+    down = mtp.block.mlp.shared_experts.down_proj
+
+    def keep(_module, x, y):
+        if y.requires_grad:
+            inputs.append(x[0].detach())
+            y.register_hook(outputs.append)
+
+    down.register_forward_hook(keep)
+    rows = gradients_of(mtp.embed_tokens)
+    with force_reference():
+        for text in texts:
+            ids, bounds = torch.tensor(text), torch.tensor([0, len(text) - 1], dtype=torch.int32)
+            whole = Packed(ids, torch.arange(len(ids)), bounds + torch.tensor([0, 1], dtype=torch.int32), len(ids))
+            with torch.no_grad():
+                h_TD = decoder(whole, [()] * len(decoder.layers))[:-1]
+            batch = Packed(ids[1:], torch.arange(len(ids) - 1), bounds, len(ids) - 1)
+            decoder.prepare(batch)
+            log_TV = mtp(h_TD, batch, ()).log_softmax(-1)
+            drawn = torch.multinomial(log_TV.detach().exp(), 1, generator=draw)
+            (-log_TV.gather(-1, drawn).sum()).backward()
+    one, rows_of = found[f"{layer}.mlp.shared_experts.down_proj.weight"], found[f"{layer}.embed_tokens.weight"]
+    for got, parts in ((one.inputs, inputs), (rows_of.inputs, rows)):
+        want = sum(x.T @ x for x in parts)
+        assert (got - want).norm() < 1e-4 * want.norm()
+    want = sum(g.square().sum(0) for g in outputs)
+    assert (one.outputs - want).norm() < 1e-3 * want.norm()
+
+
+def test_rows_that_were_not_met_share_what_was_met_once():
+    found = looked_up(torch.tensor([0, 0, 0, 1, 1, 2]), torch.randn(6, 4), 5)
+    assert torch.allclose(found.outputs, torch.tensor([2.5, 5 / 3, 5 / 6, 0.5, 0.5]))
+    assert looked_up(torch.tensor([0, 1]), torch.randn(2, 4), 2).outputs.tolist() == [1, 1]
 
 
 def test_it_goes_on_where_it_was_ended(tmp_path, monkeypatch):
@@ -164,7 +221,7 @@ def test_many_experts_share_moments_and_keep_their_diagonals(tmp_path, monkeypat
         assert two.inputs.dim() == 2 and (one.inputs.sum(0) - two.inputs).norm() < 1e-4 * two.inputs.norm()
         for left, right in zip(one.diagonal(every), two.diagonal(every), strict=True):
             assert torch.allclose(left, right, rtol=1e-3)
-        shared, _ = two.of(every)
+        shared = two.of(every)[0].dense()
         assert torch.allclose(shared.diagonal(dim1=-2, dim2=-1), two.diagonal(every)[0], rtol=1e-3)
         assert torch.linalg.eigvalsh(shared).min() > -1e-4 * shared.abs().max()
 
@@ -172,8 +229,9 @@ def test_many_experts_share_moments_and_keep_their_diagonals(tmp_path, monkeypat
 def test_an_expert_that_few_tokens_met_takes_its_layers_moments():
     inputs = torch.stack([torch.eye(4) * 100, torch.eye(4) * 7])
     few = Moments(inputs, torch.tensor([[300.0], [1000.0]]), torch.tensor([FEW * 3.0, 1.0]), 120)
-    into, out = few.of(slice(0, 2))
-    assert torch.equal(into[0], torch.eye(4) * 100 / 120)
+    hessian, out = few.of(slice(0, 2))
+    into = hessian.dense()
+    assert torch.allclose(into[0], torch.eye(4) * 100 / 120)
     assert torch.allclose(into[1], torch.eye(4) * 107 * 2 / (FEW * 3 + 1) / 120)
     assert out[1].item() == pytest.approx(1300 / (FEW * 3 + 1))
 
@@ -194,7 +252,7 @@ def test_the_predicted_divergence_is_the_measured_one(tmp_path):
         original = values.detach().clone()
         change = torch.randn(values.shape) * original.std() * 0.02
         inputs, outputs = found[name].of(None)
-        predicted = float(0.5 * (((change @ inputs) * change).sum(-1) * outputs).sum())
+        predicted = float(0.5 * (inputs.lost(change) * outputs).sum())
         with torch.no_grad():
             values += change
         after = log_probabilities(decoder, texts)

@@ -27,4 +27,5 @@ def test_losses_are_scaled_by_what_the_rows_are_worth():
     choice = Choice("int8", "gptq", {weight.name: Moments(torch.eye(into), worth, tokens=1)})
     ranges = sample(weight)
     measured = sum(float(worth[start:stop].sum()) for _, start, stop in ranges)
-    assert len(ranges) * RANGE < rows and _stand_for(weight, ranges, choice) * measured == float(worth.double().sum())
+    stands_for = _stand_for(weight, ranges, choice, weight.name)
+    assert len(ranges) * RANGE < rows and stands_for * measured == float(worth.double().sum())

@@ -9,6 +9,7 @@ from logits import our_logits
 from tiny import CONFIGS, load, write_checkpoint
 from undistilled.checkpoint.resolve import find
 from undistilled.compress.calibrate import Moments
+from undistilled.compress.hessian import Hessian
 from undistilled.compress.rescale import folds, put, search_factors
 from undistilled.compress.rescaled import Factors, Rescaled
 from undistilled.compress.run import Request, quantize
@@ -62,11 +63,11 @@ def test_moments_are_those_of_the_scaled_weight():
     d, inputs, outputs = torch.randn(3, 4, 6), (x.T @ x).expand(3, 6, 6), torch.rand(3, 4)
     factors, at = Factors({"w": rows}, {"w": columns}), slice(0, 3)
     scaled = d * rows[..., None] * columns
-    m, g = factors.moments("w", at, inputs, outputs)
+    m, g = factors.moments("w", at, Hessian(inputs), outputs)
     want = (((d @ inputs) * d).sum(-1) * outputs).sum()
-    assert torch.allclose((((scaled @ m) * scaled).sum(-1) * g).sum(), want, rtol=1e-4)
+    assert torch.allclose((m.lost(scaled) * g).sum(), want, rtol=1e-4)
     diagonal = inputs.diagonal(dim1=-2, dim2=-1)
-    m, g = factors.moments("w", at, diagonal, outputs)
+    m, g = factors.diagonal("w", at, diagonal, outputs)
     want = ((d.square() * diagonal[:, None]).sum(-1) * outputs).sum()
     assert torch.allclose(((scaled.square() * m[:, None]).sum(-1) * g).sum(), want, rtol=1e-4)
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from byte_tokens import byte_tokenizer
 from logits import our_logits
@@ -17,9 +18,12 @@ from tiny import CONFIGS, load, write_checkpoint
 from undistilled import scheme as schemes
 from undistilled.checkpoint import writer
 from undistilled.checkpoint.resolve import find
-from undistilled.compress import choose, run
+from undistilled.compress import choose, files, material, rescale, run, store
+from undistilled.compress.choose import Choice
 from undistilled.compress.rescaled import Factors
+from undistilled.compress.room import held, reckoned
 from undistilled.compress.run import Request, quantize
+from undistilled.compress.solvers import gptq
 from undistilled.errors import BadArtefact, DoesNotFit, UsageError
 from undistilled.model.weights import weights
 
@@ -147,6 +151,19 @@ def test_what_cannot_calibrate_is_said(tmp_path):
     assert any("only" in line for line in said)
 
 
+def test_a_request_that_came_to_nothing_does_not_bind_the_next(tmp_path):
+    model = find(str(folder(tmp_path / "m", "llama")))
+    with pytest.raises(UsageError, match="Cannot read"):
+        quantize(model, tmp_path / "out", Request(scheme="int4", text=str(tmp_path / "missing.txt")))
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="Name a folder"):
+        quantize(model, tmp_path / "out", Request(scheme="int4", calibration=str(tmp_path / "file")))
+    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+    with pytest.raises(BadArtefact, match="deepseek-r1 has no weights"):
+        quantize(find("deepseek-r1"), tmp_path / "r1", Request(scheme="int8"))
+
+
 def test_a_kill_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
     model = find(str(folder(tmp_path / "m", "llama")))
     rename = run.os.replace
@@ -165,14 +182,19 @@ def test_a_kill_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypatch):
-    model = find(str(folder(tmp_path / "m")))
+    model, calls = find(str(folder(tmp_path / "m"))), iter(range(1))
+
+    def full(_fd):
+        if next(calls, None) is None:
+            raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch, pytest.raises(writer.DiskFull, match="goes on"):
-        patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
-    assert not list((tmp_path / "out.partial").glob("*.safetensors*"))
-    with pytest.raises(UsageError, match="another request"):
-        quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn"))
-    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
+        patch.setattr(writer.os, "fsync", full)
+        quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
+    assert len(list((tmp_path / "out.partial").glob("*.safetensors*"))) == 1
+    with pytest.raises(UsageError, match="another request: scheme was int8"):
+        quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn", shard=200_000))
+    quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
 
 
 def test_a_budget_with_awq_goes_on_with_the_factors_that_it_found(tmp_path, monkeypatch):
@@ -182,8 +204,8 @@ def test_a_budget_with_awq_goes_on_with_the_factors_that_it_found(tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(writer.DiskFull):
         patch.setattr(writer.os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         quantize(find(str(source)), tmp_path / "out", asked)
-    assert Factors.load(tmp_path / "out.partial" / "factors.safetensors").columns
-    monkeypatch.setattr(choose, "search_factors", lambda *_: pytest.fail("searched again"))
+    assert Factors.load(tmp_path / "out.partial" / "factors" / "0.safetensors").columns
+    monkeypatch.setattr(rescale, "_together", lambda *_: pytest.fail("searched again"))
     assert quantize(find(str(source)), tmp_path / "out", asked)["bits_per_weight"] <= 7.5
     assert not list((tmp_path / "out").glob("factors*"))
     (made, made_plan), (truth, plan) = load(tmp_path / "out", scheme=None), load(source, scheme="fp32")
@@ -233,3 +255,89 @@ def test_schemes_named_by_a_checkpoint_are_checked(tmp_path):
         with pytest.raises((BadArtefact, UsageError), match=word):
             load(tmp_path / "out", scheme=None)
     assert schemes.get("int8")
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m", "llama")))
+    monkeypatch.setattr(choose, "moments_of", lambda *_: pytest.fail("calibrated"))
+    free = files.shutil.disk_usage(tmp_path)
+    for room_, asked, what in (
+        (1_000, Request(bits=5.0, calibration=str(tmp_path / "kept"), **SMALL), "calibration takes .* MB; .*kept has"),
+        (reckoned(model.spec, 1024) + 1, Request(bits=5.0, **SMALL), "in this form, with its calibration"),
+        (1_000, Request(scheme="int8", solver="rtn"), "This form takes"),
+    ):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda _, room_=room_: free._replace(free=room_))
+        with pytest.raises(writer.DiskFull, match=what):
+            quantize(model, tmp_path / "out", asked)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "deepseek_v3", "deepseek_v2", "deepseek_v3-mtp"])
+def test_what_a_calibration_takes_is_reckoned(name, tmp_path):
+    model = find(str(folder(tmp_path / "m", name)))
+    quantize(model, tmp_path / "out", Request(scheme="int4", calibration=str(tmp_path / "kept"), **SMALL))
+    left, states = held(tmp_path / "kept"), 4 * 1024 * model.spec.hidden * (model.spec.layers + 2)
+    assert 0.9 * left < reckoned(model.spec, 1024) - states < 1.02 * left
+
+
+def test_a_calibration_that_fills_the_disk_says_so_and_goes_on(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m", "llama")))
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch, pytest.raises(writer.DiskFull, match=r"No space left.*goes on"):
+        patch.setattr(store, "save_file", full)
+        quantize(model, tmp_path / "out", Request(scheme="int4", **SMALL))
+    assert not list((tmp_path / "out.partial" / "calibration").glob("*.part"))
+    quantize(model, tmp_path / "out", Request(scheme="int4", **SMALL))
+
+
+def test_a_gpu_without_memory_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(run, "choose", full)
+    with pytest.raises(DoesNotFit, match=r"2\.00 GiB\. Free it .*--device cpu"):
+        quantize(find(str(folder(tmp_path / "m", "llama"))), tmp_path / "out", Request(scheme="int4", **SMALL))
+
+
+def test_answers_that_did_not_fit_are_said_in_every_run(tmp_path, monkeypatch):
+    model = find(str(folder(tmp_path / "m", "llama")))
+    monkeypatch.setattr(material, "fits", lambda *_: False)
+    asked = Request(scheme="int4", traces=512, calibration=str(tmp_path / "kept"), **SMALL)
+    for out, words in (("one", "does not fit here"), ("two", "remove it to try again")):
+        said = []
+        quantize(model, tmp_path / out, asked, said.append)
+        assert any(words in line for line in said)
+
+
+@pytest.mark.parametrize("solver", ["search", "awq"])
+def test_a_budget_is_for_the_solver_that_was_asked_for(solver, tmp_path, monkeypatch):
+    monkeypatch.setattr(gptq, "rounded", lambda *_: pytest.fail("GPTQ"))
+    model = find(str(folder(tmp_path / "m", "llama", num_hidden_layers=1)))
+    quantize(model, tmp_path / "out", Request(bits=5.0, solver=solver, **SMALL))
+    assert any(s.startswith("tiles") for s in find(str(tmp_path / "out")).spec.stored.values())
+
+
+def test_an_mtp_layer_is_solved_by_its_own_moments(tmp_path, monkeypatch):
+    model, met = find(str(folder(tmp_path / "m", "deepseek_v3-mtp"))), []
+    known = Choice.known
+
+    def noted(self, weight, experts):
+        found = known(self, weight, experts)
+        met.append((weight.name, found is not None)) if weight.mtp else None
+        return found
+
+    monkeypatch.setattr(Choice, "known", noted)
+    quantize(model, tmp_path / "out", Request(scheme="int4", **SMALL))
+    assert met and all(there for _, there in met)
+
+
+def test_what_a_model_is_stored_in_is_an_option_that_loses_nothing(tmp_path):
+    source = write_checkpoint(tmp_path / "m", CONFIGS["deepseek_v3"], fp8=True)
+    byte_tokenizer().save(source)
+    done = quantize(find(str(source)), tmp_path / "out", Request(bits=12.0, solver="rtn"))
+    assert done["schemes"]["fp8_block"] > 10
+    held_, truth = (find(str(path)).source() for path in (tmp_path / "out", source))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(held_.dense(name, 0, held_.shape(name)[0]), truth.dense(name, 0, truth.shape(name)[0]))

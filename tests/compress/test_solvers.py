@@ -5,6 +5,7 @@ import torch
 
 from undistilled import scheme as schemes
 from undistilled.compress.calibrate import Moments
+from undistilled.compress.hessian import Factored, Hessian
 from undistilled.compress.solvers import gptq, hqq, search, tiles
 from undistilled.scheme.tiles import Tiles
 
@@ -38,7 +39,7 @@ def test_each_solver_loses_less_than_the_one_before(name, k):
     diagonal = moments.diagonal()
     nearest = scheme.compress(w)
     searched = checked(scheme, search.solve(scheme, w, diagonal[None]), w.shape)
-    solved = checked(scheme, gptq.solve(scheme, w, moments), w.shape)
+    solved = checked(scheme, gptq.solve(scheme, w, Hessian(moments)), w.shape)
     by_input = torch.diag(diagonal)
     assert lost(scheme, searched, w, by_input) <= lost(scheme, nearest, w, by_input)
     assert lost(scheme, solved, w, moments) < 0.8 * lost(scheme, searched, w, moments)
@@ -71,18 +72,40 @@ def test_half_quadratic_splitting_is_the_same_at_any_size_and_for_any_expert():
 
 def test_experts_together_are_experts_apart():
     scheme, (w, moments) = schemes.get("int3-g64"), case(experts=3)
-    both = gptq.solve(scheme, w, moments)
+    both = gptq.solve(scheme, w, Hessian(moments))
     for at in range(3):
-        one = gptq.solve(scheme, w[at], moments[at])
+        one = gptq.solve(scheme, w[at], Hessian(moments[at]))
         # a product over stacked matrices rounds otherwise in its last bits, which may move a code by one
         same = (both["values"][at] == one["values"]).float().mean()
         assert same > 0.98 and torch.equal(both["scales"][at], one["scales"])
 
 
+@pytest.mark.parametrize("shape, by", [((48, 160), (1, 160)), ((3, 48, 160), (3, 1, 160)), ((3, 48, 160), (1, 160))])
+def test_scales_are_the_same_in_pieces(shape, by, monkeypatch):
+    for name in ("int4", "nl3-g32"):
+        scheme, w, importance = schemes.get(name), torch.randn(shape), torch.rand(by)
+        whole = search.fit(scheme, w, importance)
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "PIECE", 1000)
+            pieces = search.fit(scheme, w, importance)
+        assert all(torch.equal(whole[part].float(), pieces[part].float()) for part in whole)
+
+
+def test_weights_with_one_input_share_its_factor():
+    (w, moments), factored = case(), Factored()
+    first = factored.of(moments)
+    assert factored.of(moments) is first and factored.of(moments.clone()) is not first
+    stretch = torch.rand(160) + 0.5
+    scheme, hessian = schemes.get("int4"), Hessian(moments, 2.0, stretch)
+    solved = gptq.solve(scheme, w, hessian, first)
+    searched = search.solve(scheme, w, hessian.diagonal()[None])
+    assert lost(scheme, solved, w, hessian.dense()) < 0.8 * lost(scheme, searched, w, hessian.dense())
+
+
 def test_gptq_without_correlation_is_rounding_to_nearest():
     scheme, (w, _) = schemes.get("int4"), case()
     moments = torch.diag(torch.rand(160) + 0.1)
-    solved, searched = gptq.solve(scheme, w, moments), search.solve(scheme, w, moments.diagonal()[None])
+    solved, searched = gptq.solve(scheme, w, Hessian(moments)), search.solve(scheme, w, moments.diagonal()[None])
     assert torch.equal(solved["values"], searched["values"])
 
 
@@ -91,7 +114,7 @@ def test_dynamic_blocks_spend_their_bits_where_they_count(experts):
     w, moments = case(n=64, k=256, experts=experts)
     outputs = torch.rand(*w.shape[:-1])
     scheme = Tiles(16, 32, ((2, 3), (3, 2), (5, 3)))
-    solved = checked(scheme, tiles.solve(scheme, w, moments, outputs), tuple(w.shape))
+    solved = checked(scheme, tiles.solve(scheme, w, Hessian(moments), outputs), tuple(w.shape))
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     by_tile = tiles.losses(scheme, w, diagonal, outputs, (3,))[3]
     order = solved["order"].long()
@@ -109,8 +132,8 @@ def test_an_input_that_never_fires_costs_nothing_and_breaks_nothing():
     scheme, (w, moments) = schemes.get("int3-g64"), case()
     moments[:, :40] = 0
     moments[:40] = 0
-    assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, moments).values())
-    assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, torch.zeros_like(moments)).values())
+    assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, Hessian(moments)).values())
+    assert all(t.float().isfinite().all() for t in gptq.solve(scheme, w, Hessian(torch.zeros_like(moments))).values())
 
 
 def test_an_expert_that_met_too_few_tokens_has_its_layers_moments():
@@ -118,7 +141,8 @@ def test_an_expert_that_met_too_few_tokens_has_its_layers_moments():
     met = torch.tensor([500.0, 500.0, 2.0])
     x[2, 2:] = 0
     found = Moments(x.transpose(1, 2) @ x, torch.tensor([[500.0], [1000.0], [8.0]]), met, 1000)
-    inputs, outputs = found.of(slice(0, 3))
+    hessian, outputs = found.of(slice(0, 3))
+    inputs = hessian.dense()
     assert torch.allclose(inputs[:2] * 1000, found.inputs[:2])
     assert torch.allclose(inputs[2] * 1000, found.inputs.sum(0) / 1002 * 3)
     assert outputs.flatten().tolist() == pytest.approx([1.0, 2.0, 1508 / 1002])

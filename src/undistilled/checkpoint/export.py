@@ -29,6 +29,8 @@ def export(model: Model, out: Path, form: str, *, dense: bool = False, say: Say 
         raise UsageError(f"Unknown format {form!r:.80}.", f"Known: {', '.join(FORMATS)}.")
     if out.exists():
         raise UsageError(f"{out} exists.", "Give another name, or remove it.")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out.absolute().parent} is no folder.", "Make it, or give another name.")
     if not model.has_weights:
         raise UsageError(f"{model.path} has no weights to export.")
     kind = FORMATS[form](model)

@@ -13,6 +13,7 @@ from ..errors import DoesNotFit
 
 GAP = 1e-4  # of the optimum: how far from it a solution may be
 SECONDS = 50.0
+STEPS = 40  # halvings of the range in which a price lies
 
 Option = tuple[float, int]  # (loss, bytes)
 
@@ -42,13 +43,41 @@ def allocate(groups: Sequence[Sequence[Option]], budget: int) -> list[int]:
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
-    if found.x is None:
-        raise RuntimeError(f"HiGHS found no allocation: {found.message}")
+    if found.x is None:  # it ran out of time, before it had any
+        return _by_price(groups, budget)
     chosen = [-1] * len(groups)
     for (g, i), share in zip(kept, found.x, strict=True):
         if share > 0.5:
             chosen[g] = i
     return chosen
+
+
+def _by_price(groups: Sequence[Sequence[Option]], budget: int) -> list[int]:
+    """What each group takes at the lowest price of a byte at which all fit (Everett 1963): the best of its size, but
+    not always all of the budget."""
+
+    def taken(price: float) -> list[int]:
+        return [min((_cost(option, price), i) for i, option in enumerate(each))[1] for each in groups]
+
+    def fits(chosen: list[int]) -> bool:
+        return sum(each[i][1] for each, i in zip(groups, chosen, strict=True)) <= budget
+
+    low, high = 0.0, float("inf")
+    if fits(cheapest := taken(low)):
+        return cheapest
+    price = 1e-30
+    while not fits(taken(price)) and price < 1e30:
+        low, price = price, price * 1e3
+    high = price
+    for _ in range(STEPS):
+        middle = (low * high) ** 0.5 if low else high / 2
+        low, high = (low, middle) if fits(taken(middle)) else (middle, high)
+    return taken(high) if fits(taken(high)) else taken(float("inf"))
+
+
+def _cost(option: Option, price: float) -> tuple[float, float]:
+    loss, size = option
+    return (size, loss) if price == float("inf") else (loss + price * size, size)
 
 
 def _efficient(options: Sequence[Option]) -> list[int]:

@@ -9,6 +9,7 @@ K-FAC does (Martens and Grosse 2015). sweep.py runs the model, block by block; h
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,11 @@ from torch import nn
 
 from ..model.layers import Linear, LocalBank
 from ..ops.experts import by_expert
+from .hessian import Hessian
 
 FEW = 32  # tokens that say too little of an expert
+DIMMEST = 1e-4  # of the mean square of an expert's inputs: what one counts as at least
+SEEN = 3  # inputs that are remembered: between q_a and kv_a, which share theirs, comes q_b
 LARGEST = 256 << 20  # bytes of a layer's [E, K, K]; where they would be more, its experts share one [K, K]
 
 
@@ -36,30 +40,34 @@ class Moments:
     tokens: int = 0
     diagonals: torch.Tensor | None = None
 
-    def of(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean moments (inputs [..., K, K], outputs [..., N]) of one matrix, or of these experts.
+    def of(self, experts: slice | None) -> tuple[Hessian, torch.Tensor]:
+        """Mean moments (of inputs, of outputs [..., N]) of one matrix, or of these experts.
 
         E[x x^T] is over all tokens: those that an expert did not meet count as zeros; E[g^2] over those that it met.
         An expert that met fewer than FEW has what all experts of its layer met, in the measure of its own popularity.
         """
+        hessian = Hessian(self.inputs, 1 / max(self.tokens, 1))
         if self.met is None or experts is None:
-            return self.inputs / max(self.tokens, 1), self._outputs(experts)
+            return hessian, self._outputs(experts)
         if self.diagonals is not None:
-            stretch = (self.diagonal(experts)[0] / self.inputs.diagonal().clamp(min=1e-30)).sqrt()
-            return self.inputs * stretch[:, :, None] * stretch[:, None, :], self._outputs(experts)
+            own, every = _floored(self._own(experts)), _floored(self.inputs.diagonal())
+            return hessian.stretched((own / every).sqrt()), self._outputs(experts)
         inputs, rare = self.inputs[experts], self._rare(experts)
         if rare.any():
             inputs = torch.where(rare[:, None, None], self.inputs.sum(0) * self._popularity(experts)[:, None], inputs)
-        return inputs / max(self.tokens, 1), self._outputs(experts)
+        return Hessian(inputs, hessian.scale), self._outputs(experts)
 
     def diagonal(self, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with the diagonals of the inputs' moments only, [..., K]."""
         if self.met is None or experts is None:
             return self.inputs.diagonal() / max(self.tokens, 1), self._outputs(experts)
+        return self._own(experts) / max(self.tokens, 1), self._outputs(experts)
+
+    def _own(self, experts: slice) -> torch.Tensor:
+        """Sums of squares of each expert's inputs [.., K]."""
         own = self.diagonals if self.diagonals is not None else self.inputs.diagonal(dim1=-2, dim2=-1)
         common = own.sum(0) * self._popularity(experts)
-        inputs = torch.where(self._rare(experts)[:, None], common, own[experts])
-        return inputs / max(self.tokens, 1), self._outputs(experts)
+        return torch.where(self._rare(experts)[:, None], common, own[experts])
 
     def _outputs(self, experts: slice | None) -> torch.Tensor:
         if self.met is None or experts is None:
@@ -77,6 +85,29 @@ class Moments:
         return ((self.met[experts] + 1) / self.met.sum().clamp(min=1))[:, None]
 
 
+def _floored(diagonal: torch.Tensor) -> torch.Tensor:
+    """So that an input that an expert never met is no zero to divide by."""
+    return diagonal.maximum(DIMMEST * diagonal.mean(-1, keepdim=True) + 1e-30)
+
+
+def look_up(embedding: str) -> str:
+    """The name of the moments of an embedding's rows as they are looked up, where it is the head too."""
+    return f"{embedding}:look-up"
+
+
+def looked_up(ids: torch.Tensor, g_TD: torch.Tensor, vocab: int) -> Moments:
+    """Moments of an embedding of `vocab` rows: a change d of row v is worth 1/2 p[v] d E[g g^T] d^T nats, where g are
+    the gradients at what was looked up and p says how often a row is.
+
+    Rows that were not met get the share of the tokens that were met once (Good 1953), at most half."""
+    counts = torch.bincount(ids, minlength=vocab).float()
+    unmet = counts == 0
+    share = min(0.5, float((counts == 1).sum()) / len(ids)) if unmet.any() else 0.0
+    rows = (1 - share) * counts + unmet * (share * len(ids) / unmet.sum().clamp(min=1))
+    g_TD = g_TD.float()
+    return Moments(g_TD.T @ g_TD, rows.to(g_TD.device), tokens=len(ids))
+
+
 class Watch:
     """Adds up moments of a block's matrices, by weight name, wherever gradients are on.
 
@@ -86,7 +117,7 @@ class Watch:
     def __init__(self, module: nn.Module, at: str) -> None:
         """`at`: the module's name in the checkpoint, such as "model.layers.3"."""
         self.moments: dict[str, Moments] = {}
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # the last input, and where it was added
+        self.seen: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=SEEN)  # inputs, and where they were added
         for path, child in module.named_modules():
             if isinstance(child, Linear):
                 self._watch(".".join(filter(None, (at, path, "weight"))), child)
@@ -107,14 +138,14 @@ class Watch:
 
     def _moments(self, name: str, x_TK: torch.Tensor, outputs: int) -> Moments:
         """The moments of `name`, with this input added: once where several weights have it."""
-        before = self.seen if self.seen and self.seen[0].data_ptr() == x_TK.data_ptr() else None
+        before = next((total for seen, total in self.seen if seen.data_ptr() == x_TK.data_ptr()), None)
         if name not in self.moments:
-            inputs = before[1] if before else x_TK.new_zeros(x_TK.shape[-1], x_TK.shape[-1])
+            inputs = x_TK.new_zeros(x_TK.shape[-1], x_TK.shape[-1]) if before is None else before
             self.moments[name] = Moments(inputs, x_TK.new_zeros(outputs))
         found = self.moments[name]
-        if not before:
+        if before is None:
             found.inputs += x_TK.T @ x_TK
-        self.seen = (x_TK, found.inputs)  # keeps x, so that its memory is nobody else's
+            self.seen.append((x_TK, found.inputs))  # keeps x, so that its memory is nobody else's
         return found
 
 

@@ -21,9 +21,11 @@ from ..plan.recipes import MIXED, parse, scheme_of
 from ..scheme.base import Parts, Scheme
 from ..scheme.grouped import Grouped
 from ..scheme.tiles import Tiles
+from . import room
 from .allocate import allocate
-from .calibrate import Moments
+from .calibrate import Moments, look_up
 from .files import keep
+from .hessian import Factored, Hessian
 from .material import moments_of
 from .options import FORMAT, Option, at_once, options, smallest
 from .rescale import search_factors
@@ -39,7 +41,9 @@ __all__ = ["CALIBRATION", "Choice", "at_once", "budget", "check", "choose"]
 SOLVERS = ("rtn", "hqq", "search", "gptq", "awq", "awq-gptq")
 UNCALIBRATED = ("rtn", "hqq")
 TRIED = "nl3-g64"  # under a budget: what awq tries its factors in, before schemes are known
+FACTORS = "factors"  # the folder of what rows and columns are multiplied by, inside the one being made
 CALIBRATION = "calibration"  # the folder of moments, inside the one being made where no other was named
+DRAFT = 0.01  # nats of an answer that a draft's nat is worth: an MTP layer's errors cost tries, never answers
 REST = "int8"  # under a budget: the recipe of what is no matrix of a block
 
 
@@ -53,7 +57,7 @@ class Choice:
     schemes: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     factors: Factors = field(default_factory=Factors)
-    layers: int = 0  # of the model, without MTP ones
+    factored: Factored = field(default_factory=Factored)
 
     def solve(self, weight: Weight, experts: slice | None, scheme: Scheme, w: torch.Tensor) -> Parts:
         """Parts of a matrix or vector `w`, float32, or of stacked experts [E, N, K]."""
@@ -64,14 +68,18 @@ class Choice:
         found = self.known(weight, experts)
         if found is None:
             return scheme.compress(w)
-        inputs, outputs = (t.to(w.device) for t in found)
-        if isinstance(scheme, Tiles):
-            return tile_solver.solve(scheme, w, inputs, outputs)
+        inputs, outputs = found[0], found[1].to(w.device)
         if self.solver in ("search", "awq"):
-            return search.solve(scheme, w, inputs.diagonal(dim1=-2, dim2=-1)[..., None, :])
-        return gptq.solve(scheme, w, inputs)
+            diagonal = inputs.diagonal().to(w.device)
+            if isinstance(scheme, Tiles):
+                return tile_solver.searched(scheme, w, diagonal, outputs)
+            return search.solve(scheme, w, diagonal[..., None, :])
+        known = self.factored.of(inputs.whole, w.device)
+        if isinstance(scheme, Tiles):
+            return tile_solver.solve(scheme, w, inputs.to(w.device), outputs, known)
+        return gptq.solve(scheme, w, inputs.to(w.device), known)
 
-    def known(self, weight: Weight, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def known(self, weight: Weight, experts: slice | None) -> tuple[Hessian, torch.Tensor] | None:
         """Mean moments of a weight as it is stored, or of these experts; None where it was not calibrated."""
         found = self.moments.get(weight.name)
         return None if found is None else self.factors.moments(weight.name, experts, *found.of(experts))
@@ -82,18 +90,25 @@ class Choice:
         changed = self.factors.rows or self.factors.columns
         return Rescaled(found, self.factors, weights(model.spec)) if changed else found
 
-    def diagonals(self, weight: Weight, experts: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N]; ones where none are known.
+    @property
+    def corrects(self) -> bool:
+        """Whether values are chosen with the correlations of inputs."""
+        return self.solver in ("gptq", "awq-gptq")
 
-        An MTP layer, through which the text's loss does not go, counts as the last layer does.
-        """
+    def uses(self, weight: Weight) -> list[str]:
+        """The names of a weight's moments: two where it is a head, and rows are looked up too."""
+        both = [weight.name, look_up(weight.name)]
+        return both if both[1] in self.moments else both[:1]
+
+    def diagonals(self, weight: Weight, experts: slice, use: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squares of inputs [1 or E, K] and of the gradients of outputs [1 or E, N], of a use of this weight; ones
+        where none are known."""
         some = experts if weight.experts else None
-        layer = self.layers - 1 if weight.mtp else weight.layer
-        moments = self.moments.get(weight.name.replace(f"layers.{weight.layer}.", f"layers.{layer}."))
+        moments = self.moments.get(use)
         if moments is None:
             rows, into = weight.shape
             return torch.ones(1, into, device=self.device), torch.ones(1, rows, device=self.device)
-        found = self.factors.moments(weight.name, some, *moments.diagonal(some))
+        found = self.factors.diagonal(weight.name, some, *moments.diagonal(some))
         by_input, by_output = (t.to(self.device) for t in found)
         return (by_input, by_output) if weight.experts else (by_input[None], by_output[None])
 
@@ -109,7 +124,7 @@ def check(request: Request) -> None:
 
 
 def budget(model: Model, request: Request) -> int | None:
-    """Bytes to share out over the matrices of blocks; None where a scheme was asked for.
+    """Bytes to share out over the matrices that a budget is for; None where a scheme was asked for.
 
     DoesNotFit, before anything is read, where not even the smallest schemes take so little.
     """
@@ -119,8 +134,7 @@ def budget(model: Model, request: Request) -> int | None:
     names = {w.name for w in shared}
     rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if w.name not in names)
     least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in shared)
-    params = sum(w.params for w in every)
-    asked = request.bytes or int((request.bits or 0) * params / 8)
+    params, asked = sum(w.params for w in every), size(model, request)
     if asked < least:
         raise DoesNotFit(
             f"The smallest form of {model.name} takes {least / 1e6:,.1f} MB, {8 * least / params:.2f} bits a weight; "
@@ -130,11 +144,18 @@ def budget(model: Model, request: Request) -> int | None:
     return asked - rest
 
 
+def size(model: Model, request: Request) -> int:
+    """Bytes of the checkpoint that is asked for."""
+    every = list(weights(model.spec))
+    if request.scheme is not None:
+        return sum(_bytes(w, scheme_of(w, model.spec, request.scheme)) for w in every)
+    return request.bytes or int((request.bits or 0) * sum(w.params for w in every) / 8)
+
+
 def _shared(model: Model, request: Request) -> list[Weight]:
-    """The matrices that a budget is shared out over: those of blocks, and the head where its worth is known."""
-    head = "embed" if model.spec.tied else "head"
-    known = request.solver not in UNCALIBRATED
-    return [w for w in weights(model.spec) if w.is_linear or (known and w.role == head and not w.mtp)]
+    """The matrices that a budget is shared out over: those of blocks; head and embedding where their worth is known."""
+    known = ("head", "embed") if request.solver not in UNCALIBRATED else ()
+    return [w for w in weights(model.spec) if w.is_linear or w.role in known]
 
 
 def _bytes(weight: Weight, scheme: str) -> int:
@@ -146,11 +167,21 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     moments: Mapping[str, Moments] = {}
     calibrated = request.solver not in UNCALIBRATED
     kept = Path(request.calibration) if request.calibration and calibrated else folder / CALIBRATION
+    room.check(model, request.tokens, kept if calibrated else None, folder, size(model, request))
     if calibrated:
         moments = moments_of(model, request, kept, say)
-    choice = Choice(request.scheme or REST, request.solver, moments, device=request.device, layers=model.spec.layers)
+    choice = Choice(request.scheme or REST, request.solver, moments, device=request.device)
     if request.solver.startswith("awq"):
-        choice.factors = _factors(model, request, moments, folder / "factors.safetensors", say)
+        asked = request.scheme or TRIED
+        choice.factors = search_factors(
+            model.spec,
+            model.source(),
+            moments,
+            lambda weight: scheme_of(weight, model.spec, asked),
+            say,
+            request.device,
+            folder / FACTORS,
+        )
     if request.scheme is None:
         file = folder / "choice.json"
         if not file.exists():
@@ -159,28 +190,18 @@ def choose(model: Model, request: Request, folder: Path, say: Callable[[str], No
     return choice
 
 
-def _factors(
-    model: Model, request: Request, moments: Mapping[str, Moments], file: Path, say: Callable[[str], None]
-) -> Factors:
-    """What rows and columns are multiplied by; from `file` where a run before this one left them."""
-    if not file.exists():
-        asked = request.scheme or TRIED
-        search_factors(
-            model.spec, model.source(), moments, lambda weight: scheme_of(weight, model.spec, asked), say
-        ).save(file)
-    return Factors.load(file)
-
-
 def _shared_out(
     model: Model, request: Request, choice: Choice, kept: Path, say: Callable[[str], None]
 ) -> dict[str, str]:
     """Weight -> scheme, so that the whole checkpoint has the bytes that were asked for."""
     shared = _shared(model, request)
-    room = budget(model, request)
-    assert room is not None
+    shared_out = budget(model, request)
+    assert shared_out is not None
     basis = "nothing" if not choice.moments else "scaled" if choice.factors.columns else "moments"
     found = _measured(model, shared, choice, kept / f"options-{FORMAT}-of-{basis}.jsonl", say)
-    taken = allocate([[(o.loss, o.nbytes) for o in each] for each in found], room)
+    worth = [DRAFT if w.mtp else 1.0 for w in shared]
+    groups = [[(by * o.loss, o.nbytes) for o in each] for by, each in zip(worth, found, strict=True)]
+    taken = allocate(groups, shared_out)
     return {w.name: each[i].scheme for w, each, i in zip(shared, found, taken, strict=True)}
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..checkpoint.writer import DiskFull
 from ..errors import UsageError
 
 LOCK = "lock"
@@ -16,10 +20,32 @@ LOCK = "lock"
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Where to write what gets the name `file` when the block ends well."""
+    """Where to write what gets the name `file` when the block ends well. DiskFull where it cannot be written."""
     part = file.with_name(file.name + ".part")
-    yield part
-    part.replace(file)
+    try:
+        yield part
+        part.replace(file)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        said = error.strerror if isinstance(error, OSError) else error
+        raise DiskFull(
+            f"Cannot write {file}: {said}.", "Make room and give the same command again: it goes on."
+        ) from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def check_room(folder: Path, need: int, what: str) -> None:
+    """DiskFull, before anything is computed, where the disk of `folder` has less than `need` bytes for `what`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise DiskFull(
+            f"{what} takes {_size(need)}; {folder} has {_size(free)} free.",
+            "Make room and give the same command again, or name a folder on another disk.",
+        )
 
 
 def keep(file: Path, value: object) -> None:

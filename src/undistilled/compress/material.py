@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,13 @@ from .calibrate import FEW
 from .files import alone, keep, kept
 from .store import Store
 from .sweep import sweep
-from .traces import traces
+from .traces import fits, traces
 
 if TYPE_CHECKING:
     from .run import Request
 
-FORMAT = 2  # of a calibration on disk: raised whenever what it holds changes
+FORMAT = 3  # of a calibration on disk: raised whenever what it holds changes
+WITHOUT = "without-answers"  # a file that says so of a calibration
 FEWEST = 64  # tokens
 WINDOW = 512  # tokens, or the model's longest context
 
@@ -30,8 +32,14 @@ def moments_of(model: Model, request: Request, folder: Path, say: Callable[[str]
     another model or request."""
     with alone(folder, wait=True):
         _claim(folder / "calibration.json", model, request)
-        file = folder / "windows.json"
+        file, without = folder / "windows.json", folder / WITHOUT
+        if without.exists():
+            say(f"{folder} has no answers of {model.name}'s own, which did not fit: remove it to try again with them")
         if not file.exists():
+            if request.traces and not fits(model, request.device):
+                say(f"{model.name} does not fit here as released: calibration without answers of its own")
+                without.touch()
+                request = replace(request, traces=0)
             keep(file, windows(model, request, say))
         sweep(model.spec, model.source(), kept(file), folder, device=request.device, say=say)
     found = Store(folder)

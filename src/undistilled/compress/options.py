@@ -1,4 +1,4 @@
-"""What a weight may become, and what each would lose: schemes for all of it, and dynamic blocks.
+"""What a weight may become, and what each would lose: schemes for all of it, dynamic blocks, and what it is now.
 
 Of the ways to give a weight's tiles their widths, those are options that some price of a byte makes best (Everett
 1963): for a price, each tile takes the width with the least loss + price x bytes. Tiles are taken by their rank in
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 
 # schemes of whole weights beside dynamic blocks, which end at 6 bits without minimums
 WHOLE = ("int8", "int8-g128", "int6-g64")
-# of a head, of which a tied embedding looks up single rows
-BY_ROW = (*WHOLE, "int5-g32", "nl4-g32", "nl3-g32")
+# of a head or an embedding, of which single rows are looked up
+BY_ROW = (*WHOLE, "int5-g32", "nl4-g32", "nl4-g64", "nl3-g32", "nl3-g64", "nl2-g32", "nl2-g64")
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
 AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}  # values of stacked experts that are worked on together
-FORMAT = 3  # of measured options on disk: raised whenever what they say changes
+FORMAT = 4  # of measured options on disk: raised whenever what they say changes
 SAMPLE = 4 << 20  # values of a weight that are measured, about: ranges of rows, drawn at random, one of each stretch
 FEWEST = 8  # ranges of a weight that are measured at least
 RANGE = 128  # rows: whole blocks of tiles, and of R1's FP8
+TRIED, GROUP = 4, 64  # ranges of a weight that GPTQ is tried on, by groups of so many inputs
 
 
 def at_once(device: str) -> int:
@@ -47,7 +48,7 @@ def at_once(device: str) -> int:
 @dataclass(frozen=True)
 class Option:
     scheme: str
-    loss: float  # nats a token, before a solver makes up for some of it
+    loss: float  # nats a token
     nbytes: int
 
 
@@ -64,16 +65,48 @@ def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
     by_cols = {cols: _Ranked(weight, cols) for cols in COLS if weight.is_linear and cols < 2 * weight.shape[1]}
     lost = dict.fromkeys(WHOLE if weight.is_linear else BY_ROW, 0.0)
     ranges = sample(weight)
-    for w, inputs, outputs in _stacks(weight, ranges, source, choice):
+    for w, uses in _stacks(weight, ranges, source, choice):
         for ranked in by_cols.values():
-            ranked.add(w, inputs, outputs)
+            ranked.add(w, *uses[0])
         for name in lost:
             scheme = schemes.get(name)
-            rounded = _rounded(scheme, w, inputs)
-            lost[name] += float(tile_solver.lost(scheme, rounded, w, inputs, outputs).sum())
-    every = _stand_for(weight, ranges, choice)
-    whole = [Option(n, every * loss, schemes.bytes_of(schemes.get(n), weight.full_shape)) for n, loss in lost.items()]
-    return whole + [option for ranked in by_cols.values() for option in ranked.options(every)]
+            rounded = _rounded(scheme, w, uses[0][0])
+            lost[name] += sum(float(tile_solver.lost(scheme, rounded, w, *use).sum()) for use in uses)
+    left = _left(weight, ranges, source, choice)
+    found = [option for ranked in by_cols.values() for option in ranked.options(left)]
+    for name, loss in lost.items():
+        scheme = schemes.get(name)
+        share = left[scheme.bits] if isinstance(scheme, Grouped) else 1.0
+        found.append(Option(name, share * loss, schemes.bytes_of(scheme, weight.full_shape)))
+    return found + _as_it_is(weight, source)
+
+
+def _as_it_is(weight: Weight, source: Source) -> list[Option]:
+    """The scheme that holds it now, which loses nothing."""
+    held = {source.scheme(name) for name in weight.tensor_names}
+    name = held.pop()
+    if held or name is None or (not weight.is_linear and schemes.row_quantum(schemes.get(name)) > 1):
+        return []
+    return [Option(name, 0.0, schemes.bytes_of(schemes.get(name), weight.full_shape))]
+
+
+def _left(weight: Weight, ranges: list[Range], source: Source, choice: Choice) -> dict[int, float]:
+    """Bits -> what GPTQ leaves of the loss that searched scales alone have by the moments' diagonal: more where inputs
+    are hardly correlated. 1 where another solver is asked for, or nothing is known."""
+    found = [choice.known(weight, slice(e, e + 1) if weight.experts else None) for e, _, _ in ranges[:1]]
+    if not choice.corrects or found[0] is None:
+        return dict.fromkeys(WIDTHS, 1.0)
+    before, after = dict.fromkeys(WIDTHS, 0.0), dict.fromkeys(WIDTHS, 0.0)
+    for e, start, stop in ranges[:: -(-len(ranges) // TRIED)]:
+        known = choice.known(weight, slice(e, e + 1) if weight.experts else None)
+        assert known is not None
+        hessian, outputs = known[0].to(choice.device), known[1].to(choice.device).reshape(-1)[start:stop]
+        w = source.dense(weight.tensor_names[e], start, stop).to(choice.device)
+        factor = choice.factored.of(known[0].whole, choice.device)
+        for bits, (one, other) in tile_solver.corrected(w, hessian, outputs, GROUP, factor).items():
+            before[bits] += one
+            after[bits] += other
+    return {bits: after[bits] / before[bits] if before[bits] > 0 else 1.0 for bits in WIDTHS}
 
 
 def _rounded(scheme: Scheme, w: torch.Tensor, inputs: torch.Tensor) -> Parts:
@@ -82,9 +115,12 @@ def _rounded(scheme: Scheme, w: torch.Tensor, inputs: torch.Tensor) -> Parts:
     return scheme.compress(w)
 
 
-def sample(weight: Weight) -> list[tuple[int, int, int]]:
-    """(expert, first row, past the last) of the ranges that are measured: all of a small weight, else one at random of
-    each stretch, since heads and experts repeat with periods of their own. The weight's name is the seed."""
+Range = tuple[int, int, int]  # (expert, first row, past the last)
+
+
+def sample(weight: Weight) -> list[Range]:
+    """The ranges that are measured: all of a small weight, else one at random of each stretch, since heads and experts
+    repeat with periods of their own. The weight's name is the seed."""
     rows, into = weight.shape
     starts = [(e, start) for e in range(weight.count) for start in range(0, rows, RANGE)]
     count = min(len(starts), max(FEWEST, round(SAMPLE / (RANGE * into))))
@@ -94,13 +130,13 @@ def sample(weight: Weight) -> list[tuple[int, int, int]]:
     return [(e, start, min(rows, start + RANGE)) for e, start in chosen]
 
 
-def _stand_for(weight: Weight, ranges: list[tuple[int, int, int]], choice: Choice) -> float:
+def _stand_for(weight: Weight, ranges: list[Range], choice: Choice, use: str) -> float:
     """What the losses of these ranges are multiplied by: moments of all rows are known, so that the share of the
     ranges in trace(M) times the sum of G counts, not how many they are."""
     total = 0.0
     share = dict.fromkeys(ranges, 0.0)
     for expert in range(weight.count):
-        inputs, outputs = choice.diagonals(weight, slice(expert, expert + 1))
+        inputs, outputs = choice.diagonals(weight, slice(expert, expert + 1), use)
         mass = inputs.double().sum() * outputs[0].double()
         total += float(mass.sum())
         for at in ranges:
@@ -111,18 +147,23 @@ def _stand_for(weight: Weight, ranges: list[tuple[int, int, int]], choice: Choic
     return total / measured if measured > 0 else weight.count * weight.shape[0] / rows
 
 
-def _stacks(weight: Weight, ranges: list[tuple[int, int, int]], source: Source, choice: Choice):
-    """(values [B, N, K], input moments [B, K], output moments [B, N]) of ranges of one height, several at once."""
+def _stacks(weight: Weight, ranges: list[Range], source: Source, choice: Choice):
+    """(values [B, N, K], for each use input moments [B, K] and output moments [B, N]) of ranges of one height, several
+    at once. Output moments are multiplied by what the ranges stand for."""
     many = max(1, at_once(choice.device) // (RANGE * weight.shape[1]))
+    uses = [(use, _stand_for(weight, ranges, choice, use)) for use in choice.uses(weight)]
     for height in sorted({stop - start for _, start, stop in ranges}):
         equal = [r for r in ranges if r[2] - r[1] == height]
         for first in range(0, len(equal), many):
             some = equal[first : first + many]
             w = torch.stack([source.dense(weight.tensor_names[e], start, stop) for e, start, stop in some])
-            pairs = [choice.diagonals(weight, slice(e, e + 1)) for e, _, _ in some]
-            inputs = torch.cat([one for one, _ in pairs])
-            outputs = torch.cat([two[:, start:stop] for (_, two), (_, start, stop) in zip(pairs, some, strict=True)])
-            yield w.to(choice.device), inputs, outputs
+            yield w.to(choice.device), [_moments(weight, some, choice, *use) for use in uses]
+
+
+def _moments(weight: Weight, some: list[Range], choice: Choice, use: str, every: float):
+    pairs = [choice.diagonals(weight, slice(e, e + 1), use) for e, _, _ in some]
+    outputs = torch.cat([two[:, start:stop] for (_, two), (_, start, stop) in zip(pairs, some, strict=True)])
+    return torch.cat([one for one, _ in pairs]), every * outputs
 
 
 class _Ranked:
@@ -139,11 +180,12 @@ class _Ranked:
         for at, bits in enumerate(WIDTHS):
             self.lost[at] += lost[bits].gather(-1, order).flatten(0, -2).sum(0).cpu()
 
-    def options(self, every: float) -> list[Option]:
-        """`every`: what the measured losses are multiplied by to stand for all rows."""
+    def options(self, left: dict[int, float]) -> list[Option]:
+        """`left`: bits -> the share of the measured losses that a solver leaves."""
         blocks = -(-self.weight.shape[0] // ROWS) * self.weight.count
         groups = [g for g in torch.arange(self.tiles).tensor_split(min(self.tiles, RANKS)) if len(g)]
-        lost = every * torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]
+        share = torch.tensor([left[bits] for bits in WIDTHS])
+        lost = share[:, None] * torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]
         size = torch.tensor([[len(g) * blocks * ROWS * self.cols * b / 8 for g in groups] for b in WIDTHS])
         steps = (lost[:-1] - lost[1:]) / (size[1:] - size[:-1])
         prices = steps.clamp(min=1e-30).flatten().log().quantile(torch.linspace(0, 1, PRICES)).exp()

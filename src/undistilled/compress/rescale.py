@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,7 @@ from ..scheme.base import Scheme
 from ..scheme.grouped import Grouped, normal
 from ..scheme.tiles import Tiles
 from .calibrate import Moments
+from .hessian import Hessian
 from .rescaled import Factors
 from .solvers import search
 
@@ -119,17 +122,40 @@ def _places(giver: str, spec: ModelSpec) -> tuple[torch.Tensor | None, torch.Ten
 
 
 def search_factors(
-    spec: ModelSpec, source: Source, moments: Mapping[str, Moments], scheme_of: SchemeOf, say: Callable[[str], None]
+    spec: ModelSpec,
+    source: Source,
+    moments: Mapping[str, Moments],
+    scheme_of: SchemeOf,
+    say: Callable[[str], None],
+    device: str = "cpu",
+    folder: Path | None = None,
 ) -> Factors:
-    """The factors of every fold that gains by them; those without moments of all that takes them are left out."""
-    found, every = Factors(), [f for each in folds(spec) if (f := _worth(each, scheme_of))]
-    for at, fold in enumerate(every, 1):
+    """The factors of every fold that gains by them; those without moments of all that takes them are left out.
+
+    Each layer's are kept in `folder`, and taken from there where a run before this one left them.
+    """
+    found, layers = Factors(), spec.layers + spec.mtp_layers
+    cases = _Cases(source, moments, scheme_of, device)
+    for layer, some in groupby(folds(spec), lambda fold: fold.giver.layer or 0):
+        file = folder / f"{layer}.safetensors" if folder else None
+        own = Factors.load(file) if file and file.exists() else _layers(some, cases)
+        if file and not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            own.save(file)
+        found |= own
+        say(f"scaled the inputs of layer {layer + 1} of {layers}")
+    return found
+
+
+def _layers(every: Iterator[Fold], cases: _Cases) -> Factors:
+    """The factors of a layer's folds."""
+    found = Factors()
+    for fold in filter(None, (_worth(each, cases.scheme_of) for each in every)):
         tried = [t for t in fold.takers if t.role != "router"]
-        if all(t.name in moments for t in tried):
-            s = (_apart if fold.apart else _together)(fold, tried, source, moments, scheme_of)
+        if all(t.name in cases.moments for t in tried):
+            s = (_apart if fold.apart else _together)(fold, tried, cases)
             if (s != 1).any():
-                put(found, fold, s)
-        say(f"scaled {at} of {len(every)} places")
+                put(found, fold, s.cpu())
     return found
 
 
@@ -154,31 +180,27 @@ def put(factors: Factors, fold: Fold, s: torch.Tensor) -> None:
         factors.columns[taker.name] = factors.columns.get(taker.name, 1) * fold.spread(s)
 
 
-def _together(
-    fold: Fold, takers: list[Weight], source: Source, moments: Mapping[str, Moments], scheme_of: SchemeOf
-) -> torch.Tensor:
+def _together(fold: Fold, takers: list[Weight], cases: _Cases) -> torch.Tensor:
     """s [channels] of the alpha that loses least over all takers."""
-    cases = []
+    some = []
     for taker in takers:
         step = -(-taker.count // EXPERTS)
         for at in range(0, taker.count, step):
-            case = _Case.of(taker, slice(at, at + 1), source, moments, scheme_of)
+            case = cases.of(taker, slice(at, at + 1))
             stands_for = min(step, taker.count - at) * taker.shape[0] / case.w.shape[1]
-            cases.append((case, stands_for))
-    power = torch.stack([case.power[0] * share for case, share in cases]).sum(0)
+            some.append((case, stands_for))
+    power = torch.stack([case.power[0] * share for case, share in some]).sum(0)
     tried = scales(by_channel(power, fold.columns), fold.exact)
-    lost = [sum(float(c.lost(fold.spread(s)).sum()) * share for c, share in cases) for s in tried]
+    lost = [sum(float(c.lost(fold.spread(s)).sum()) * share for c, share in some) for s in tried]
     return tried[lost.index(min(lost))]
 
 
-def _apart(
-    fold: Fold, takers: list[Weight], source: Source, moments: Mapping[str, Moments], scheme_of: SchemeOf
-) -> torch.Tensor:
+def _apart(fold: Fold, takers: list[Weight], cases: _Cases) -> torch.Tensor:
     """s [E, channels]: each expert's own alpha."""
     (taker,), found = takers, []
     many = max(1, AT_ONCE // (min(ROWS, taker.shape[0]) * taker.shape[1]))
     for at in range(0, taker.count, many):
-        case = _Case.of(taker, slice(at, at + many), source, moments, scheme_of)
+        case = cases.of(taker, slice(at, at + many))
         tried = scales(case.power, fold.exact)
         best = torch.stack([case.lost(s) for s in tried]).argmin(0)
         found.append(torch.stack(tried)[best, torch.arange(len(best))])
@@ -201,31 +223,38 @@ def scales(power: torch.Tensor, exact: bool) -> list[torch.Tensor]:
     return [s.log2().round().exp2() for s in found] if exact else found
 
 
+@dataclass(frozen=True)
+class _Cases:
+    """Where the cases of a search come from, and where it computes."""
+
+    source: Source
+    moments: Mapping[str, Moments]
+    scheme_of: SchemeOf
+    device: str
+
+    def of(self, taker: Weight, experts: slice) -> _Case:
+        hessian, outputs = self.moments[taker.name].of(experts if taker.experts else None)
+        outputs = outputs if taker.experts else outputs[None]
+        some = torch.linspace(0, taker.shape[0] - 1, min(ROWS, taker.shape[0])).long()
+        names = taker.tensor_names[experts]
+        w = torch.stack([self.source.dense(name, 0, taker.shape[0])[some] for name in names])
+        there = w.to(self.device), hessian.to(self.device), outputs[..., some].to(self.device)
+        return _Case(*there, tried_in(self.scheme_of(taker)))
+
+
 @dataclass
 class _Case:
     """Experts (or one matrix) of a taker, `w` [E, N, K] some of their rows, with moments and a scheme."""
 
     w: torch.Tensor
-    inputs: torch.Tensor  # [E, K, K], or [E, K] where only the diagonal is known
+    hessian: Hessian
     outputs: torch.Tensor  # [E, N]
     scheme: Scheme
-
-    @classmethod
-    def of(
-        cls, taker: Weight, experts: slice, source: Source, moments: Mapping[str, Moments], scheme_of: SchemeOf
-    ) -> _Case:
-        inputs, outputs = moments[taker.name].of(experts if taker.experts else None)
-        if not taker.experts:
-            inputs, outputs = inputs[None], outputs[None]
-        some = torch.linspace(0, taker.shape[0] - 1, min(ROWS, taker.shape[0])).long()
-        names = taker.tensor_names[experts]
-        w = torch.stack([source.dense(name, 0, taker.shape[0])[some] for name in names])
-        return cls(w, inputs, outputs[..., some], tried_in(scheme_of(taker)))
 
     @property
     def power(self) -> torch.Tensor:
         """Mean squares of the inputs [E, K]."""
-        return self.inputs if self.inputs.dim() == 2 else self.inputs.diagonal(dim1=-2, dim2=-1)
+        return self.hessian.diagonal().expand(len(self.w), -1)
 
     def lost(self, s: torch.Tensor) -> torch.Tensor:
         """The error [E] of the outputs where columns are stored times s [K] or [E, K]."""
@@ -236,8 +265,7 @@ class _Case:
         else:
             parts = self.scheme.compress(w)
         d = self.scheme.decompress(parts, tuple(w.shape), torch.float32) / s - self.w
-        through = d * self.inputs[:, None] if self.inputs.dim() == 2 else d @ self.inputs
-        return ((through * d).sum(-1) * self.outputs).sum(-1)
+        return (self.hessian.lost(d) * self.outputs).sum(-1)
 
 
 def tried_in(name: str) -> Scheme:

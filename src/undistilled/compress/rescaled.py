@@ -16,6 +16,7 @@ from ..checkpoint.source import Columns, Source
 from ..model.weights import Weight
 from ..scheme.base import Parts
 from .files import whole
+from .hessian import Hessian
 
 
 @dataclass
@@ -25,20 +26,29 @@ class Factors:
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __or__(self, other: Factors) -> Factors:
+        return Factors(self.rows | other.rows, self.columns | other.columns)
+
     def of(self, weight: str, experts: slice | int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(of rows [..., N], of columns [..., K]) of a weight, or of these experts; None: all ones."""
         found = (self.rows.get(weight), self.columns.get(weight))
         rows, columns = (f if f is None or experts is None or f.dim() == 1 else f[experts] for f in found)
         return rows, columns
 
-    def moments(
+    def diagonal(
         self, weight: str, experts: slice | None, inputs: torch.Tensor, outputs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What moments [..., K, K] (or [..., K]) and [..., N] are for the multiplied weight."""
+        """What mean squares [..., K] of inputs and [..., N] of outputs' gradients are for the multiplied weight."""
         rows, columns = self.of(weight, experts)
-        if columns is not None:
-            whole = inputs.dim() == (2 if experts is None else 3)
-            inputs = inputs / columns[..., None, :] / columns[..., :, None] if whole else inputs / columns.square()
+        inputs = inputs if columns is None else inputs / columns.square()
+        return inputs, outputs if rows is None else outputs / rows.square()
+
+    def moments(
+        self, weight: str, experts: slice | None, inputs: Hessian, outputs: torch.Tensor
+    ) -> tuple[Hessian, torch.Tensor]:
+        """The same of whole moments."""
+        rows, columns = self.of(weight, experts)
+        inputs = inputs if columns is None else inputs.stretched(1 / columns)
         return inputs, outputs if rows is None else outputs / rows.square()
 
     def save(self, file: Path) -> None:

@@ -22,15 +22,17 @@ from ..checkpoint.compressed import tensor_of
 from ..checkpoint.resolve import Model
 from ..checkpoint.source import Source
 from ..checkpoint.writer import Tensor, sha256, shard_name, shards, write, write_index
-from ..errors import BadArtefact, UsageError
+from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
-from .choose import CALIBRATION, Choice, at_once, budget, check, choose
+from . import material
+from .choose import CALIBRATION, FACTORS, UNCALIBRATED, Choice, at_once, budget, check, choose
 from .files import LOCK, alone, keep, kept
 
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
+NOTHING = {"request.json", LOCK}  # what a run leaves that ended before it had made anything
 Say = Callable[[str], None]
 
 
@@ -67,7 +69,13 @@ def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: Non
     folder = out.with_name(out.name + ".partial")
     _refuse(model, request, out, folder)
     with alone(folder):
-        return _made(model, out, folder, request, say)
+        try:
+            return _made(model, out, folder, request, say)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"The GPU has too little memory: {str(error).splitlines()[0]}",
+                "Free it and give the same command again, which goes on, or start with --device cpu.",
+            ) from None
 
 
 def _refuse(model: Model, request: Request, out: Path, folder: Path) -> None:
@@ -75,6 +83,11 @@ def _refuse(model: Model, request: Request, out: Path, folder: Path) -> None:
     given = Path(request.calibration).resolve() if request.calibration else None
     if given and any(given.is_relative_to(p.resolve()) for p in (out, folder)):
         raise UsageError(f"{given} is where the checkpoint goes.", "Give another --calibration.")
+    if not model.has_weights:
+        raise BadArtefact(f"{model.name} has no weights here.", "Give a folder or file that has them.")
+    if request.solver not in UNCALIBRATED:
+        material.read(request.text, "emma")
+        material.read(request.questions, "questions")
     there = model.source().names()
     lacking = next((w for w in weights(model.spec) for n in w.tensor_names if n not in there), None)
     if lacking:
@@ -117,8 +130,15 @@ def _open(folder: Path, model: Model, request: Request) -> None:
     file = folder / "request.json"
     if not file.exists():
         keep(file, said)
-    elif kept(file) != said:
-        raise UsageError(f"{folder} is of another request.", "Remove it, or give another OUT.")
+        return
+    before = kept(file)
+    other = next((key for key in said if before.get(key) != said[key]), None)
+    if other and {f.name for f in folder.iterdir()} <= NOTHING:
+        keep(file, said)
+    elif other:
+        raise UsageError(
+            f"{folder} is of another request: {other} was {before.get(other)}.", "Remove it, or give another OUT."
+        )
 
 
 def _files(model: Model, table: dict[str, str], room: int) -> list[list[tuple[Weight, int]]]:
@@ -220,6 +240,7 @@ def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files:
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
     os.replace(folder, out)  # before anything of the work is removed: a kill in between loses none of it
-    for name in ("request.json", "journal.jsonl", "choice.json", "factors.safetensors", LOCK):
+    for name in ("request.json", "journal.jsonl", "choice.json", LOCK):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / CALIBRATION, ignore_errors=True)
+    for name in (CALIBRATION, FACTORS):
+        shutil.rmtree(out / name, ignore_errors=True)

@@ -7,7 +7,7 @@ Float32 throughout, by the ops' references. T tokens of all windows, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from ..model.weights import Weight, weights
 from ..ops.registry import force_reference
 from ..ops.rope import angles, frequencies
 from ..scheme.base import Stored
-from .calibrate import Watch
+from .calibrate import Moments, Watch, look_up, looked_up
 from .files import whole
 from .store import save
 
 Say = Callable[[str], None]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass
@@ -60,6 +61,11 @@ def _gradient(t: torch.Tensor) -> torch.Tensor:
     return t.grad
 
 
+def _parts(states_TD: torch.Tensor, windows: Sequence[list[int]]) -> tuple[torch.Tensor, ...]:
+    """States of all tokens -> of each window."""
+    return states_TD.split([len(window) for window in windows])
+
+
 class Sweep:
     """One calibration of one model: windows of token ids, and the folder where it leaves what it finds."""
 
@@ -70,11 +76,6 @@ class Sweep:
         self.seed, self.say = seed, say
         self.table = {w.name: w for w in weights(spec)}
         self.rates, self.factor = frequencies(spec.rope)
-        self.spans = []
-        start = 0
-        for window in windows:
-            self.spans.append(slice(start, start + len(window)))
-            start += len(window)
 
     def make(self, name: str) -> Stored:
         weight = self.table[name]
@@ -95,20 +96,26 @@ class Sweep:
     def run(self) -> None:
         """Everything that is not there yet."""
         layers = self.spec.layers
-        lacking = [layer for layer in range(layers) if not self._moments(layer).exists()]
+        lacking: list = [layer for layer in range(layers) if not self._moments(layer).exists()]
         needed = [self._file("hidden", lacking[-1]), self._file("gradient", lacking[-1] + 1)] if lacking else []
+        if not lacking and not self._moments("embed").exists():
+            needed = [self._file("gradient", 0)]
         if not all(file.exists() for file in needed):
             self._moments("head").unlink(missing_ok=True)  # what came before is gone: all over again
         with force_reference():
             if not self._moments("head").exists():
                 self._forward(layers)
-                self._head(layers)
+                for extra in range(self.spec.mtp_layers):
+                    self._mtp(layers + extra, layers)
+                self._loss(layers)
             for layer in reversed(range(layers)):
                 if not self._moments(layer).exists():
                     self.say(f"calibration: backward, layer {layer + 1} of {layers}")
                     self._backward(layer)
                 self._file("hidden", layer + 1).unlink(missing_ok=True)
                 self._file("gradient", layer + 1).unlink(missing_ok=True)
+            if not self._moments("embed").exists():
+                self._embedding()
         for kind in ("hidden", "gradient"):
             self._file(kind, 0).unlink(missing_ok=True)
 
@@ -125,34 +132,37 @@ class Sweep:
                 h_TD = self._load("hidden", layer)
                 self._save("hidden", layer + 1, block.transform(self._attended(block, h_TD)))
 
-    def _embedded(self) -> torch.Tensor:
+    def _embedded(self, name: str = EMBEDDING, windows: Sequence[list[int]] | None = None) -> torch.Tensor:
         """Rows of the embedding, of which few are needed."""
-        ids = torch.tensor([token for window in self.windows for token in window])
+        ids = torch.tensor([token for window in windows or self.windows for token in window])
         wanted, place = ids.unique(return_inverse=True)
-        name = "model.embed_tokens.weight"
         return torch.cat([self.source.dense(name, int(t), int(t) + 1) for t in wanted])[place]
 
-    def _attended(self, block: Block, h_TD: torch.Tensor) -> torch.Tensor:
-        pairs = zip(self.spans, self.windows, strict=True)
-        return torch.cat([block.attend(h_TD[span], self.batch(window), ()) for span, window in pairs])
+    def _attended(self, block: Block, h_TD: torch.Tensor, windows: Sequence[list[int]] | None = None) -> torch.Tensor:
+        windows = windows or self.windows
+        pairs = zip(_parts(h_TD, windows), windows, strict=True)
+        return torch.cat([block.attend(h, self.batch(window), ()) for h, window in pairs])
 
-    def _head(self, layers: int) -> None:
+    def _loss(self, layers: int) -> None:
         """The loss of tokens drawn from the model itself, and its gradient at the last hidden states."""
         self.say("calibration: head")
-        draw = torch.Generator().manual_seed(self.seed)
         tied = "model.embed_tokens" if self.spec.tied else "lm_head"
         norm, head = Norm(self.make, "model.norm", self.spec.norm_eps), Linear(self.make, tied)
         watch = Watch(head, tied)
-        h_TD = self._load("hidden", layers)
-        gradient_TD = torch.empty_like(h_TD)
-        for span in self.spans:
-            h = h_TD[span].requires_grad_()
+        self._save("gradient", layers, self._drawn(norm, head, self._load("hidden", layers), self.windows))
+        save(self._moments("head"), watch.moments)
+
+    def _drawn(self, norm: Norm, head: Linear, h_TD: torch.Tensor, windows: Sequence[list[int]]) -> torch.Tensor:
+        """The gradient at h_TD of -log p of tokens that are drawn there."""
+        draw = torch.Generator().manual_seed(self.seed)
+        found = []
+        for part in _parts(h_TD, windows):
+            h = part.detach().requires_grad_()
             log_TV = head(norm(h)).float().log_softmax(-1)
             drawn = torch.multinomial(log_TV.detach().exp().cpu(), 1, generator=draw).to(h.device)
             (-log_TV.gather(-1, drawn).sum()).backward()
-            gradient_TD[span] = _gradient(h)
-        self._save("gradient", layers, gradient_TD)
-        save(self._moments("head"), watch.moments)
+            found.append(_gradient(h))
+        return torch.cat(found)
 
     def _backward(self, layer: int) -> None:
         block = self.block(layer)
@@ -160,15 +170,52 @@ class Sweep:
         h_TD = self._load("hidden", layer)
         with torch.no_grad():
             a_TD = self._attended(block, h_TD)
-        a_TD.requires_grad_()
-        block.transform(a_TD).backward(self._load("gradient", layer + 1))
-        gradient_TD = torch.empty_like(h_TD)
-        for span, window in zip(self.spans, self.windows, strict=True):
-            h = h_TD[span].requires_grad_()
-            block.attend(h, self.batch(window), ()).backward(_gradient(a_TD)[span])
-            gradient_TD[span] = _gradient(h)
+        gradient_TD = self._through(block, h_TD, a_TD, self._load("gradient", layer + 1), self.windows)
         self._save("gradient", layer, gradient_TD)
         save(self._moments(layer), watch.moments)
+
+    def _through(
+        self, block: Block, h_TD: torch.Tensor, a_TD: torch.Tensor, g_TD: torch.Tensor, windows: Sequence[list[int]]
+    ) -> torch.Tensor:
+        """The gradient at a block's input h_TD, for one at its output; a_TD lies between its halves."""
+        a_TD = a_TD.detach().requires_grad_()
+        block.transform(a_TD).backward(g_TD)
+        found = []
+        for part, own, window in zip(_parts(h_TD, windows), _parts(_gradient(a_TD), windows), windows, strict=True):
+            h = part.detach().requires_grad_()
+            block.attend(h, self.batch(window), ()).backward(own)
+            found.append(_gradient(h))
+        return torch.cat(found)
+
+    def _mtp(self, layer: int, layers: int) -> None:
+        """An MTP layer, whose loss is its own: of the token after next."""
+        if self._moments(layer).exists():
+            return
+        self.say("calibration: multi-token prediction")
+        at, spec = f"model.layers.{layer}", self.spec
+        windows = [window[1:] for window in self.windows if len(window) > 1]
+        kept = torch.cat([h[:-1] for h in _parts(self._load("hidden", layers), self.windows)])
+        e_TD = self._embedded(f"{at}.embed_tokens.weight", windows).to(self.device).requires_grad_()
+        enorm, hnorm, norm = (
+            Norm(self.make, f"{at}.{n}", spec.norm_eps) for n in ("enorm", "hnorm", "shared_head.norm")
+        )
+        h_TD = Linear(self.make, f"{at}.eh_proj")(torch.cat((enorm(e_TD), hnorm(kept)), -1))
+        block, head = Block(self.make, spec, layer, mtp=True).eval(), Linear(self.make, f"{at}.shared_head.head")
+        watched = Watch(block, at), Watch(head, f"{at}.shared_head.head")
+        with torch.no_grad():
+            a_TD = self._attended(block, h_TD.detach(), windows)
+            out_TD = block.transform(a_TD)
+        g_TD = self._drawn(norm, head, out_TD, windows)
+        h_TD.backward(self._through(block, h_TD, a_TD, g_TD, windows))
+        rows = looked_up(torch.tensor([t for w in windows for t in w]), _gradient(e_TD), spec.vocab)
+        save(self._moments(layer), watched[0].moments | watched[1].moments | {f"{at}.embed_tokens.weight": rows})
+
+    def _embedding(self) -> None:
+        """Moments of the rows that were looked up."""
+        ids = torch.tensor([token for window in self.windows for token in window])
+        name = look_up(EMBEDDING) if self.spec.tied else EMBEDDING
+        found: dict[str, Moments] = {name: looked_up(ids, self._load("gradient", 0), self.spec.vocab)}
+        save(self._moments("embed"), found)
 
     def _moments(self, layer: int | str) -> Path:
         return self.folder / f"moments-{layer}.safetensors"

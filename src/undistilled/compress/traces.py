@@ -4,10 +4,13 @@ and reads nothing like a book."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..checkpoint.resolve import Model
-from ..errors import DoesNotFit, UndistilledError
+from ..errors import UndistilledError
 from ..generate.engine import open_engine
+from ..plan.hardware import load_machine
+from ..plan.solve import Ask, solve
 from ..schedule.request import Request, Sampling
 from ..serve.template import chat_prompt, template_of
 
@@ -20,15 +23,10 @@ def traces(model: Model, questions: list[str], tokens: int, device: str, say: Ca
     """Token ids of questions with their answers, about `tokens` in all; fewer where the questions end.
 
     The question is a conversation's first message, or, where the model has no chat template, the text to go on from.
-    Nothing, and it is said, where the model as released does not fit this machine.
+    DoesNotFit where the model as released does not fit this machine.
     """
-    home = "cpu" if device == "cpu" else None
-    context = min(2 * LONGEST, model.spec.max_context)
-    try:
-        engine = open_engine({"model": model.said, "context": context, "batch": BATCH, "device": home})
-    except DoesNotFit:
-        say(f"{model.name} does not fit here as released: calibration without answers of its own")
-        return []
+    options = _options(model, device)
+    context, engine = options["context"], open_engine(options)
     template = template_of(engine.tokenizer)
     found: list[list[int]] = []
     for first in range(0, len(questions), BATCH):
@@ -42,6 +40,18 @@ def traces(model: Model, questions: list[str], tokens: int, device: str, say: Ca
         if sum(map(len, found)) >= tokens:
             break
     return _first(found, tokens)
+
+
+def fits(model: Model, device: str) -> bool:
+    """Whether the model as released can answer here."""
+    options = _options(model, device)
+    ask = Ask(None, options["context"], BATCH, device=options["device"])
+    return solve(model.name, model.config, model.spec, load_machine("this"), ask).fits
+
+
+def _options(model: Model, device: str) -> dict[str, Any]:
+    context, home = min(2 * LONGEST, model.spec.max_context), "cpu" if device == "cpu" else None
+    return {"model": model.said, "context": context, "batch": BATCH, "device": home}
 
 
 def _prompt(tokenizer, template: str | None, question: str) -> list[int]:

@@ -147,13 +147,13 @@ class Grouped:
         first, last = self.levels[0], self.levels[-1]
         if self.even:
             return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
-        return self._ladder.to(x.device)[self._rung(x)]
+        return _taken(self._ladder.to(x.device), self._rung(x))
 
     def snapped(self, x: torch.Tensor) -> torch.Tensor:
         """The levels nearest to x, float32."""
         if self.even:
             return x.round().clamp_(self.levels[0], self.levels[-1])
-        return self.level(self._ladder).to(x.device)[self._rung(x)]
+        return _taken(self.level(self._ladder).to(x.device), self._rung(x))
 
     def _rung(self, x: torch.Tensor) -> torch.Tensor:
         least, most = min(self.levels), max(self.levels)
@@ -165,7 +165,7 @@ class Grouped:
 
         if self.even:
             return codes.float() + self.levels[0]
-        return torch.tensor(self.levels, device=codes.device)[codes.int()]
+        return _taken(torch.tensor(self.levels, device=codes.device), codes.int())
 
     @cached_property
     def even(self) -> bool:
@@ -196,6 +196,11 @@ class Grouped:
         scales, low = self.steps(meta)
         value = self.level(grouped(codes, self.group)) * scales[..., None]
         return (value if low is None else value + low[..., None]).flatten(-2)[..., : codes.shape[-1]]
+
+
+def _taken(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index], which takes a CPU three times as long."""
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 def _edge_filled(groups: torch.Tensor, rest: int, w: torch.Tensor) -> torch.Tensor:

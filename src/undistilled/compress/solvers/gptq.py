@@ -1,7 +1,8 @@
 """GPTQ (Frantar et al. 2023): input by input, what rounding one loses is made up for by those still to come.
 
 Source: the paper's algorithm 1, with scales chosen beforehand (by search, weighted by the moments' diagonal) and the
-inputs of largest moment first. B stacked weights (experts), N outputs, K inputs.
+inputs of largest moment first. B stacked weights (experts), N outputs, K inputs. Inputs come first in memory, so that
+one input of all outputs lies together.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 
 from ...scheme.base import Parts
 from ...scheme.grouped import Grouped
+from ..hessian import Factor, Hessian, factor
 from . import search
 
-DAMP = 0.01  # of the mean of the diagonal, added to it
 BLOCK = 64  # inputs whose corrections are carried to the rest at once
 
 Nearest = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
@@ -34,21 +35,14 @@ class Grid:
     nearest: Nearest
 
 
-def solve(scheme: Grouped, w: torch.Tensor, moments: torch.Tensor) -> Parts:
-    """[..., N, K] in `scheme`, for inputs with second moments [..., K, K]."""
-    w_BNK, h_BKK = stacked(w), stacked(moments)
-    meta = search.fit(scheme, w_BNK, h_BKK.diagonal(dim1=-2, dim2=-1)[:, None])
+def solve(scheme: Grouped, w: torch.Tensor, hessian: Hessian, known: Factor | None = None) -> Parts:
+    """[..., N, K] in `scheme`, for inputs with such second moments; `known`: their `whole`'s factor."""
+    meta = search.fit(scheme, w, hessian.diagonal()[..., None, :])
     s, m = scheme.steps(meta)
     wide = [None if t is None else t.repeat_interleave(scheme.group, -1)[..., : w.shape[-1]] for t in (s, m)]
     assert wide[0] is not None
-    codes = rounded(w_BNK, h_BKK, Grid(wide[0], wide[1], None, _nearest(scheme)))
-    parts = {"values": scheme.packed(codes), **meta}
-    return {name: part.reshape(*w.shape[:-2], *part.shape[1:]) for name, part in parts.items()}
-
-
-def stacked(t: torch.Tensor) -> torch.Tensor:
-    """[..., A, B] -> [experts or 1, A, B] in float32, a copy."""
-    return t.float().reshape(-1, *t.shape[-2:]).clone()
+    codes = rounded(w, hessian, Grid(wide[0], wide[1], None, _nearest(scheme)), known)
+    return {"values": scheme.packed(codes), **meta}
 
 
 def _nearest(scheme: Grouped) -> Nearest:
@@ -59,37 +53,50 @@ def _nearest(scheme: Grouped) -> Nearest:
     return nearest
 
 
-def rounded(w_BNK: torch.Tensor, h_BKK: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes uint8 [B, N, K]; both tensors are used up."""
-    diagonal = h_BKK.diagonal(dim1=-2, dim2=-1)
-    diagonal += DAMP * diagonal.mean(-1, keepdim=True) + 1e-10
-    order = diagonal.argsort(-1, descending=True)
-    u_BKK, pick = _factor(h_BKK, order), order[:, None].expand_as(w_BNK)
-    w = w_BNK.gather(2, pick)
-    scale, low, kind = (None if t is None else t.gather(2, pick) for t in (grid.scale, grid.low, grid.kind))
-    assert scale is not None
-    inverse = scale.reciprocal().masked_fill_(scale == 0, 0.0)
+def rounded(w: torch.Tensor, hessian: Hessian, grid: Grid, known: Factor | None = None) -> torch.Tensor:
+    """Codes uint8 [..., N, K] of a weight, or of stacked ones."""
+    found = known or factor(hessian.whole)
+    order = found.order.expand(w.shape[0] if w.dim() > 2 else 1, -1)
+    stretch = None if hessian.stretch is None else hessian.stretch.expand(*w.shape[:-2], w.shape[-1])
+
+    def by_input(t: torch.Tensor, sized: bool) -> torch.Tensor:
+        """[..., N, K] -> [B, K, N] in order, times the stretch where the values have the size of weights."""
+        t = t if stretch is None or not sized else t * stretch[..., None, :]
+        t = t.reshape(-1, *t.shape[-2:])
+        return t.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, t.shape[1]))
+
+    scale = by_input(grid.scale, True)
+    low = None if grid.low is None else by_input(grid.low, True)
+    kind = None if grid.kind is None else by_input(grid.kind, False)
+    codes = _by_blocks(by_input(w.float(), True), found.upper, Grid(scale, low, kind, grid.nearest))
+    place = order.argsort(-1)[:, :, None].expand_as(codes)
+    return codes.gather(1, place).transpose(1, 2).reshape(w.shape)
+
+
+def _by_blocks(w: torch.Tensor, upper: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes [B, K, N] of w [B, K, N], which is used up; the grid's parts lie as it does."""
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, w.shape[-1], BLOCK):
-        stop = min(start + BLOCK, w.shape[-1])
-        block, lost = w[..., start:stop].clone(), torch.empty_like(w[..., start:stop])
-        u = u_BKK[:, start:stop, start:stop]
-        for i in range(stop - start):
-            at = start + i
-            offset = 0.0 if low is None else low[..., at]
-            code, level = grid.nearest(
-                (block[..., i] - offset) * inverse[..., at], None if kind is None else kind[..., at]
-            )
-            codes[..., at] = code
-            error = (block[..., i] - level * scale[..., at] - offset) / u[:, i, i, None]
-            block[..., i:] -= error[..., None] * u[:, i, None, i:]
-            lost[..., i] = error
-        w[..., stop:] -= lost @ u_BKK[:, start:stop, stop:]
-    return torch.empty_like(codes).scatter_(2, pick, codes)
+    for start in range(0, w.shape[1], BLOCK):
+        stop = min(start + BLOCK, w.shape[1])
+        some = [None if t is None else t[:, start:stop] for t in (grid.scale, grid.low, grid.kind)]
+        assert some[0] is not None
+        block = Grid(some[0], some[1], some[2], grid.nearest)
+        lost = _block(w[:, start:stop], upper[:, start:stop, start:stop], block, codes[:, start:stop])
+        if stop < w.shape[1]:
+            carried = upper[:, start:stop, stop:].transpose(1, 2).expand(len(w), -1, -1)
+            w[:, stop:].baddbmm_(carried, lost, alpha=-1)
+    return codes
 
 
-def _factor(h_BKK: torch.Tensor, order_BK: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse, inputs in `order`."""
-    wide = order_BK[:, :, None].expand_as(h_BKK)
-    h = h_BKK.gather(1, wide).gather(2, wide.transpose(1, 2))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+def _block(w: torch.Tensor, upper: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
+    """Rounds a few inputs [B, k, N] into `codes`; what each lost, in units of the factor's diagonal, [B, k, N]."""
+    lost = torch.empty_like(w)
+    inverse = grid.scale.reciprocal().masked_fill_(grid.scale == 0, 0.0)
+    upper = upper.expand(len(w), -1, -1)
+    for i in range(w.shape[1]):
+        x = w[:, i] if grid.low is None else w[:, i] - grid.low[:, i]
+        code, level = grid.nearest(x * inverse[:, i], None if grid.kind is None else grid.kind[:, i])
+        codes[:, i] = code
+        torch.sub(x, level.mul_(grid.scale[:, i]), out=lost[:, i]).div_(upper[:, i, i, None])
+        w[:, i + 1 :].baddbmm_(upper[:, i, i + 1 :, None], lost[:, i, None], alpha=-1)
+    return lost

@@ -13,11 +13,24 @@ from ...scheme.grouped import Grouped
 from ...scheme.int8 import grouped
 
 CANDIDATES = 16
+PIECE = 1 << 17  # values that a CPU fits at once: what is worked out between stays in its cache
 NARROWEST, WIDEST = 0.45, 1.05  # of the whole range
 
 
 def fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: int = CANDIDATES) -> Parts:
     """The parts beside `values` for [..., N, K]; importance >= 0 broadcasts with it (by input: [..., 1, K])."""
+    at = 0 if w.dim() > 2 and w.shape[0] > 1 else w.dim() - 2  # never within a row
+    if w.numel() <= PIECE or w.device.type != "cpu" or w.shape[at] == 1:
+        return _fit(scheme, w, importance, candidates)
+    pieces = w.split(max(1, w.shape[at] * PIECE // w.numel()), at)
+    matter = [importance] * len(pieces)
+    if importance.dim() == w.dim() and importance.shape[at] > 1:
+        matter = list(importance.split(pieces[0].shape[at], at))
+    found = [fit(scheme, one, other, candidates) for one, other in zip(pieces, matter, strict=True)]
+    return {name: torch.cat([each[name] for each in found], at) for name in found[0]}
+
+
+def _fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates: int) -> Parts:
     groups = grouped(w.float(), scheme.group)
     h = grouped(importance.float().expand(*importance.shape[:-2], 1, w.shape[-1]) + 1e-12, scheme.group)
     if w.shape[-1] % scheme.group:

@@ -7,6 +7,7 @@ output and input moments from compress/calibrate.py. E experts (or nothing), B b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from ...scheme.base import Parts, Scheme
 from ...scheme.grouped import NORMAL, Grouped, normal
 from ...scheme.packing import QUANTUM
 from ...scheme.tiles import WIDTHS, Tiles
+from ..hessian import Factor, Hessian
 from . import gptq, hqq, search
 
 MEASURED = 5  # candidates for a scale where only the loss is wanted
@@ -38,26 +40,64 @@ def losses(
     return found
 
 
-def solve(scheme: Tiles, w: torch.Tensor, moments: torch.Tensor, outputs: torch.Tensor) -> Parts:
-    """[..., N, K] in `scheme`: widths by loss, values by GPTQ, for mean moments [..., K, K] and [..., N]."""
-    diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    order = _order(scheme, w, diagonal, outputs)
-    scales, kind = _scales(scheme, w, order, lambda form: search.fit(form, w, diagonal[..., None, :]))
+def corrected(
+    w: torch.Tensor, hessian: Hessian, outputs: torch.Tensor, group: int, known: Factor | None = None
+) -> dict[int, tuple[float, float]]:
+    """Bits -> what [N, K] loses by the diagonal of its moments with searched scales, and by all of them after GPTQ."""
+    forms = [normal(bits, group) for bits in WIDTHS]
+    diagonal = hessian.diagonal()
+    metas = [search.fit(form, w, diagonal.reshape(1, -1), MEASURED) for form in forms]
+    wide = [f.steps(m)[0].repeat_interleave(group, -1)[..., : w.shape[-1]] for f, m in zip(forms, metas, strict=True)]
+    kinds = _begins(torch.tensor(WIDTHS, device=w.device))[:, None, None].expand(-1, *w.shape)
+    grid = gptq.Grid(torch.stack(wide), None, kinds, nearest)
+    codes = gptq.rounded(w.expand(len(WIDTHS), -1, -1), hessian, grid, known)
+    found = {}
+    for bits, form, meta, own in zip(WIDTHS, forms, metas, codes, strict=True):
+        before, after = (form.dense(c, meta) - w for c in (form.codes(w, meta), own))
+        one, other = (before.square() * diagonal).sum(-1), hessian.lost(after)
+        found[bits] = float((outputs * one).sum()), float((outputs * other).sum())
+    return found
+
+
+def solve(
+    scheme: Tiles, w: torch.Tensor, hessian: Hessian, outputs: torch.Tensor, known: Factor | None = None
+) -> Parts:
+    """[..., N, K] in `scheme`: widths by loss, values by GPTQ, for mean moments of inputs, and of outputs [..., N].
+    `known`: the factor of the inputs' `whole`."""
+    order, scales = _searched(scheme, w, hessian.diagonal(), outputs)
     place = order.argsort(-1)
     meta = scheme.stored_scales(scales)
     steps = scheme.sorted(scheme.read_scales(meta), place)
-    wide = (_spread(scheme, by_row, w) for by_row in (steps, _begins(kind)[..., None].expand_as(steps)))
-    scale, kinds = (t.reshape(-1, *w.shape[-2:]) for t in wide)
-    grid = gptq.Grid(scale, None, kinds, nearest)
-    codes = gptq.rounded(gptq.stacked(w), gptq.stacked(moments), grid).reshape(w.shape)
+    kind = _begins(torch.tensor(scheme.widths, device=w.device)[place])
+    scale, kinds = (_spread(scheme, by_row, w) for by_row in (steps, kind[..., None].expand_as(steps)))
+    codes = gptq.rounded(w, hessian, gptq.Grid(scale, None, kinds, nearest), known)
     return scheme.pack(scheme.sorted(scheme.tiled(codes), order), order, meta)
+
+
+def searched(scheme: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Parts:
+    """[..., N, K] in `scheme` for mean moments [..., K] and [..., N]: searched scales, nearest levels."""
+    order, scales = _searched(scheme, w, inputs, outputs)
+    return scheme.assemble(scheme.tiled(w), scales, order)
 
 
 def plain(scheme: Tiles, w: torch.Tensor) -> Parts:
     """[..., N, K] in `scheme` without moments: widths by loss, scales by half-quadratic splitting, nearest levels."""
     order = _order(scheme, w, w.new_ones(w.shape[-1]), w.new_ones(w.shape[-2]))
-    scales, _ = _scales(scheme, w, order, lambda form: hqq.fit(form, w))
-    return scheme.assemble(scheme.tiled(w), scales, order)
+    tiles = scheme.tiled(w)
+    scales = _scales(scheme, scheme.sorted(tiles, order), lambda form, some, _: hqq.fit(form, some))
+    return scheme.assemble(tiles, scales, order)
+
+
+def _searched(
+    scheme: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order [..., B, S, T], scales [..., B, S, T, R] in it)."""
+    order = _order(scheme, w, inputs, outputs)
+    counts = inputs.unsqueeze(-2).expand(*inputs.shape[:-1], w.shape[-2], -1)[..., :: scheme.rows, :]
+    by_tile = replace(scheme, rows=1).tiled(counts).squeeze(-2)  # [..., B, S, T, C]
+    weight = scheme.sorted(by_tile, order)[..., None, :]
+    tiles = scheme.sorted(scheme.tiled(w), order)
+    return order, _scales(scheme, tiles, lambda form, some, at: search.fit(form, some, weight[..., at, :, :]))
 
 
 def _order(scheme: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -66,19 +106,15 @@ def _order(scheme: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.
     return losses(scheme, w, inputs, outputs, (middle,))[middle].argsort(-1)
 
 
-def _scales(
-    scheme: Tiles, w: torch.Tensor, order: torch.Tensor, fit: Callable[[Grouped], Parts]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales [..., B, S, T, R] in stored order, as `fit` has them for a width; bits [..., B, S, T] by place."""
-    scales = None
-    kind = torch.tensor(scheme.widths, device=w.device)[order.argsort(-1)]
-    for bits, _ in scheme.counts:
-        form = normal(bits, scheme.cols)
-        fitted, _ = form.steps(fit(form))
-        by_tile = scheme.tiled(fitted.repeat_interleave(scheme.cols, -1)[..., : w.shape[-1]])[..., 0]
-        scales = by_tile if scales is None else torch.where((kind == bits)[..., None], by_tile, scales)
-    assert scales is not None
-    return scheme.sorted(scales, order), kind
+def _scales(scheme: Tiles, tiles: torch.Tensor, fit: Callable[[Grouped, torch.Tensor, slice], Parts]) -> torch.Tensor:
+    """Scales [..., B, S, T, R] of tiles [..., B, S, T, R, C] in stored order, as `fit` has them for their widths."""
+    found, at = [], 0
+    for bits, count in scheme.counts:
+        form, some = normal(bits, scheme.cols), slice(at, at + count)
+        fitted, _ = form.steps(fit(form, tiles[..., some, :, :], some))
+        found.append(fitted[..., 0])
+        at += count
+    return torch.cat(found, -2)
 
 
 def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -89,9 +125,9 @@ def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tenso
 def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and levels of values in units of their scales; `kind`: where the rungs of their width begin."""
     assert kind is not None
-    codes, levels = _rungs(x.device)
     place = (x * FINE).ceil_().clamp_(-FINE * MOST, FINE * MOST).int() + kind
-    return codes[place], levels[place]
+    codes, levels = (table.index_select(0, place.flatten()).view(place.shape) for table in _rungs(x.device))
+    return codes, levels
 
 
 FINE, MOST = 2, int(NORMAL[2][-1])  # what lies halfway between levels of any width is half a unit's multiple

@@ -1,0 +1,103 @@
+"""Multiple-choice accuracy of several forms of one model, in packed passes: what `prove --tasks` asks, but faster.
+
+    python benchmarks/choices.py TASK.jsonl.gz FOLDER ORIGINAL FORM... [--limit 1000] [--tokens 1024]
+
+FORM: a checkpoint, or NAME=SCHEME for ORIGINAL in that scheme. Contexts with each of their choices are documents end
+to end, without a cache, so that a pass has hundreds of rows where a question alone has twenty; products are float32.
+`prove` scores in the chunks, and with the cache, that serving uses. What each form chose is kept in FOLDER for the next
+run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from undistilled.checkpoint.resolve import Model, find
+from undistilled.model.batch import Packed
+from undistilled.model.decoder import Decoder
+from undistilled.prove.measure import with_model
+from undistilled.prove.plans import proven_plan
+from undistilled.prove.tasks import Encoded, Task, compare, encode_task, read_task
+
+Document = tuple[int, int, list[int], int]  # (question, choice, ids, how many of them are context)
+
+
+def documents(encoded: list[Encoded]) -> Iterator[Document]:
+    for at, e in enumerate(encoded):
+        yield from ((at, i, e.context + choice, len(e.context)) for i, choice in enumerate(e.choices))
+
+
+def packs(every: Iterator[Document], tokens: int) -> Iterator[list[Document]]:
+    """As many documents together as have `tokens` tokens."""
+    some: list[Document] = []
+    for document in every:
+        if some and sum(len(ids) for _, _, ids, _ in some) + len(document[2]) > tokens:
+            yield some
+            some = []
+        some.append(document)
+    yield some
+
+
+@torch.inference_mode()
+def likelihoods(decoder: Decoder, some: list[Document]) -> list[float]:
+    """Natural log-likelihood of each document's choice after its context."""
+    sizes = [len(ids) for _, _, ids, _ in some]
+    positions = torch.cat([torch.arange(n) for n in sizes])
+    bounds = torch.tensor([0, *sizes]).cumsum(0).int()
+    ids = torch.tensor([t for _, _, ids, _ in some for t in ids])
+    hidden_TD = decoder(Packed(ids, positions, bounds, max(sizes)), [()] * len(decoder.layers))
+    starts = zip(some, sizes, bounds[:-1].tolist(), strict=True)
+    wanted = [torch.arange(at + before - 1, at + n - 1) for (_, _, _, before), n, at in starts]
+    rows = torch.cat(wanted)
+    log_RV = decoder.logits(hidden_TD[rows]).log_softmax(-1)
+    found = log_RV.gather(-1, ids[rows + 1][:, None])[:, 0].double()
+    return [float(part.sum()) for part in found.split([len(w) for w in wanted])]
+
+
+def chosen(model: Model, scheme: str | None, task: Task, tokens: int) -> list[int]:
+    """The index that each question's choices have the most of, by likelihood a character."""
+    encoded = encode_task(task, model.tokenizer(), model.spec.max_context)
+
+    def run(decoder: Decoder) -> list[int]:
+        scores: list[list[float]] = [[] for _ in encoded]
+        for some in packs(documents(encoded), tokens):
+            for (at, i, _, _), total in zip(some, likelihoods(decoder, some), strict=True):
+                scores[at].append(total / encoded[at].lengths[i])
+        return [each.index(max(each)) for each in scores]
+
+    return with_model(model, proven_plan(model, None, scheme, None, "float32"), run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("original")
+    parser.add_argument("forms", nargs="*")
+    parser.add_argument("--limit", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=1024)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    task, before = read_task(args.task, args.limit), None
+    for form in ["original=", *args.forms]:
+        name, sign, scheme = form.partition("=")
+        file = args.folder / f"{task.name}-{args.limit}-{Path(name).name}.json"
+        if not file.exists():
+            began = perf_counter()
+            model = find(args.original if sign else name)
+            file.write_text(json.dumps(chosen(model, scheme or None, task, args.tokens)))
+            print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        now = json.loads(file.read_text())
+        before = before or now
+        print(json.dumps({"form": name} | compare(task, before, now)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
