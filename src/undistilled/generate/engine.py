@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..plan.solve import Ask, solve
 from ..schedule.blocks import BlockPool
 from ..schedule.request import Output, Request, TokenLogprob
 from ..schedule.scheduler import Scheduler, Sequence, Work
-from .runner import Runner
+from .runner import Flight, Runner
 from .sampler import Sampler
 from .stops import StopText
 
@@ -65,6 +66,8 @@ class Engine:
             self.pool, max_batch=plan.limits.batch, max_context=self.max_context, chunk=plan.limits.chunk
         )
         self.running: dict[str, Running] = {}
+        self.flights: deque[Flight] = deque()
+        self.depth = plan.mesh.microbatches if plan.mesh and plan.mesh.pp > 1 else 1
         self.eos = set(tokenizer.eos_ids) | set(self.spec.eos)
 
     def add(self, request: Request) -> None:
@@ -90,14 +93,26 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return self.scheduler.idle
+        return self.scheduler.idle and not self.flights
 
     def step(self) -> list[Output]:
-        """One turn: schedule, run, postprocess. Returns news of every request that has some."""
-        step = self.scheduler.step()
-        return [o for work, logits in self.runner.run(step) if (o := self._after(work, logits)) is not None]
+        """One turn: schedule, run, postprocess. Returns news of every request that has some.
+
+        A pipeline has up to `depth` passes in it, of different requests, and a turn takes one out.
+        """
+        while len(self.flights) < self.depth and (step := self.scheduler.step(self._share())):
+            self.flights += self.runner.submit(step)
+        landed = [self.flights.popleft() for _ in range(1 if self.depth > 1 else len(self.flights)) if self.flights]
+        done = [result for flight in landed for result in self.runner.collect(flight)]
+        return [o for work, logits in done if (o := self._after(work, logits)) is not None]
+
+    def _share(self) -> int | None:
+        """How many requests' rows go into one pass of a pipeline: an equal part of all that run."""
+        return max(1, -(-len(self.scheduler.running) // self.depth)) if self.depth > 1 else None
 
     def _after(self, work: Work, logits: torch.Tensor | None) -> Output | None:
+        if work.stale:
+            return None
         running = self.running.get(work.sequence.request.id)
         if logits is None or running is None:
             self.scheduler.done(work, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -17,7 +18,7 @@ from ..parallel.crew import Crew
 from ..parallel.messages import Beat, Pass
 from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
-from .part import Part
+from .part import Part, Submitted
 
 # Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
 ROWS = {"cpu": LARGE - 1, "cuda": 4096}
@@ -31,7 +32,7 @@ def grouped(works: list[Work], limit: int) -> Iterator[list[Work]]:
         start = work.start
         while start < work.stop:
             stop = min(work.stop, start + room)
-            group.append(Work(work.sequence, start, stop))
+            group.append(replace(work, start=start, stop=stop))
             room -= stop - start
             start = stop
             if room == 0:
@@ -39,6 +40,16 @@ def grouped(works: list[Work], limit: int) -> Iterator[list[Work]]:
                 group, room = [], limit
     if group:
         yield group
+
+
+@dataclass
+class Flight:
+    """A pass on its way. seconds: that this process has spent on it so far."""
+
+    works: list[Work]
+    prefill: bool
+    handle: Submitted
+    seconds: float
 
 
 class Runner:
@@ -62,31 +73,34 @@ class Runner:
 
     def run(self, step: Step) -> list[tuple[Work, torch.Tensor | None]]:
         """Each piece of work with the logits [vocab] after its last token, or None where none are needed."""
-        with self.crew.guarded(self._beat) if self.crew else nullcontext():
-            began = perf_counter()
-            passes = [([work], True) for work in step.prompts]
-            passes += [(group, False) for group in grouped(step.rows, self._limit(step))]
-            submitted = [(works, prefill, self._submit(works, prefill)) for works, prefill in passes]
-            results: list[tuple[Work, torch.Tensor | None]] = []
-            for works, prefill, handle in submitted:
-                logits = iter(self.part.collect(handle))
-                results += [(work, next(logits) if work.samples else None) for work in works]
-                tokens, seconds = sum(w.stop - w.start for w in works), perf_counter() - began
-                emit("engine.pass", prefill=prefill, tokens=tokens, requests=len(works), seconds=seconds)
-                began = perf_counter()
-            return results
+        return [result for flight in self.submit(step) for result in self.collect(flight)]
 
-    def _limit(self, step: Step) -> int:
-        """Rows of a pass: what a device takes, or of a pipeline a share, so that every stage has some."""
-        rows = sum(work.stop - work.start for work in step.rows)
-        parts = self.plan.mesh.microbatches if self.plan.mesh else 1
-        return max(1, min(ROWS[self.device.type], -(-rows // parts)))
+    def submit(self, step: Step) -> list[Flight]:
+        """Send a step's passes on their way: without a pipeline, they are done."""
+        passes = [([work], True) for work in step.prompts]
+        passes += [(group, False) for group in grouped(step.rows, ROWS[self.device.type])]
+        with self._guarded():
+            return [self._submit(works, prefill) for works, prefill in passes]
 
-    def _submit(self, works: list[Work], prefill: bool):
-        work = self.passed(works, prefill)
+    def collect(self, flight: Flight) -> list[tuple[Work, torch.Tensor | None]]:
+        """What a pass brought; passes are collected in the order in which they were submitted."""
+        began = perf_counter()
+        with self._guarded():
+            logits = iter(self.part.collect(flight.handle))
+        tokens = sum(w.stop - w.start for w in flight.works)
+        seconds = flight.seconds + perf_counter() - began
+        emit("engine.pass", prefill=flight.prefill, tokens=tokens, requests=len(flight.works), seconds=seconds)
+        return [(work, next(logits) if work.samples else None) for work in flight.works]
+
+    def _submit(self, works: list[Work], prefill: bool) -> Flight:
+        began, work = perf_counter(), self.passed(works, prefill)
         if self.crew:
             self.crew.tell(work)
-        return self.part.submit(work)
+        handle = self.part.submit(work)
+        return Flight(works, prefill, handle, perf_counter() - began)
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        return self.crew.guarded(self._beat) if self.crew else nullcontext()
 
     def _beat(self) -> Beat:
         comm, part = self.part.comm, self.part

@@ -19,12 +19,15 @@ from .request import Request
 
 @dataclass
 class Sequence:
-    """A request in work. `computed` counts tokens whose cache entries are written."""
+    """A request in work. `computed` counts tokens whose cache entries are written, `scheduled` those that a pass in
+    work will have written; `epoch` counts how often it began anew."""
 
     request: Request
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    scheduled: int = 0
+    epoch: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -38,6 +41,12 @@ class Work:
     sequence: Sequence
     start: int
     stop: int
+    epoch: int = 0
+
+    @property
+    def stale(self) -> bool:
+        """Whether the sequence ended or began anew since: what comes of it counts no more."""
+        return self.epoch != self.sequence.epoch
 
     @property
     def samples(self) -> bool:
@@ -84,11 +93,12 @@ class Scheduler:
         self.waiting.append(sequence)
         return sequence
 
-    def step(self) -> Step:
-        """Choose the next turn's work and give it blocks."""
+    def step(self, rows: int | None = None) -> Step:
+        """Choose the next turn's work and give it blocks: at most `rows` requests' rows, none of a request in work."""
         step = Step()
         for sequence in list(self.running):
-            if sequence in self.running and len(sequence.tokens) - sequence.computed > 0:
+            ready = sequence in self.running and sequence.scheduled <= sequence.computed < len(sequence.tokens)
+            if ready and (rows is None or len(step.rows) < rows):
                 self._advance(sequence, step)
         while self.waiting and len(self.running) < self.max_batch and not step.prompts:
             sequence = self.waiting[0]
@@ -107,7 +117,8 @@ class Scheduler:
         if not is_prompt:
             stop = min(stop, start + self.chunk)
         if self._grow(sequence, stop, step):
-            (step.prompts if is_prompt else step.rows).append(Work(sequence, start, stop))
+            (step.prompts if is_prompt else step.rows).append(Work(sequence, start, stop, sequence.epoch))
+            sequence.scheduled = stop
 
     def _room(self, sequence: Sequence, tokens: int) -> bool:
         return self.pool.needed(tokens) - len(sequence.blocks) <= self.pool.free
@@ -133,10 +144,13 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.blocks)
-        sequence.blocks, sequence.computed = [], 0
+        sequence.blocks, sequence.computed, sequence.scheduled = [], 0, 0
+        sequence.epoch += 1
 
     def done(self, work: Work, token: int | None) -> None:
-        """`work` ran; `token` is what its last logits chose, if they chose one."""
+        """`work` ran; `token` is what its last logits chose, if they chose one. Stale work is nothing."""
+        if work.stale:
+            return
         work.sequence.computed = work.stop
         if token is not None:
             work.sequence.tokens.append(token)
