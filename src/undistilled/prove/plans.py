@@ -60,7 +60,7 @@ def original_of(model: Model, name: str | None) -> Model:
 def device_of(plan: Plan) -> str:
     """The one device that the plan uses."""
     if plan.mesh:
-        raise UsageError("The plan is for several ranks; a receipt needs one process.", "Plan without --tp, --pp and --ep.")
+        raise UsageError("The plan is for several ranks; a receipt needs one.", "Plan without --tp, --pp and --ep.")
     used = {row.store for row in plan.rows} - {"unloaded"}
     if len(used) != 1:
         raise UsageError(f"The plan spreads over {', '.join(sorted(used))}; only a plan on one device can be proven.")
