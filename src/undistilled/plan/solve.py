@@ -223,6 +223,12 @@ def _advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     weighs = sum(p.row.nbytes for p in least.loaded)
     needs = sum(d.bytes.total for d in least.at(BLOCK, 1).devices.values())
     free = min(machine.free_bytes(), sum(layouts.free.values()))
+    if isinstance(least, RankLayouts):
+        used = {name: layouts.free[name] for name in least.mesh.devices}
+        return (
+            f"Even {least.scheme} at --context {BLOCK} takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
+            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all. More ranks hold more: --tp, --pp."
+        )
     form = f"Its smallest form here, {least.scheme}," if weighs > free else f"Even {least.scheme} at --context {BLOCK}"
     return (
         f"{form} takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "
