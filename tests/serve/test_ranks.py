@@ -60,14 +60,14 @@ def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
         answer = ask(running, 60)
         assert answer.status_code in (500, 503), answer.text
         while running.get("/health").status_code != 503:
-            assert time.monotonic() - began < WATCHDOG + 8
+            assert time.monotonic() - began < WATCHDOG + 15
             time.sleep(0.05)
         said = running.client._died
         if rank or how == "stalled":
             assert f"Rank {rank}" in said
         if how == "stalled":
             assert "computing" in said and "all_reduce" in said
-        until = time.monotonic() + 3
+        until = time.monotonic() + 10
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in pids):
             assert time.monotonic() < until, pids
             time.sleep(0.05)
@@ -77,7 +77,7 @@ def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
 def test_a_rank_lost_while_nothing_runs_is_noticed(folder, rank):
     with Running(options(folder, tp=2), factory="faulty_ranks:open_engine") as running:
         rank_pids(running)[rank].kill()
-        until = time.monotonic() + 5
+        until = time.monotonic() + 15
         while running.get("/health").status_code != 503:
             assert time.monotonic() < until
             time.sleep(0.05)

@@ -181,6 +181,8 @@ class Engine:
         """End the other ranks, where there are any."""
         if self.runner.crew:
             self.runner.crew.close()
+        if self.runner.part.comm:
+            self.runner.part.comm.leave()
 
     def run_all(self, requests: list[Request]) -> dict[str, list[Output]]:
         """Add the requests, run until all are answered, and return each one's outputs in order."""

@@ -154,4 +154,9 @@ class Comm:
         """Leave the others, once what was sent has arrived."""
         for work, _ in self._sent:
             work.wait()
-        dist.destroy_process_group()
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the process groups up; those who wait for this rank wait in vain."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

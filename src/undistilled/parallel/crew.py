@@ -231,7 +231,7 @@ class Crew:
 
 IDLE, COMPUTING = "idle", "computing"
 # gloo's and NCCL's own sockets stay on this machine
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 def threads(ranks: int) -> int:
