@@ -3,9 +3,9 @@ of a pipeline), and else within 2e-6 of the logits' size, float32's rounding ove
 
 import pytest
 import torch
-from ranks import Cell, Pool, run
 
-from tiny import WIDE, write_checkpoint
+from ranks import Cell, Pool, run
+from tiny import CONFIGS, WIDE, write_checkpoint
 from undistilled.errors import UsageError
 
 SCHEMES = ("bf16", "fp8_block", "int8", "int4", "int8,expert=tiles16x32-2x1-3x2-4x1,dense=tiles16x32-2x1-4x1")
@@ -57,6 +57,12 @@ def test_a_layout_is_the_model(pool, folders, alone, model, scheme, layout):
         assert torch.equal(found, expected)
     else:
         assert ((found - expected).norm() / expected.norm()).item() < 2e-6
+
+
+def test_key_value_heads_that_ranks_repeat(pool, tmp_path):
+    folder = str(write_checkpoint(tmp_path / "m", CONFIGS["llama"]))
+    expected, found = run(Cell(folder, "int8"), 0, ""), pool.logits(Cell(folder, "int8", {"tp": 4}))
+    assert ((found - expected).norm() / expected.norm()).item() < 2e-6
 
 
 def test_ranks_of_unequal_memory_take_unequal_shares(pool, folders, alone):

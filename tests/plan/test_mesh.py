@@ -90,7 +90,9 @@ def test_a_plan_for_ranks_is_a_file_that_holds():
     [
         (lambda d: d["mesh"].update(stages=[[0, 5], [6, 16]]), "stages"),
         (lambda d: d["mesh"].update(devices=["cpu", "cpu"]), "2 devices for 4 ranks"),
-        (lambda d: d["mesh"].update(stages=[[0, 2], [2, 16]]), "rank|Row"),
+        (lambda d: d["mesh"].update(stages=[[0, 2], [2, 16]]), "its layer is in stage:1"),
+        (lambda d: d["kv"].update(blocks=d["kv"]["blocks"] * 1000), "rank 0"),
+        (lambda d: d["limits"].update(chunk=10**6), "rank 0"),
         (lambda d: d["rows"][5].update(store="stage:7", compute="stage:7"), "stage:7"),
         (lambda d: d["predicted"]["ranks"][1]["bytes"].update(weights=5), "rank 1"),
         (lambda d: d["mesh"].update(devices=["cuda:0"] * 4), "cuda:0"),
@@ -113,6 +115,34 @@ def test_an_edited_mesh_is_refused(tmp_path, edit, says):
 def test_degrees_that_make_no_sense(options, says):
     with pytest.raises(UsageError, match=says):
         planned(**options)
+
+
+def test_two_ranks_need_two_gpus(tmp_path):
+    plan = solve("r1", R1.config, R1.spec, load_machine("8x-h200"), Ask(degrees=Degrees(tp=8)))
+    check(plan, R1.spec, R1.config)
+    mesh = plan.mesh.model_copy(update={"devices": ("cuda:0",) * 8})
+    with pytest.raises(BadArtefact, match="A GPU for each"):
+        check(plan.model_copy(update={"mesh": mesh}), R1.spec, R1.config)
+
+
+def test_heads_that_several_ranks_repeat_are_whole_quanta_too(tmp_path):
+    from tiny import CONFIGS, write_checkpoint
+
+    model = find(str(write_checkpoint(tmp_path / "m", CONFIGS["llama"])))
+
+    def over_four(scheme):
+        ask = Ask(scheme, 64, device="cpu", degrees=Degrees(tp=4))
+        return solve(model.name, model.config, model.spec, load_machine("this"), ask)
+
+    over_four("int8")
+    with pytest.raises(UsageError, match=r"4 ranks would cut .*proj.* at .*fp8_block keeps together"):
+        over_four("fp8_block")
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2000}, {"pp": 2, "microbatches": 100}, {"microbatches": 4}])
+def test_too_many_or_for_nothing(degrees):
+    with pytest.raises(UsageError, match=r"At most|--pp"):
+        planned(**degrees)
 
 
 def test_more_ranks_than_gpus():

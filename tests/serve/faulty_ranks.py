@@ -14,7 +14,7 @@ from undistilled.generate.engine import open_engine as open_real
 from undistilled.parallel import crew
 from undistilled.parallel.comm import Comm
 
-STALLS = "FAULTY_RANK"
+STALLS, RAISES = "FAULTY_RANK", "FAULTY_DRIVER"
 
 
 def stall_in(comm_class: type[Comm]) -> None:
@@ -22,6 +22,8 @@ def stall_in(comm_class: type[Comm]) -> None:
     reduce = comm_class.all_reduce
 
     def stalling(self, x):
+        if os.environ.get(RAISES) and self.rank == 0 and self.entered > 40:
+            raise MemoryError("none left")
         if str(self.rank) == os.environ.get(STALLS) and self.entered > 40:
             time.sleep(600)
         return reduce(self, x)
@@ -32,6 +34,7 @@ def stall_in(comm_class: type[Comm]) -> None:
 def open_engine(options, progress=None):
     crew.RANK = "faulty_ranks"
     os.environ[STALLS] = str(options.pop("stalls", ""))
+    os.environ[RAISES] = str(options.pop("raises", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     stall_in(Comm)
     return open_real(options, progress)

@@ -73,6 +73,18 @@ def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
             time.sleep(0.05)
 
 
+def test_an_error_of_the_driver_within_a_pass_ends_the_run(folder):
+    """The others are in a pass that it left: their next sums would be of different passes."""
+    with Running(options(folder, tp=2, raises="yes"), factory="faulty_ranks:open_engine") as running:
+        pids = rank_pids(running)
+        assert ask(running, 60).status_code in (500, 503)
+        until = time.monotonic() + 10
+        while running.get("/health").status_code != 503 or any(p.is_running() for p in pids[1:]):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert "Rank 0 failed: MemoryError" in running.client._died
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_lost_while_nothing_runs_is_noticed(folder, rank):
     with Running(options(folder, tp=2), factory="faulty_ranks:open_engine") as running:

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ..errors import RequestError, UsageError
 from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
-from ..parallel.comm import Comm
-from ..parallel.crew import LOOPBACK, WATCHDOG, Crew, threads
+from ..parallel.comm import Comm, leave
+from ..parallel.crew import JOINING, LOOPBACK, WATCHDOG, Crew, threads
+from ..parallel.messages import Beat
 from ..parallel.share import share
 from ..plan.check import check, check_devices
 from ..plan.hardware import load_machine
@@ -182,7 +184,7 @@ class Engine:
         if self.runner.crew:
             self.runner.crew.close()
         if self.runner.part.comm:
-            self.runner.part.comm.leave()
+            leave()
 
     def run_all(self, requests: list[Request]) -> dict[str, list[Output]]:
         """Add the requests, run until all are answered, and return each one's outputs in order."""
@@ -234,6 +236,17 @@ def open_engine(options: dict[str, Any], progress: Progress | None = None) -> En
     return _open_ranks(model, plan, tokenizer, name, options, progress)
 
 
+def _while(crew: Crew, progress: Progress | None) -> Progress:
+    """Progress of this rank, which ends where another could not load."""
+
+    def tell(done: int, total: int, name: str) -> None:
+        crew.check()
+        if progress:
+            progress(done, total, name)
+
+    return tell
+
+
 def _open_ranks(
     model: Model, plan: Plan, tokenizer: Tokenizer, name: str, options: dict[str, Any], progress: Progress | None
 ) -> Engine:
@@ -242,14 +255,17 @@ def _open_ranks(
     crew = Crew(plan, model.said, options.get("watchdog") or WATCHDOG)
     try:
         torch.set_num_threads(threads(plan.mesh.size))
-        decoder = build(plan, model.spec, model.source(), rank=0, progress=progress)
+        decoder = build(plan, model.spec, model.source(), rank=0, progress=_while(crew, progress))
         crew.wait_ready()
         os.environ.update(LOOPBACK)
-        comm = Comm(plan.mesh, 0, crew.store)
+        began = monotonic()
+        with crew.guarded(lambda: Beat(0, 0, JOINING, monotonic() - began, 0, 0.0, 0.0)):
+            comm = Comm(plan.mesh, 0, crew.store)
         share(decoder, cuts_of(plan, model.spec), 0, comm)
         engine = Engine(decoder, plan, tokenizer, name, crew, comm)
     except BaseException:
         crew.close()
+        leave()
         raise
     atexit.register(crew.close)
     return engine

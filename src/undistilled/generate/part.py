@@ -59,9 +59,13 @@ class Part:
     def collect(self, submitted: Submitted) -> torch.Tensor:
         """Logits [last, vocab] of a pass, in the order in which passes were submitted."""
         if submitted.logits is not None or not submitted.last:
+            if self.comm:
+                self.comm.settle()
             return submitted.logits if submitted.logits is not None else torch.empty(0)
         assert self.comm is not None
-        return self.comm.receive_back(submitted.last, self.decoder.spec.vocab)
+        logits = self.comm.receive_back(submitted.last, self.decoder.spec.vocab)
+        self.comm.settle()
+        return logits
 
     def hidden(self, batch: Batch, h_TD: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [T, D] of every token, good until the next call."""

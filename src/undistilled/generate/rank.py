@@ -22,7 +22,7 @@ from ..checkpoint.resolve import find
 from ..errors import UndistilledError
 from ..load.build import build
 from ..parallel.comm import Comm
-from ..parallel.crew import IDLE
+from ..parallel.crew import IDLE, JOINING
 from ..parallel.messages import Beat, Broke, Command, Loading, Pass, Ready, Report, Stop
 from ..parallel.share import share
 from ..plan.plan import read_plan
@@ -50,6 +50,7 @@ class Rank:
         self.comm: Comm | None = None
         self.part: Part | None = None
         self.idle_since: float | None = monotonic()
+        self.joining = 0.0  # since when
 
     def say(self, report: Report) -> None:
         with self.lock:
@@ -63,8 +64,10 @@ class Rank:
 
     def beat(self) -> Beat:
         comm, part, idle = self.comm, self.part, self.idle_since
-        if comm is None or part is None:
+        if not self.joining:
             return Beat(self.number, 0, IDLE, 0.0, 0, 0.0, 0.0)
+        if comm is None or part is None:
+            return Beat(self.number, 0, JOINING, monotonic() - self.joining, 0, 0.0, 0.0)
         doing, seconds = (comm.doing, comm.seconds) if idle is None else (IDLE, monotonic() - idle)
         return Beat(self.number, comm.entered, doing, seconds, part.passes, part.busy, comm.waited)
 
@@ -80,6 +83,7 @@ class Rank:
 
         decoder = build(plan, model.spec, model.source(), rank=self.number, progress=progress)
         self.say(Ready(self.number))
+        self.joining = monotonic()
         assert plan.mesh is not None
         comm = Comm(plan.mesh, self.number, self.boot["store"])
         share(decoder, cuts_of(plan, model.spec), self.number, comm)

@@ -1,12 +1,13 @@
 """All collectives, and the messages between stages. T tokens, D hidden, V vocabulary.
 
-Sums of few bytes are taken in one shot: every rank gets all parts and adds them in the order of the ranks, so that a
-row's bits depend neither on its company nor on where it lies in a message. Larger ones, which are prompts' alone, go to
-the backend's all-reduce.
+Sums of few rows or bytes are taken in one shot: every rank gets all parts and adds them in the order of the ranks, so
+that a row's bits depend neither on its company nor on where it lies in a message. Larger ones, which are prompts'
+alone, go to the backend's all-reduce.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 from ..events import emit
+from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
 
-ONE_SHOT = 1 << 20  # bytes: 31 rows, which a CPU decodes at once, of R1's 7,168 in float32 have 0.9 MB
+ONE_SHOT = 1 << 20  # bytes
+PENDING = 64  # messages that are kept until they have arrived; a step has fewer passes
 TIMEOUT = timedelta(minutes=60)  # the driver's watchdog is there long before
 
 
@@ -30,7 +33,7 @@ class Comm:
         self.device = torch.device(mesh.devices[rank])
         self.entered, self.doing, self.since = 0, "computing", perf_counter()
         self.waited = 0.0
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -78,7 +81,7 @@ class Comm:
         nbytes = x.numel() * x.element_size()
         with self._during("all_reduce", nbytes):
             x = x.contiguous()
-            if nbytes > ONE_SHOT or self.device.type == "cuda":
+            if (nbytes > ONE_SHOT and len(x) >= LARGE) or self.device.type == "cuda":
                 dist.all_reduce(x, group=self.stage)
                 return x
             parts = self._gathered(x)
@@ -102,6 +105,12 @@ class Comm:
             parts = self._gathered(padded)
             return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
 
+    def settle(self) -> None:
+        """Wait for the GPU, whose collectives a host otherwise meets where it reads a result."""
+        if self.device.type == "cuda":
+            with self._during("waiting for the GPU", 0):
+                torch.cuda.current_stream(self.device).synchronize()
+
     def send_on(self, h_TD: torch.Tensor) -> None:
         """Hidden states to the next stage; computing goes on while they are on their way."""
         self._send(h_TD, self.rank + self.mesh.inner, self.forward, "send to the next stage")
@@ -121,7 +130,8 @@ class Comm:
 
     def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup, what: str) -> None:
         with self._during(what, x.numel() * x.element_size()):
-            self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+            if len(self._sent) >= PENDING:  # gloo says that a send is done to who waits for it alone
+                self._sent.popleft()[0].wait()
             x = x.clone() if x.is_contiguous() else x.contiguous()  # a captured pass writes to the same place again
             work = dist.isend(x, to, group=group)
             assert work is not None
@@ -154,9 +164,10 @@ class Comm:
         """Leave the others, once what was sent has arrived."""
         for work, _ in self._sent:
             work.wait()
-        self.leave()
+        leave()
 
-    def leave(self) -> None:
-        """Give the process groups up; those who wait for this rank wait in vain."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+def leave() -> None:
+    """Give this process's groups up; those who wait for it wait in vain."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq
 
 from .. import errors
-from ..errors import RankLost, UndistilledError
+from ..errors import RankLost, RequestError, UndistilledError
 from ..events import emit
 from ..plan.plan import Plan
 from ..wire import MAX_MESSAGE, Wire, private_directory
@@ -30,6 +30,7 @@ from .messages import Beat, Broke, Loading, Pass, Ready, Report, Stop
 RANK = "undistilled.generate.rank"  # the module that a rank's process runs
 WATCHDOG = 60.0  # seconds
 GRACE = 5.0  # seconds that the driver has to notice that its collective failed
+BLAME = 2.0  # seconds in which it shows that another rank is at fault for the driver's error
 STARTED = 300.0  # seconds for a process to give its first sign of life
 
 
@@ -46,6 +47,7 @@ class Crew:
         self._step: Callable[[], Beat] | None = None  # while the driver is in a step
         self._heard = dict.fromkeys(range(1, plan.mesh.size), time.monotonic() + STARTED)
         self._ready: set[int] = set()
+        self._lock = threading.Lock()
         self._closing = False
         key = secrets.token_hex(16)
         self._wire = Wire(key, Report)
@@ -103,12 +105,13 @@ class Crew:
             yield
         except Exception as error:
             self._step = None
-            until = time.monotonic() + min(self.watchdog, GRACE) + 1
+            until = time.monotonic() + BLAME
             while self.fault is None and time.monotonic() < until:
                 time.sleep(0.02)
-            if self.fault is not None:
-                raise self.fault from error
-            raise
+            # the others are in a pass that this rank left: no later one could be told from it
+            self._end(RankLost(f"Rank 0 failed: {type(error).__name__}: {error}", "Start the run again."))
+            assert self.fault is not None
+            raise self.fault from error
         finally:
             self._step = None
 
@@ -137,11 +140,22 @@ class Crew:
 
     def _watch(self) -> None:
         while not self._closing and self.fault is None:
-            if self._inbox.poll(50):
-                self._hear(self._wire.unpack(self._inbox.recv_multipart()))
-            fault = self._ended() or self._silent() or self._stalled()
-            if fault and not self._closing:
-                self._end(fault)
+            try:
+                self._look()
+            except Exception as error:
+                self._end(RankLost(f"The watchdog failed: {type(error).__name__}: {error}", "Start the run again."))
+
+    def _look(self) -> None:
+        """Hear what there is, then judge."""
+        began = time.monotonic()
+        wait = 50
+        while self._inbox.poll(wait):
+            self._hear(self._wire.unpack(self._inbox.recv_multipart()))
+            wait = 0
+        late = time.monotonic() - began > 1  # this process was stopped, or busy: the others may have spoken meanwhile
+        fault = self._ended() or (None if late else self._silent() or self._stalled())
+        if fault and not self._closing:
+            self._end(fault)
 
     def _hear(self, report: Report | None) -> None:
         if report is None:
@@ -158,7 +172,7 @@ class Crew:
             case Broke(rank, kind, message, hint):
                 known = getattr(errors, kind, None)
                 ours = isinstance(known, type) and issubclass(known, UndistilledError)
-                if ours and known is not RankLost:
+                if ours and known not in (RankLost, RequestError):
                     self._end(known(message, hint))  # type: ignore[misc]
                 elif not self._ended_others(rank):
                     self._end(RankLost(f"Rank {rank} failed: {kind}: {message}", "What it said is above."))
@@ -198,26 +212,26 @@ class Crew:
         """A rank waits in a collective for too long: the one that is behind is at fault."""
         step = self._step
         beats = [b for b in (*([step()] if step else []), *self.beats.values()) if b.doing != IDLE]
-        stuck = next((b for b in beats if b.seconds > self.watchdog), None)
-        if stuck is None:
-            return None
-        # who computes while others wait for it; else who has begun the fewest of its stage's collectives
-        late = [b for b in beats if b.doing == COMPUTING and b.seconds > self.watchdog - 1]
-        peers = [b for b in beats if b.rank in self.mesh.peers(stuck.rank)]
-        found = max(late, key=lambda b: b.seconds) if late else min(peers, key=lambda b: b.entered)
+        if not beats or min(b.seconds for b in beats) <= self.watchdog:
+            return None  # somebody moves: a stage that others wait for may take its time
+        # who computes while others wait for it; else who has begun the fewest collectives
+        late = [b for b in beats if b.doing == COMPUTING]
+        found = max(late, key=lambda b: b.seconds) if late else min(beats, key=lambda b: b.entered)
         others = next((b.doing for b in beats if b is not found and b.doing != COMPUTING), "")
+        doing = found.doing if found.doing == COMPUTING else f"in {found.doing}"
         return RankLost(
-            f"Rank {found.rank} has been {found.doing} for {found.seconds:.0f} s"
+            f"Rank {found.rank} has been {doing} for {found.seconds:.0f} s"
             + (f", and others wait for it in {others}." if others else "."),
             "The run is over: start it again.",
         )
 
     def _end(self, fault: UndistilledError) -> None:
         """Tell, end the others, and see that this process does not hang in a collective that cannot end."""
-        if self.fault is not None:
-            return
+        with self._lock:
+            if self.fault is not None:
+                return
+            self.fault = fault
         emit("rank.lost", message=fault.message)
-        self.fault = fault
         self._kill()
         until = time.monotonic() + GRACE
         while self._step is not None:
@@ -225,11 +239,12 @@ class Crew:
                 emit("rank.hung", kind=type(fault).__name__, message=fault.message, hint=fault.hint)
                 print(f"{fault.message} {fault.hint}", file=sys.stderr, flush=True)
                 time.sleep(0.2)  # for who was told by the event
+                shutil.rmtree(self.directory, ignore_errors=True)
                 os._exit(fault.exit_code)
             time.sleep(0.05)
 
 
-IDLE, COMPUTING = "idle", "computing"
+IDLE, COMPUTING, JOINING = "idle", "computing", "joining the other ranks"
 # gloo's and NCCL's own sockets stay on this machine
 LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 

@@ -91,6 +91,6 @@ def _mlp(mlp: nn.Module, cuts: Cuts, rank: int) -> nn.Module:
         mlp.banks = nn.ModuleList([PartBank(mlp.banks[0], held, mlp.moe.experts)] if held else [])  # type: ignore[arg-type]
         if mlp.shared_experts is not None and not mlp.shared_experts.gate_proj.stored.shape[0]:
             mlp.shared_experts = None
-        return mlp
+        return mlp if held or mlp.shared_experts is not None else Nothing()
     assert isinstance(mlp, SwiGlu)
     return mlp if mlp.gate_proj.stored.shape[0] else Nothing()

@@ -140,7 +140,15 @@ def _check_ranks(plan: Plan, spec: ModelSpec) -> None:
     """The mesh cuts what it may, every row is in its stage, and the bytes of every rank follow."""
     layouts = _layouts(plan, spec)
     assert isinstance(layouts, RankLayouts)
-    layout = layouts.at(plan.limits.context, plan.limits.batch)
+    mesh, kinds = layouts.mesh, {name.split(":")[0] for name in layouts.mesh.devices}
+    if len(kinds) > 1 or (kinds == {"cuda"} and len(set(mesh.devices)) < mesh.size):
+        raise BadArtefact(
+            f"The plan's mesh has ranks on {', '.join(mesh.devices)}.", "A GPU for each, or the CPU for all."
+        )
+    for row in plan.rows:
+        if row.store != "unloaded" and row.layer is not None and row.layer >= spec.layers:
+            raise BadArtefact(f"Row {row.name}: a mesh has no multi-token-prediction layer.", "Plan without --mtp.")
+    layout = layouts.over(plan.limits, plan.kv)
     homes = {p.row.name: p.row.store for p in layout.placed}
     for row in plan.rows:
         if row.store != homes.get(row.name, "unloaded"):

@@ -125,7 +125,9 @@ class Cuts:
         """The routed experts that a rank holds, of each of its layers."""
         assert self.spec.moe is not None
         wide = self._widths
-        found = ranges([1.0] * (self.mesh.inner // wide), self.spec.moe.experts)
+        shares = list(self.mesh.shares) or [1.0] * self.mesh.inner
+        groups = [sum(shares[at : at + wide]) for at in range(0, self.mesh.inner, wide)]
+        found = ranges(groups, self.spec.moe.experts)
         return tuple(range(*found[self.mesh.within(rank) // wide]))
 
     @property
@@ -148,8 +150,19 @@ class Cuts:
         place = self.mesh.within(rank) % self._widths if weight.experts else self.mesh.within(rank)
         units = {"heads": self.spec.heads, "kv_heads": self.spec.kv_heads}.get(counted)
         each = weight.shape[0 if axis == "out" else 1] // units if units else 1
-        start, stop = self._parts[counted][place]
-        return Slice(axis, start * each, stop * each, experts)
+        start, stop = (edge * each for edge in self._parts[counted][place])
+        self._check_quanta(weight, axis, start, stop)
+        return Slice(axis, start, stop, experts)
+
+    def _check_quanta(self, weight: Weight, axis: str, start: int, stop: int) -> None:
+        scheme, size = self.stored[weight.name], weight.shape[0 if axis == "out" else 1]
+        together = quantum(schemes.get(scheme), axis)
+        if start % together or (stop % together and stop != size):
+            raise UsageError(
+                f"{self.mesh.inner} ranks would cut {weight.name} at {start} to {stop}, within the {together} that "
+                f"{scheme} keeps together.",
+                "Fewer ranks in a stage, or a scheme with smaller groups.",
+            )
 
     def held(self, weight: Weight, rank: int) -> bool:
         """Whether the rank's stage has the weight. A tied embedding is in the first and the last."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 class Mesh(BaseModel):
     """`stages`: layers [first, past the last) of each. `devices`: where each rank computes. `shares`: how much of what
-    is cut each rank of a stage takes, in any unit. `copies`: experts that every rank of their stage has, by layer."""
+    is cut each rank of a stage takes, in any unit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

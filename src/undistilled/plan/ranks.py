@@ -42,6 +42,7 @@ class Degrees:
 
 
 ONE = Degrees()
+MOST = 1024  # ranks
 
 
 def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, stored: Mapping[str, str]) -> Mesh:
@@ -51,6 +52,10 @@ def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, store
             raise UsageError(f"{option} {value}: it starts at 1.")
     if degrees.pp > spec.layers:
         raise UsageError(f"--pp {degrees.pp}: the model has {spec.layers} layers.")
+    if degrees.size > MOST or (degrees.microbatches or 1) > 64:
+        raise UsageError(f"{degrees.size} ranks, {degrees.microbatches or 1} microbatches.", f"At most {MOST} and 64.")
+    if (degrees.microbatches or 1) > 1 and degrees.pp == 1:
+        raise UsageError("--microbatches are parts of a batch in a pipeline.", "Give --pp too.")
     gpus = [d for d in devices if d.kind == "cuda"]
     if gpus and degrees.size > len(gpus):
         raise UsageError(
@@ -70,7 +75,7 @@ def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, store
         stages=tuple(balanced(each, speeds)),
         devices=tuple(d.name for d in used),
         shares=tuple(share / min(room) for share in room) if uneven else (),
-        microbatches=degrees.microbatches or 1,
+        microbatches=degrees.microbatches or degrees.pp,
     )
 
 
@@ -139,7 +144,10 @@ class RankLayouts(Layouts):
         return sum(bytes_of(get(p.row.scheme), s.shape(p.weight)) for p, s in slices if s is not None)
 
     def at(self, context: int, batch: int) -> Layout:
-        limits, kv = sized(self.spec, context, batch, self.block, self.cache, self.kind)
+        return self.over(*sized(self.spec, context, batch, self.block, self.cache, self.kind))
+
+    def over(self, limits: Limits, kv: Kv) -> Layout:
+        """With a cache and limits of whatever size."""
         ranks = [self._rank(rank, limits, kv) for rank in range(self.mesh.size)]
         placed = [self._home(p, self.home(p.weight)) for p in self.loaded]
         devices = {}
@@ -207,7 +215,7 @@ def _sum(each: list[Bytes]) -> Bytes:
 
 
 def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
-    """(prefill, decode) in tokens a second: stages one after another, the slowest rank of each, and their talk.
+    """(prefill, decode) in tokens a second: stages one after another, and their talk; shares count as even.
 
     Processes of one CPU share its bandwidth and cores.
     """
