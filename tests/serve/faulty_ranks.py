@@ -14,7 +14,7 @@ from undistilled.generate.engine import open_engine as open_real
 from undistilled.parallel import crew
 from undistilled.parallel.comm import Comm
 
-STALLS, RAISES = "FAULTY_RANK", "FAULTY_DRIVER"
+STALLS, RAISES, ABSENT = "FAULTY_RANK", "FAULTY_DRIVER", "FAULTY_START"
 
 
 def stall_in(comm_class: type[Comm]) -> None:
@@ -35,6 +35,7 @@ def open_engine(options, progress=None):
     crew.RANK = "faulty_ranks"
     os.environ[STALLS] = str(options.pop("stalls", ""))
     os.environ[RAISES] = str(options.pop("raises", ""))
+    os.environ[ABSENT] = str(options.pop("absent", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     stall_in(Comm)
     return open_real(options, progress)
@@ -42,4 +43,6 @@ def open_engine(options, progress=None):
 
 if __name__ == "__main__":
     stall_in(Comm)
+    if os.environ.get(ABSENT):
+        Comm.__init__ = lambda *_: 1 / 0
     sys.exit(real.main())

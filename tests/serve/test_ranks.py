@@ -9,6 +9,7 @@ from live_server import Running
 
 from byte_tokens import write_tokenizer
 from tiny import DEEPSEEK, write_checkpoint
+from undistilled.errors import UndistilledError
 
 WATCHDOG = 2.0
 SMALL = DEEPSEEK | {"vocab_size": 256}
@@ -83,6 +84,27 @@ def test_an_error_of_the_driver_within_a_pass_ends_the_run(folder):
             assert time.monotonic() < until
             time.sleep(0.05)
         assert "Rank 0 failed: MemoryError" in running.client._died
+
+
+def test_a_stage_that_is_killed_ends_the_run(folder):
+    with Running(options(folder, pp=2), factory="faulty_ranks:open_engine") as running:
+        assert ask(running).status_code == 200
+        rank_pids(running)[1].kill()
+        assert ask(running, 60).status_code in (500, 503)
+        until = time.monotonic() + 10
+        while running.get("/health").status_code != 503:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert "Rank 1 was killed by signal 9" in running.client._died
+
+
+def test_a_rank_that_never_joins_is_no_wait_without_end(folder):
+    """The driver waits in its own join, which nothing but the watchdog ends."""
+    began = time.monotonic()
+    with pytest.raises(UndistilledError, match="Rank 1 failed: ZeroDivisionError"):
+        with Running(options(folder, tp=2, absent="yes"), factory="faulty_ranks:open_engine"):
+            pass
+    assert time.monotonic() - began < 45
 
 
 @pytest.mark.parametrize("rank", [0, 1])

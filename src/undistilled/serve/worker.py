@@ -190,9 +190,9 @@ def main() -> int:
                 send(Failed(event.fields["kind"], event.fields["message"], event.fields["hint"]))
 
         try:
-            engine = _open(boot["factory"], boot["options"], send)
-            send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
             with subscribed(last_words):
+                engine = _open(boot["factory"], boot["options"], send)
+                send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
                 Worker(engine, inbox, send, wire).run(boot["parent"])
         except UndistilledError as error:
             send(Failed(type(error).__name__, error.message, error.hint))
