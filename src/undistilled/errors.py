@@ -59,3 +59,10 @@ class RequestError(UndistilledError):
     ) -> None:
         super().__init__(message)
         self.status, self.type, self.param, self.code = status, type, param, code
+
+
+def named(kind: str) -> type[UndistilledError] | None:
+    """The class that a process of ours called its error, but for a RequestError; None where it is no such class."""
+    known = globals().get(kind)
+    ours = isinstance(known, type) and issubclass(known, UndistilledError) and known is not RequestError
+    return known if ours else None

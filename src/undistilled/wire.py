@@ -11,6 +11,7 @@ import tempfile
 from typing import Any
 
 import msgspec
+import zmq
 
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes; libzmq closes a connection that sends more
 MAX_SOCKET_PATH = 80  # of the 107 characters that a local socket's name may have
@@ -36,6 +37,12 @@ class Wire:
             return self._decoder.decode(frames[1])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
+
+
+def bounded(socket: Any) -> None:
+    """An inbox that keeps all messages, of a size that no stranger can choose."""
+    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
 
 
 def private_directory() -> str:

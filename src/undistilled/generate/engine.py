@@ -20,8 +20,8 @@ from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
 from ..parallel.comm import Comm, leave
-from ..parallel.crew import JOINING, LOOPBACK, WATCHDOG, Crew, threads
-from ..parallel.messages import Beat
+from ..parallel.crew import LOOPBACK, WATCHDOG, Crew, threads
+from ..parallel.messages import JOINING, Beat
 from ..parallel.share import share
 from ..plan.check import check, check_devices
 from ..plan.hardware import load_machine

@@ -11,7 +11,7 @@ from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
 from ..ops.linear import LARGE
 from ..parallel.comm import Comm
-from ..parallel.messages import Pass
+from ..parallel.messages import Beat, Pass
 from ..plan.plan import Plan
 from .cache import allocate
 from .graphs import Graphs, capturable
@@ -56,16 +56,21 @@ class Part:
         self.busy += perf_counter() - began - ((self.comm.waited if self.comm else 0.0) - waited)
         return Submitted(len(work.last), logits)
 
+    def beat(self) -> Beat:
+        """What this rank is in, of those that have others."""
+        comm = self.comm
+        assert comm is not None
+        return Beat(comm.rank, comm.entered, comm.doing, comm.seconds, self.passes, self.busy, comm.waited)
+
     def collect(self, submitted: Submitted) -> torch.Tensor:
         """Logits [last, vocab] of a pass, in the order in which passes were submitted."""
-        if submitted.logits is not None or not submitted.last:
-            if self.comm:
-                self.comm.settle()
-            return submitted.logits if submitted.logits is not None else torch.empty(0)
-        assert self.comm is not None
-        logits = self.comm.receive_back(submitted.last, self.decoder.spec.vocab)
-        self.comm.settle()
-        return logits
+        logits = submitted.logits
+        if logits is None and submitted.last:
+            assert self.comm is not None
+            logits = self.comm.receive_back(submitted.last, self.decoder.spec.vocab)
+        if self.comm:
+            self.comm.settle()
+        return torch.empty(0) if logits is None else logits
 
     def hidden(self, batch: Batch, h_TD: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [T, D] of every token, good until the next call."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import msgspec
 import torch
 import zmq
 
@@ -22,12 +23,11 @@ from ..checkpoint.resolve import find
 from ..errors import UndistilledError
 from ..load.build import build
 from ..parallel.comm import Comm
-from ..parallel.crew import IDLE, JOINING
-from ..parallel.messages import Beat, Broke, Command, Loading, Pass, Ready, Report, Stop
+from ..parallel.messages import IDLE, JOINING, Beat, Broke, Command, Loading, Pass, Ready, Report, Stop
 from ..parallel.share import share
 from ..plan.plan import read_plan
 from ..plan.ranks import cuts_of
-from ..wire import MAX_MESSAGE, Wire, die_with
+from ..wire import Wire, bounded, die_with
 from .part import Part
 
 HEARTBEAT = 0.25  # seconds
@@ -40,14 +40,12 @@ class Rank:
         self.boot, self.number = boot, int(boot["rank"])
         self.wire = Wire(boot["key"], Command)
         self.inbox, self.outbox = context.socket(zmq.SUB), context.socket(zmq.PUSH)
-        self.inbox.set(zmq.RCVHWM, 0)
-        self.inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        bounded(self.inbox)
         self.inbox.connect(f"ipc://{boot['directory']}/passes")
         self.inbox.subscribe(b"")
         self.outbox.set(zmq.LINGER, 2000)
         self.outbox.connect(f"ipc://{boot['directory']}/reports")
         self.lock = threading.Lock()
-        self.comm: Comm | None = None
         self.part: Part | None = None
         self.idle_since: float | None = monotonic()
         self.joining = 0.0  # since when
@@ -63,13 +61,13 @@ class Rank:
             time.sleep(HEARTBEAT)
 
     def beat(self) -> Beat:
-        comm, part, idle = self.comm, self.part, self.idle_since
+        part, idle = self.part, self.idle_since
         if not self.joining:
             return Beat(self.number, 0, IDLE, 0.0, 0, 0.0, 0.0)
-        if comm is None or part is None:
+        if part is None:
             return Beat(self.number, 0, JOINING, monotonic() - self.joining, 0, 0.0, 0.0)
-        doing, seconds = (comm.doing, comm.seconds) if idle is None else (IDLE, monotonic() - idle)
-        return Beat(self.number, comm.entered, doing, seconds, part.passes, part.busy, comm.waited)
+        beat = part.beat()
+        return beat if idle is None else msgspec.structs.replace(beat, doing=IDLE, seconds=monotonic() - idle)
 
     def load(self) -> None:
         model, plan = find(self.boot["model"]), read_plan(Path(self.boot["plan"]))
@@ -87,7 +85,7 @@ class Rank:
         assert plan.mesh is not None
         comm = Comm(plan.mesh, self.number, self.boot["store"])
         share(decoder, cuts_of(plan, model.spec), self.number, comm)
-        self.comm, self.part = comm, Part(decoder, plan, comm)
+        self.part = Part(decoder, plan, comm)
 
     def run(self) -> None:
         """Pass after pass, until told to stop."""

@@ -15,7 +15,7 @@ from ..model.decoder import Decoder
 from ..ops.linear import LARGE
 from ..parallel.comm import Comm
 from ..parallel.crew import Crew
-from ..parallel.messages import Beat, Pass
+from ..parallel.messages import Pass
 from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
 from .part import Part, Submitted
@@ -100,12 +100,7 @@ class Runner:
         return Flight(works, prefill, handle, perf_counter() - began)
 
     def _guarded(self) -> AbstractContextManager[None]:
-        return self.crew.guarded(self._beat) if self.crew else nullcontext()
-
-    def _beat(self) -> Beat:
-        comm, part = self.part.comm, self.part
-        assert comm is not None
-        return Beat(0, comm.entered, comm.doing, comm.seconds, part.passes, part.busy, comm.waited)
+        return self.crew.guarded(self.part.beat) if self.crew else nullcontext()
 
     def passed(self, works: list[Work], prefill: bool) -> Pass:
         """One prompt chunk, or rows: every token of every piece of work with its own view of the cache."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,26 +11,10 @@ import torch
 from ..errors import UsageError
 from ..generate.engine import Engine
 from ..schedule.request import Request, Sampling
+from .memory import peak_bytes
 from .ranks import Clocks, report
 
 WARM_UP_TOKENS = 4
-STATUS = Path("/proc/self/status")
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process so far, in bytes.
-
-    From /proc where there is one: getrusage's figure begins with what the parent held when it started us.
-    """
-    if STATUS.exists():
-        return _status("VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _status(field: str) -> int:
-    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def peak_device_bytes(engine: Engine) -> int:
@@ -107,8 +88,3 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
 
 def _summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def current_bytes() -> int:
-    """This process's resident size now, in bytes (Linux; the peak elsewhere)."""
-    return _status("VmRSS") if STATUS.exists() else peak_bytes()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..generate.engine import Engine
 from ..plan.mesh import Mesh
 from ..plan.ranks import balanced
+from .memory import process_bytes
 
 SETTLE = 0.4  # seconds after which every rank's last sign of life is of the time after the last pass
 
@@ -30,22 +30,16 @@ class Clocks:
         return cls([part.busy, *(b.busy for b in beats)], [part.comm.waited, *(b.waited for b in beats)])
 
     def __sub__(self, before: Clocks) -> Clocks:
-        return Clocks(*([a - b for a, b in zip(*pair, strict=True)] for pair in self._pairs(before)))
-
-    def _pairs(self, other: Clocks) -> list[tuple[list[float], list[float]]]:
-        return [(self.busy, other.busy), (self.waited, other.waited)]
+        pairs = (self.busy, before.busy), (self.waited, before.waited)
+        return Clocks(*([a - b for a, b in zip(now, then, strict=True)] for now, then in pairs))
 
 
 def peaks(engine: Engine) -> list[int]:
     """The largest resident size of every rank's process so far, bytes (Linux)."""
     crew = engine.runner.crew
     assert crew is not None
-    return [_peak("self"), *(_peak(str(process.pid)) for _, process in sorted(crew.processes.items()))]
-
-
-def _peak(pid: str) -> int:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    others = [process.pid for _, process in sorted(crew.processes.items())]
+    return [process_bytes("VmHWM"), *(process_bytes("VmHWM", pid) for pid in others)]
 
 
 def report(engine: Engine, spent: Clocks, elapsed: float) -> dict[str, Any]:

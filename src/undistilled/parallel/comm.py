@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ..events import emit
 from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
+from .messages import COMPUTING, JOINING
 
 ONE_SHOT = 1 << 20  # bytes
 PENDING = 64  # messages that are kept until they have arrived; a step has fewer passes
@@ -26,18 +27,18 @@ TIMEOUT = timedelta(minutes=60)  # the driver's watchdog is there long before
 
 
 class Comm:
-    """A rank's way to the others. `busy`, `waited`: seconds spent between and in collectives."""
+    """A rank's way to the others. `entered`: collectives and messages begun; `waited`: seconds spent in them."""
 
     def __init__(self, mesh: Mesh, rank: int, store: str) -> None:
         self.mesh, self.rank = mesh, rank
         self.device = torch.device(mesh.devices[rank])
-        self.entered, self.doing, self.since = 0, "computing", perf_counter()
+        self.entered, self.doing, self.since = 0, COMPUTING, perf_counter()
         self.waited = 0.0
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        with self._during("joining the other ranks", 0):
+        with self._during(JOINING, 0):
             dist.init_process_group(
                 backend, store=dist.FileStore(store, mesh.size), rank=rank, world_size=mesh.size, timeout=TIMEOUT
             )
@@ -71,7 +72,7 @@ class Comm:
         finally:
             seconds = perf_counter() - self.since
             self.waited += seconds
-            self.doing, self.since = "computing", perf_counter()
+            self.doing, self.since = COMPUTING, perf_counter()
             emit("comm", operation=what, bytes=nbytes, seconds=seconds, rank=self.rank)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

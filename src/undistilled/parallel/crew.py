@@ -20,12 +20,11 @@ from pathlib import Path
 
 import zmq
 
-from .. import errors
-from ..errors import RankLost, RequestError, UndistilledError
+from ..errors import RankLost, UndistilledError, named
 from ..events import emit
 from ..plan.plan import Plan
-from ..wire import MAX_MESSAGE, Wire, private_directory
-from .messages import Beat, Broke, Loading, Pass, Ready, Report, Stop
+from ..wire import Wire, bounded, private_directory
+from .messages import COMPUTING, IDLE, Beat, Broke, Loading, Pass, Ready, Report, Stop
 
 RANK = "undistilled.generate.rank"  # the module that a rank's process runs
 WATCHDOG = 60.0  # seconds
@@ -53,8 +52,7 @@ class Crew:
         self._wire = Wire(key, Report)
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.set(zmq.RCVHWM, 0)
-        self._inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        bounded(self._inbox)
         self._inbox.bind(f"ipc://{self.directory}/reports")
         self._out = self._context.socket(zmq.PUB)
         self._out.set(zmq.SNDHWM, 0)
@@ -170,10 +168,9 @@ class Crew:
                 self.beats[rank] = report
                 emit("rank", rank=rank, passes=report.passes, busy=report.busy, waited=report.waited)
             case Broke(rank, kind, message, hint):
-                known = getattr(errors, kind, None)
-                ours = isinstance(known, type) and issubclass(known, UndistilledError)
-                if ours and known not in (RankLost, RequestError):
-                    self._end(known(message, hint))  # type: ignore[misc]
+                known = named(kind)
+                if known is not None and known is not RankLost:
+                    self._end(known(message, hint))
                 elif not self._ended_others(rank):
                     self._end(RankLost(f"Rank {rank} failed: {kind}: {message}", "What it said is above."))
 
@@ -244,7 +241,6 @@ class Crew:
             time.sleep(0.05)
 
 
-IDLE, COMPUTING, JOINING = "idle", "computing", "joining the other ranks"
 # gloo's and NCCL's own sockets stay on this machine
 LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+IDLE, COMPUTING, JOINING = "idle", "computing", "joining the other ranks"  # what a rank does, but for collectives
+
 
 class Pass(msgspec.Struct, tag=True):
     """One pass through the model: tokens of one prompt chunk (`prefill`), or rows of several requests.

@@ -9,10 +9,8 @@ from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
-from .cost import Placed
-from .layout import Layouts
 from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
-from .ranks import RankLayouts
+from .ranks import RankLayouts, layouts_of, placed_of
 from .recipes import ROUNDED_OFF, label
 
 
@@ -104,14 +102,9 @@ def _check_compute(plan: Plan) -> None:
         raise BadArtefact(f"The plan computes in {said}; {plan.scheme} multiplies in float32.", "Was the plan edited?")
 
 
-def _placed(plan: Plan, spec: ModelSpec) -> list[Placed]:
-    known = {w.name: w for w in weights(spec)}
-    return [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
-
-
 def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
     """What the plan's rows, cache and limits take on each of its devices."""
-    placed = _placed(plan, spec)
+    placed = placed_of(plan, spec)
     kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
     working = cost.activation_bytes(
         spec,
@@ -138,7 +131,7 @@ def _check_bytes(plan: Plan, spec: ModelSpec) -> None:
 
 def _check_ranks(plan: Plan, spec: ModelSpec) -> None:
     """The mesh cuts what it may, every row is in its stage, and the bytes of every rank follow."""
-    layouts = _layouts(plan, spec)
+    layouts = layouts_of(plan, spec)
     assert isinstance(layouts, RankLayouts)
     mesh, kinds = layouts.mesh, {name.split(":")[0] for name in layouts.mesh.devices}
     if len(kinds) > 1 or (kinds == {"cuda"} and len(set(mesh.devices)) < mesh.size):
@@ -174,25 +167,15 @@ def _check_predicted(plan: Plan, spec: ModelSpec) -> None:
 
 def decode_bytes(plan: Plan, spec: ModelSpec) -> int:
     """Bytes read for one token of one of the batch's requests."""
-    met = [p for p in _placed(plan, spec) if not p.weight.mtp]
+    met = [p for p in placed_of(plan, spec) if not p.weight.mtp]
     read = cost.decode_bytes(met, spec, plan.limits.batch, plan.limits.context, plan.kv.bytes_per_token)
     return int(sum(read.values()) / plan.limits.batch)
 
 
 def contexts_of(plan: Plan, spec: ModelSpec, contexts: list[int]) -> list[ContextPrediction]:
     """Plans for so many tokens each, or the most that the model takes, with these rows on these devices."""
-    layouts = _layouts(plan, spec)
+    layouts = layouts_of(plan, spec)
     return [layouts.at(min(each, spec.max_context), plan.limits.batch).prediction for each in contexts]
-
-
-def _layouts(plan: Plan, spec: ModelSpec) -> Layouts:
-    free = {name: device.available for name, device in plan.predicted.devices.items()}
-    of, form = _placed(plan, spec), {"scheme": plan.scheme, "compute": plan.compute_dtype, "cache": plan.kv.dtype}
-    if plan.mesh:
-        if missing := set(plan.mesh.devices) - free.keys():
-            raise BadArtefact(f"The plan's mesh uses {', '.join(sorted(missing))}, which is no device of the plan.")
-        return RankLayouts(spec, of, free, mesh=plan.mesh, block=plan.kv.block_size, **form)  # type: ignore[arg-type]
-    return Layouts(spec, of, free, block=plan.kv.block_size, **form)  # type: ignore[arg-type]
 
 
 def check_devices(plan: Plan, available: dict[str, int]) -> None:

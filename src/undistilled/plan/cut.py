@@ -32,7 +32,6 @@ CUT = {
     "embed": ("out", "vocab"),
     "head": ("out", "vocab"),
 }
-REDUCED = ("attention.o", "dense.down")  # whose products are sums over a stage's ranks; of experts, their layer's is
 BIASES = {"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads"}
 
 
@@ -70,7 +69,7 @@ class Cuts:
     @cached_property
     def _parts(self) -> dict[str, list[tuple[int, int]]]:
         """What is counted -> its range for each place in a stage; of experts' width, for each tensor rank."""
-        spec, inner, shares = self.spec, self.mesh.inner, list(self.mesh.shares) or [1.0] * self.mesh.inner
+        spec, inner, shares = self.spec, self.mesh.inner, self.mesh.weights
         groups = spec.heads if spec.mla else spec.kv_heads
         if inner > groups and not spec.mla:
             heads, kv = self._repeated(groups)
@@ -125,7 +124,7 @@ class Cuts:
         """The routed experts that a rank holds, of each of its layers."""
         assert self.spec.moe is not None
         wide = self._widths
-        shares = list(self.mesh.shares) or [1.0] * self.mesh.inner
+        shares = self.mesh.weights
         groups = [sum(shares[at : at + wide]) for at in range(0, self.mesh.inner, wide)]
         found = ranges(groups, self.spec.moe.experts)
         return tuple(range(*found[self.mesh.within(rank) // wide]))

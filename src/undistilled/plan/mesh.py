@@ -49,6 +49,11 @@ class Mesh(BaseModel):
     def size(self) -> int:
         return self.pp * self.inner
 
+    @property
+    def weights(self) -> list[float]:
+        """How much each rank of a stage takes of what is cut."""
+        return list(self.shares) or [1.0] * self.inner
+
     def stage(self, rank: int) -> int:
         return rank // self.inner
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..ops.cpu import kernels_folder
 from .cgroup import cpu_quota, memory_room
 from .gpus import probe_gpus
 from .hardware import Ceilings, Device, Disk, Machine
@@ -73,8 +74,7 @@ def _cpu(total: int, free: int, unified: bool) -> Device:
 
 def bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether our kernels multiply in BF16 here: they are built, and the processor has the instructions."""
-    folder = os.environ.get("UNDISTILLED_KERNELS") or Path(__file__).parents[1] / "ops" / "cpu"
-    found = Path(folder).glob("_kernels*")
+    found = kernels_folder().glob("_kernels*")
     built = any(b"avx512_bf16" in file.read_bytes() for file in found)  # what native_isa() says; loading takes longer
     return built and set(_cpuinfo(cpuinfo).get("flags", "").split()) >= PRODUCTS
 

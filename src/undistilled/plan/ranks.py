@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import UsageError
+from ..errors import BadArtefact, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme import bytes_of, get
@@ -17,7 +18,7 @@ from .cost import WIDTH, Dtype, Placed
 from .cut import Cuts
 from .hardware import Device, Link, Machine
 from .layout import BLOCK, Layout, Layouts, sized
-from .mesh import Mesh, even
+from .mesh import Mesh
 from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
 
 # a message between two processes where no link was measured: seconds until it is there, and bytes a second
@@ -40,6 +41,18 @@ class Degrees:
     def size(self) -> int:
         return self.tp * self.pp * self.ep
 
+    def check(self, layers: int) -> None:
+        """UsageError where they make no sense for a model of so many layers."""
+        for option, value in (("--tp", self.tp), ("--pp", self.pp), ("--ep", self.ep)):
+            if value < 1:
+                raise UsageError(f"{option} {value}: it starts at 1.")
+        if self.pp > layers:
+            raise UsageError(f"--pp {self.pp}: the model has {layers} layers.")
+        if self.size > MOST or (self.microbatches or 1) > 64:
+            raise UsageError(f"{self.size} ranks, {self.microbatches or 1} microbatches.", f"At most {MOST} and 64.")
+        if (self.microbatches or 1) > 1 and self.pp == 1:
+            raise UsageError("--microbatches are parts of a batch in a pipeline.", "Give --pp too.")
+
 
 ONE = Degrees()
 MOST = 1024  # ranks
@@ -47,15 +60,7 @@ MOST = 1024  # ranks
 
 def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, stored: Mapping[str, str]) -> Mesh:
     """The mesh over these devices: GPUs one a rank where there are any, else processes of the CPU."""
-    for option, value in (("--tp", degrees.tp), ("--pp", degrees.pp), ("--ep", degrees.ep)):
-        if value < 1:
-            raise UsageError(f"{option} {value}: it starts at 1.")
-    if degrees.pp > spec.layers:
-        raise UsageError(f"--pp {degrees.pp}: the model has {spec.layers} layers.")
-    if degrees.size > MOST or (degrees.microbatches or 1) > 64:
-        raise UsageError(f"{degrees.size} ranks, {degrees.microbatches or 1} microbatches.", f"At most {MOST} and 64.")
-    if (degrees.microbatches or 1) > 1 and degrees.pp == 1:
-        raise UsageError("--microbatches are parts of a batch in a pipeline.", "Give --pp too.")
+    degrees.check(spec.layers)
     gpus = [d for d in devices if d.kind == "cuda"]
     if gpus and degrees.size > len(gpus):
         raise UsageError(
@@ -109,6 +114,24 @@ def balanced(costs: Sequence[float], speeds: Sequence[float]) -> list[tuple[int,
         found.append((start, end))
         end = start
     return found[::-1]
+
+
+def placed_of(plan: Plan, spec: ModelSpec) -> list[Placed]:
+    """The rows of a plan that are loaded, with their weights."""
+    known = {w.name: w for w in weights(spec)}
+    return [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
+
+
+def layouts_of(plan: Plan, spec: ModelSpec, links: Sequence[Link] = ()) -> Layouts:
+    """What lays a plan's rows out over its devices, or its ranks. BadArtefact where ranks use others than these."""
+    free = {name: device.available for name, device in plan.predicted.devices.items()}
+    loaded, form = placed_of(plan, spec), dict[str, Any](scheme=plan.scheme, compute=plan.compute_dtype)
+    form |= {"cache": plan.kv.dtype, "block": plan.kv.block_size}
+    if plan.mesh is None:
+        return Layouts(spec, loaded, free, **form)
+    if missing := set(plan.mesh.devices) - free.keys():
+        raise BadArtefact(f"The plan's mesh uses {', '.join(sorted(missing))}, which is no device of the plan.")
+    return RankLayouts(spec, loaded, free, mesh=plan.mesh, links=links, **form)
 
 
 def cuts_of(plan: Plan, spec: ModelSpec) -> Cuts:
@@ -237,6 +260,3 @@ def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) 
         flops = part * cost.prefill_flops(spec, active, limits.context) * limits.chunk
         prefill += flops / mesh.inner * shared / rate + small + layouts.talk(rank, limits.chunk)
     return limits.chunk / prefill, limits.batch / decode
-
-
-__all__ = ["Degrees", "RankLayouts", "balanced", "cuts_of", "even", "layer_bytes", "mesh_for", "speeds"]

@@ -17,7 +17,7 @@ from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
-from .ranks import ONE, Degrees, RankLayouts, mesh_for, speeds
+from .ranks import ONE, Degrees, RankLayouts, layouts_of, mesh_for, speeds
 from .recipes import parse, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
@@ -97,19 +97,7 @@ def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layout
 
 def moved(plan: Plan, mesh: Mesh, spec: ModelSpec, machine: Machine, active: int) -> Plan:
     """The same plan over another mesh."""
-    known = {w.name: w for w in weights(spec)}
-    loaded = [Placed(row, known[row.name]) for row in plan.rows if row.store != "unloaded"]
-    layouts = RankLayouts(
-        spec,
-        loaded,
-        {name: device.available for name, device in plan.predicted.devices.items()},
-        mesh=mesh,
-        scheme=plan.scheme,
-        compute=plan.compute_dtype,
-        cache=plan.kv.dtype,
-        links=machine.links,
-        block=plan.kv.block_size,
-    )
+    layouts = layouts_of(plan.model_copy(update={"mesh": mesh}), spec, machine.links)
     layout = layouts.at(plan.limits.context, plan.limits.batch)
     homes = {p.weight.name: p.row for p in layout.placed}
     return plan.model_copy(

@@ -18,11 +18,10 @@ import psutil
 import zmq
 import zmq.asyncio
 
-from .. import errors
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import RequestError, UndistilledError
+from ..errors import RequestError, UndistilledError, named
 from ..schedule.request import Output, Request
-from ..wire import MAX_MESSAGE, Wire, private_directory
+from ..wire import Wire, bounded, private_directory
 from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
 from .stream import Stream
 from .worker import ENGINE
@@ -46,8 +45,7 @@ class Sockets:
         directory = private_directory()
         context = zmq.asyncio.Context()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        inbox.set(zmq.RCVHWM, 0)
-        inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        bounded(inbox)
         inbox.bind(f"ipc://{directory}/reports")
         outbox.set(zmq.SNDHWM, 0)
         outbox.connect(f"ipc://{directory}/commands")
@@ -231,7 +229,7 @@ class EngineClient:
             case Ready() if not self._ready.done():
                 self._ready.set_result(report)
             case Failed(kind, message, hint) if not self._ready.done():
-                self._ready.set_exception(_opened_badly(kind, message, hint))
+                self._ready.set_exception((named(kind) or UndistilledError)(message, hint))
             case Failed(_, message, _):
                 self._reason = message
 
@@ -271,9 +269,3 @@ def _dead(message: str) -> RequestError:
 
 def _refusal(r: Refused) -> RequestError:
     return RequestError(r.message, status=r.status, type=r.type, param=r.param, code=r.code)
-
-
-def _opened_badly(kind: str, message: str, hint: str) -> UndistilledError:
-    known = getattr(errors, kind, UndistilledError)
-    is_plain = isinstance(known, type) and issubclass(known, UndistilledError) and known is not RequestError
-    return (known if is_plain else UndistilledError)(message, hint)

@@ -21,7 +21,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RankLost, RequestError, UndistilledError
 from ..events import Event, subscribed
 from ..schedule.request import Output, Request
-from ..wire import MAX_MESSAGE, Wire, die_with
+from ..wire import Wire, bounded, die_with
 from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
 
 ENGINE = "undistilled.generate.engine:open_engine"
@@ -177,8 +177,7 @@ def main() -> int:
         outbox.set(zmq.SNDHWM, 0)
         outbox.set(zmq.LINGER, 2000)
         outbox.connect(f"ipc://{boot['directory']}/reports")
-        inbox.set(zmq.RCVHWM, 0)
-        inbox.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        bounded(inbox)
         inbox.bind(f"ipc://{boot['directory']}/commands")
 
         def send(report: Report) -> None:

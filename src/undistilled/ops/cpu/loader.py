@@ -5,7 +5,6 @@ UNDISTILLED_KERNELS names another folder to take it from.
 """
 
 import ctypes
-import os
 import platform
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import kernels_folder
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
@@ -55,7 +56,7 @@ _RESULTS = {
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    folder = Path(os.environ.get("UNDISTILLED_KERNELS") or Path(__file__).parent)
+    folder = kernels_folder()
     path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_kernels{s}").exists()), None)
     if path is None:
         return None, f"no native kernels in {folder}: the package was built without a compiler"
