@@ -2,6 +2,7 @@
 
 import gc
 import os
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -62,41 +63,54 @@ def test_smollm2_in_every_scheme(scheme, smollm2):
     machine = load_machine("this")
     tokens = torch.randint(0, 49152, (96,), generator=torch.Generator().manual_seed(1)).tolist()
 
-    def run(device, dtype, moved=None):
+    def built(device, dtype):
         cache = "float32" if dtype == "float32" else None  # else a step of BF16 in it would grow too
         ask = Ask(scheme, 256, device=device, kv_dtype=cache, dtype=dtype)
         plan = solve(smollm2.name, smollm2.config, smollm2.spec, machine, ask)
         assert device == "cpu" or "cuda:0" in plan.predicted.devices
-        decoder = build(plan, smollm2.spec, smollm2.source())
-        if moved is not None:
-            move(decoder, moved)
-        logits = our_logits(decoder, plan, tokens).float().cpu()
-        found = greedy(decoder, plan, [tokens], 16)[0] if scheme == "fp32" else []
-        del decoder
-        gc.collect()
-        return logits, found
+        return build(plan, smollm2.spec, smollm2.source()), plan
 
-    (exact, expected), (wide, found) = run("cpu", "float32"), run(None, "float32")
+    def exactly(device):
+        decoder, plan = built(device, "float32")
+        found = greedy(decoder, plan, [tokens], 16)[0] if scheme == "fp32" else []
+        return our_logits(decoder, plan, tokens).float().cpu(), found
+
+    (exact, expected), (wide, found) = exactly("cpu"), exactly(None)
     assert (wide - exact).norm() < 1e-3 * exact.norm()
     assert found == expected
     if scheme == "fp32":
         return
-    fast, _ = run(None, "auto")
+    decoder, plan = built(None, "auto")
+    fast = errors(decoder, plan, tokens, exact)
+    if max(fast) < 3e-2:
+        return
+    decoder = None
+    gc.collect()
     with force_reference():
-        plain = [run(None, "auto", seed)[0] for seed in range(5)]
-    error, *rounding = (float((x - exact).norm() / exact.norm()) for x in (fast, *plain))
-    # in a model that few bits have hurt a step of BF16 grows: one sample of this error says little (on a CPU,
-    # equivalent roundings gave int3 0.08 to 0.27), so the kernels' may be as large as the largest of several
-    assert error < max(3e-2, 1.25 * max(rounding)), (error, rounding)
+        decoder, plan = built(None, "auto")
+        plain = errors(decoder, plan, tokens, exact)
+    # in a model that few bits have hurt a step of BF16 grows: one sample says little (int3: 0.07 to 0.37), so the
+    # kernels' errors are compared with the references' over equally good roundings, which leave the means 12% of doubt
+    assert geometric_mean(fast) < 1.5 * geometric_mean(plain), (fast, plain)
+
+
+def errors(decoder, plan, tokens, exact, samples=24):
+    """Relative errors in norm of the logits, under roundings that are as good as the one that was made."""
+    found = []
+    for seed in range(samples):
+        hooks = move(decoder, seed)
+        found.append(float((our_logits(decoder, plan, tokens).float().cpu() - exact).norm() / exact.norm()))
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def move(decoder, seed):
-    """Every block's result by up to half a step of BF16 at random: a rounding as good as the one that was made."""
+    """Every block's result by up to half a step of BF16 at random."""
     draw = torch.Generator(decoder.embed_tokens.stored.device).manual_seed(seed)
 
     def moved(_block, _inputs, h):
         part = torch.rand(h.shape, generator=draw, device=h.device) - 0.5
         return (h.float() * (1 + part * 2**-7)).to(h.dtype)
 
-    for block in decoder.layers:
-        block.register_forward_hook(moved)
+    return [block.register_forward_hook(moved) for block in decoder.layers]

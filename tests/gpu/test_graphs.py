@@ -4,7 +4,7 @@ import pytest
 
 from runs import greedy
 from tiny import CONFIGS, load, write_checkpoint
-from undistilled.generate import runner
+from undistilled.generate import part
 from undistilled.generate.graphs import bucket, capturable
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +29,7 @@ def test_same_tokens(name, scheme, tmp_path, monkeypatch):
     assert capturable(decoder)
     prompts = [[5, 9, 11], list(range(2, 90)), [300] * 33]
     replayed = greedy(decoder, plan, prompts, 24)
-    monkeypatch.setattr(runner, "capturable", lambda decoder: False)
+    monkeypatch.setattr(part, "capturable", lambda decoder: False)
     assert greedy(decoder, plan, prompts, 24) == replayed
 
 

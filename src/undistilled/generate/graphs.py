@@ -7,6 +7,7 @@ are powers of two. Rows that are missing repeat the last one: they compute what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,65 +39,76 @@ def bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+@dataclass
+class Ran:
+    """What came of a pass: hidden states [T, D], and logits [T, vocab] where the pass made them too."""
+
+    h_TD: torch.Tensor
+    logits_TV: torch.Tensor | None = None
+
+
 class Graph:
-    """One captured pass and the tensors it reads and writes."""
+    """One captured pass. Its numbers lie in one tensor, so that one copy brings them."""
 
-    def __init__(self, decoder: Decoder, caches: Sequence[Cache], rows: int, blocks: int, like: Batch) -> None:
-        device = like.tokens_T.device
-
-        def ids(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        contexts, tables = ids(rows, dtype=torch.int32), ids(rows, blocks, dtype=torch.int32)
-        self.batch = Batch(ids(rows), ids(rows), ids(rows), tables, contexts, like.block_size, False)
-        self.fill(like)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, graphs: Graphs, rows: int, blocks: int, like: Batch, h_TD: torch.Tensor | None) -> None:
+        decoder = graphs.decoder
+        self.rows, self.blocks, self.size = rows, blocks, like.block_size
+        self.numbers = torch.zeros(rows * (3 + blocks), dtype=torch.int32, device=decoder.device)
+        self.before = None if h_TD is None else h_TD.new_zeros(rows, h_TD.shape[1])
+        self.fill(like, h_TD)
+        stream = torch.cuda.Stream(decoder.device)
+        stream.wait_stream(torch.cuda.current_stream(decoder.device))
         with torch.cuda.stream(stream):
-            decoder(self.batch, caches)  # compiles what is not compiled yet
-        torch.cuda.current_stream(device).wait_stream(stream)
+            self._pass(decoder, graphs.caches)  # compiles what is not compiled yet
+        torch.cuda.current_stream(decoder.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.h_TD = decoder(self.batch, caches)
+        # other threads of the process, NCCL's and the one that tells of this rank, may ask the GPU meanwhile
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.ran = self._pass(decoder, graphs.caches)
 
-    def fill(self, batch: Batch) -> None:
-        """Take over a batch of at most as many rows and blocks."""
-        rows, own = len(batch.tokens_T), self.batch
-        pairs = (
-            (own.tokens_T, batch.tokens_T),
-            (own.positions_T, batch.positions_T),
-            (own.slots_T, batch.slots_T),
-            (own.contexts_R, batch.positions_T + 1),
-            (own.tables_RB[:, : batch.tables_RB.shape[1]], batch.tables_RB),
-        )
-        for place, values in pairs:
-            place[:rows].copy_(values)
-            if rows < len(place):
-                place[rows:].copy_(values[-1:].expand(len(place) - rows, *values.shape[1:]))
+    def _pass(self, decoder: Decoder, caches: Sequence[Cache]) -> Ran:
+        rows = self.rows
+        tokens, positions, slots, tables = self.numbers.split([rows, rows, rows, rows * self.blocks])
+        wide = (tokens.long(), positions.long(), slots.long())
+        batch = Batch(*wide, tables.view(rows, self.blocks), positions + 1, self.size, False)
+        h_TD = decoder(batch, caches, self.before)
+        return Ran(h_TD, decoder.logits(h_TD) if decoder.last else None)
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        self.fill(batch)
+    def fill(self, batch: Batch, h_TD: torch.Tensor | None) -> None:
+        """Take over a batch in host memory, of at most as many rows and blocks."""
+        count, width = batch.tables_RB.shape
+        repeated = torch.arange(self.rows).clamp(max=count - 1)
+        columns = torch.stack((batch.tokens_T, batch.positions_T, batch.slots_T)).int()[:, repeated]
+        tables = torch.nn.functional.pad(batch.tables_RB, (0, self.blocks - width))[repeated]
+        # not pinned: CUDA takes such a copy's bytes at once, so that the next pass may follow before it is done
+        self.numbers.copy_(torch.cat((columns.flatten(), tables.flatten())), non_blocking=True)
+        if h_TD is not None and self.before is not None:
+            self.before[:count].copy_(h_TD)
+            self.before[count:].copy_(h_TD[-1:].expand(self.rows - count, -1))
+
+    def __call__(self, batch: Batch, h_TD: torch.Tensor | None) -> Ran:
+        self.fill(batch, h_TD)
         self.graph.replay()
-        return self.h_TD[: len(batch.tokens_T)]
+        count, logits_TV = len(batch.tokens_T), self.ran.logits_TV
+        return Ran(self.ran.h_TD[:count], None if logits_TV is None else logits_TV[:count])
 
 
 class Graphs:
-    """A graph for each size of pass that came twice."""
+    """A graph for each size of pass that came twice. On several ranks all capture the same passes."""
 
     def __init__(self, decoder: Decoder, caches: Sequence[Cache]) -> None:
         self.decoder, self.caches = decoder, caches
         self.graphs: dict[tuple[int, int], Graph | None] = {}
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [T, D] of a decode batch, good until the next call."""
-        rows, blocks = len(batch.tokens_T), batch.tables_RB.shape[1]
-        if rows > ROWS:
-            return self.decoder(batch, self.caches)
+    def __call__(self, batch: Batch, h_TD: torch.Tensor | None = None) -> Ran:
+        """A decode batch in host memory, good until the next call; `h_TD`: of the stage before this one."""
+        rows, blocks = batch.tables_RB.shape
         key = bucket(rows), max(FEWEST_BLOCKS, bucket(blocks))
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return self.decoder(batch, self.caches)
+        if rows > ROWS or key not in self.graphs:
+            if rows <= ROWS:
+                self.graphs[key] = None
+            return Ran(self.decoder(batch.to(self.decoder.device), self.caches, h_TD))
         graph = self.graphs[key]
         if graph is None:
-            graph = self.graphs[key] = Graph(self.decoder, self.caches, *key, batch)
-        return graph(batch)
+            graph = self.graphs[key] = Graph(self, *key, batch, h_TD)
+        return graph(batch, h_TD)

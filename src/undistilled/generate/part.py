@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 
@@ -14,7 +13,8 @@ from ..parallel.comm import Comm
 from ..parallel.messages import Beat, Pass
 from ..plan.plan import Plan
 from .cache import allocate
-from .graphs import Graphs, capturable
+from .clock import Clock
+from .graphs import Graphs, Ran, capturable
 from .programs import Programs, recordable
 
 
@@ -26,11 +26,11 @@ class Submitted:
     logits: torch.Tensor | None
 
 
-def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache]) -> Graphs | Programs | None:
+def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache], comm: Comm | None) -> Graphs | Programs | None:
     """What runs decode passes again by one call, where something does."""
     if capturable(decoder):
         return Graphs(decoder, caches)
-    if recordable(decoder):
+    if recordable(decoder) and comm is None:
         blocks = -(-plan.limits.context // plan.kv.block_size)
         return Programs(decoder, caches, LARGE - 1, blocks, plan.kv.block_size)
     return None
@@ -43,18 +43,23 @@ class Part:
         self.decoder, self.comm, self.size = decoder, comm, plan.kv.block_size
         self.device = decoder.device
         self.caches = allocate(decoder.spec, plan.kv, self.device, len(decoder.layers))
-        self.graphs = _replayed(decoder, plan, self.caches) if comm is None else None
-        self.passes, self.busy = 0, 0.0
+        self.graphs = _replayed(decoder, plan, self.caches, comm)
+        self.clock, self.passes = Clock(self.device, comm), 0
+
+    @property
+    def busy(self) -> float:
+        """Seconds of computing so far (clock.py)."""
+        return self.clock.seconds()
 
     @torch.inference_mode()
     def submit(self, work: Pass) -> Submitted:
         """Do this rank's part of a pass. On rank 0, `collect` gives the logits."""
-        began, waited = perf_counter(), self.comm.waited if self.comm else 0.0
-        h_TD = self.hidden(self.batch(work), self._before(work))
-        logits = self._after(work, h_TD)
+        batch, before = self.batch(work), self._before(work)
+        with self.clock.during():
+            ran = self._run(batch, before)
+            logits = self._logits(work, ran)
         self.passes += 1
-        self.busy += perf_counter() - began - ((self.comm.waited if self.comm else 0.0) - waited)
-        return Submitted(len(work.last), logits)
+        return Submitted(len(work.last), self._after(work, ran.h_TD, logits))
 
     def beat(self) -> Beat:
         """What this rank is in, of those that have others."""
@@ -74,9 +79,12 @@ class Part:
 
     def hidden(self, batch: Batch, h_TD: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [T, D] of every token, good until the next call."""
+        return self._run(batch, h_TD).h_TD
+
+    def _run(self, batch: Batch, h_TD: torch.Tensor | None) -> Ran:
         if batch.prefill or self.graphs is None:
-            return self.decoder(batch, self.caches, h_TD)
-        return self.graphs(batch)
+            return Ran(self.decoder(batch, self.caches, h_TD))
+        return self.graphs(batch, h_TD)
 
     def _before(self, work: Pass) -> torch.Tensor | None:
         if self.decoder.first:
@@ -84,26 +92,32 @@ class Part:
         assert self.comm is not None
         return self.comm.receive((len(work.tokens), self.decoder.spec.hidden), self.decoder.dtype)
 
-    def _after(self, work: Pass, h_TD: torch.Tensor) -> torch.Tensor | None:
+    def _logits(self, work: Pass, ran: Ran) -> torch.Tensor | None:
+        """Of the rows that are wanted, [last, vocab], on every rank of the last stage."""
+        if not self.decoder.last or not work.last:
+            return None
+        whole = len(work.last) == len(ran.h_TD)
+        if ran.logits_TV is not None:
+            return ran.logits_TV if whole else ran.logits_TV[work.last]
+        return self.decoder.logits(ran.h_TD if whole else ran.h_TD[work.last])
+
+    def _after(self, work: Pass, h_TD: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Send on what others need; the logits where this is the driver's rank and they are here."""
         comm = self.comm
-        if not self.decoder.last:
-            assert comm is not None
-            comm.send_on(h_TD)
-            return None
-        if not work.last:
-            return None
-        logits = self.decoder.logits(h_TD if len(work.last) == len(h_TD) else h_TD[work.last])
-        if comm is None or comm.rank == 0:
+        if comm is None:
             return logits
-        if comm.mesh.pp > 1 and comm.mesh.within(comm.rank) == 0:
+        if not self.decoder.last:
+            comm.send_on(h_TD)
+        elif logits is not None and comm.rank > 0 and comm.mesh.pp > 1 and comm.mesh.within(comm.rank) == 0:
             comm.send_back(logits)
-        return None
+        return logits if comm.rank == 0 else None
 
     def batch(self, work: Pass) -> Batch:
-        """A pass's numbers as tensors where this rank computes."""
+        """A pass's numbers as tensors where this rank computes; in host memory for a pass that is replayed."""
+        device = torch.device("cpu") if self.graphs is not None and not work.prefill else self.device
 
         def ids(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
+            return torch.tensor(values, dtype=dtype, device=device)
 
         seen = torch.tensor(work.contexts, dtype=torch.int32)
         tables = ids(work.tables, torch.int32)

@@ -17,6 +17,7 @@ from ..model.decoder import Decoder
 from ..ops.cpu import native
 from ..ops.cpu.program import Arena, Program
 from ..ops.registry import forced
+from .graphs import Ran
 
 BY_ROW = ("tokens_T", "positions_T", "slots_T", "contexts_R", "cos_TF", "sin_TF")
 ANGLES = 4 << 20  # bytes that rotary angles of all positions may take; otherwise each pass works out its own
@@ -49,18 +50,18 @@ class Programs:
         self.programs: dict[int, tuple[Program, torch.Tensor]] = {}
         self.refused: dict[int, int] = {}  # how often, by rows
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [T, D] of a decode batch, good until the next call."""
+    def __call__(self, batch: Batch, _h_TD: torch.Tensor | None = None) -> Ran:
+        """A decode batch's hidden states, good until the next call."""
         rows, blocks = batch.tables_RB.shape
         held = self.batch.tables_RB.shape
         if rows > held[0] or blocks > held[1] or self.refused.get(rows, 0) >= TRIES or forced():
-            return self.decoder(batch, self.caches)
+            return Ran(self.decoder(batch, self.caches))
         self.fill(batch)
         if rows not in self.programs:
-            return self._record(rows)
+            return Ran(self._record(rows))
         program, h_TD = self.programs[rows]
         program.run()
-        return h_TD
+        return Ran(h_TD)
 
     def fill(self, batch: Batch) -> None:
         """Take over what a batch is about."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,11 @@ class Batch:
     prefill: bool
     cos_TF: torch.Tensor | None = None
     sin_TF: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with what a device reads there: all but `contexts_R`."""
+        names = ("tokens_T", "positions_T", "slots_T", "tables_RB")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass

@@ -7,6 +7,7 @@ alone, go to the backend's all-reduce.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ..events import emit
 from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
 from .messages import COMPUTING, JOINING
+from .symmetric import OneShot
 
 ONE_SHOT = 1 << 20  # bytes
 PENDING = 64  # messages that are kept until they have arrived; a step has fewer passes
@@ -45,6 +47,7 @@ class Comm:
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
             self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
+            self.one_shot = self._one_shot()
 
     def _groups(self, backend: str) -> dist.ProcessGroup | None:
         """The group of this rank's stage; every rank makes every group."""
@@ -53,6 +56,17 @@ class Comm:
             group = dist.new_group(list(range(first, first + inner)), backend=backend, timeout=TIMEOUT)
             mine = group if self.rank in range(first, first + inner) else mine
         return mine
+
+    def _one_shot(self) -> OneShot | None:
+        """Memory that a stage's GPUs share, where they can; said aloud where not."""
+        if self.device.type == "cpu" or self.stage is None:
+            return None
+        try:
+            return OneShot(self.stage, self.device, ONE_SHOT)
+        except (RuntimeError, ImportError, AttributeError) as error:
+            emit("comm.no_symmetric_memory", rank=self.rank, why=str(error))
+            print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({error}).", file=sys.stderr)
+            return None
 
     def progress(self) -> None:
         """A layer is done: computing is no stall."""
@@ -82,6 +96,8 @@ class Comm:
         nbytes = x.numel() * x.element_size()
         with self._during("all_reduce", nbytes):
             x = x.contiguous()
+            if self.one_shot is not None and self.one_shot.takes(x):
+                return self.one_shot.sum(x)
             if (nbytes > ONE_SHOT and len(x) >= LARGE) or self.device.type == "cuda":
                 dist.all_reduce(x, group=self.stage)
                 return x
