@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,9 +41,9 @@ def slice_config(path: Path) -> dict:
     return config | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
 
 
-def randomise(memory: Memory) -> None:
+def randomise(held: Mapping[str, Stored]) -> None:
     """Random weights, in place: FP8 values as a standard normal rounded, scales that keep activations tame."""
-    for name, stored in memory.held.items():
+    for name, stored in held.items():
         wide = stored.shape[-1] ** -0.5
         for part, tensor in stored.parts.items():
             if tensor.dtype is torch.float8_e4m3fn:
@@ -114,7 +114,7 @@ def ours(config: dict, prompt: list[int], further: list[int], steps: int) -> tup
     memory = Memory(plan, spec)
     with torch.inference_mode():
         mine = Slice(spec, plan, memory, DTYPE[plan.compute_dtype])
-        randomise(memory)
+        randomise(memory.held)
         figures = timed(mine, plan, prompt, steps)
         replayed = mine.rows(prompt, further)
         mine.runner.part.graphs = None

@@ -37,11 +37,14 @@ class Cell:
     scheme: str
     degrees: dict = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
-    device: str = "cpu"
+    device: str | None = "cpu"  # None: GPUs
+    dtype: str = "float32"
+    replayed: bool = True
 
     def plan(self) -> Plan:
         model = find(self.folder)
-        ask = Ask(self.scheme, 64, 4, device=self.device, kv_dtype="float32", dtype="float32")
+        cache = "float32" if self.dtype == "float32" else None
+        ask = Ask(self.scheme, 64, 4, device=self.device, kv_dtype=cache, dtype=self.dtype)
         ask = Ask(**{**vars(ask), "degrees": Degrees(**self.degrees)})
         made = solve(model.name, model.config, model.spec, load_machine("this"), ask)
         if self.shares and made.mesh:
@@ -69,31 +72,32 @@ def passes(runner: Runner) -> list[Pass]:
     return made
 
 
-def run(cell: Cell, rank: int, store: str) -> torch.Tensor | None:
-    """This rank's part of all passes; rank 0 has the logits [rows, vocab]."""
+def run(cell: Cell, rank: int, comm: Comm | None) -> torch.Tensor | None:
+    """This rank's part of all passes; rank 0 has the logits [rows, vocab] in host memory."""
     plan, model = cell.plan(), find(cell.folder)
     decoder = build(plan, model.spec, model.source(), rank=rank)
     runner = Runner(decoder, plan)
-    comm = None
-    if plan.mesh:
-        comm = Comm(plan.mesh, rank, store)
+    if comm:
         share(decoder, cuts_of(plan, model.spec), rank, comm)
         runner.part = Part(decoder, plan, comm)
-    submitted = [runner.part.submit(one) for one in passes(runner)]
-    found = [runner.part.collect(one) for one in submitted] if rank == 0 else []
-    if comm:
-        comm.close()
+    if not cell.replayed:
+        runner.part.graphs = None
+    found = []
+    for one in passes(runner):  # a replayed pass's logits are good until the next
+        submitted = runner.part.submit(one)
+        found += [runner.part.collect(submitted).cpu()] if rank == 0 else []
     return torch.cat(found) if found else None
 
 
 class Pool:
-    """`MOST` processes. `logits` runs a cell on as many of them as it has ranks."""
+    """Processes. `logits` runs a cell on as many of them as it has ranks; on GPUs all cells have the first one's
+    mesh, since symmetric memory knows a group by its name, which a second group of a process would have too."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int = MOST) -> None:
         self.folder, self.count = folder, 0
         command = [sys.executable, __file__]
         self.members = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(MOST)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(most)
         ]
 
     def logits(self, cell: Cell) -> torch.Tensor:
@@ -118,10 +122,16 @@ def main() -> None:
 
     os.environ.update(LOOPBACK)
     torch.set_num_threads(1)
+    comm = None
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            logits = run(Cell(**asked["cell"]), asked["rank"], asked["store"])
+            cell, rank = Cell(**asked["cell"]), asked["rank"]
+            comm = comm or Comm(cell.plan().mesh, rank, asked["store"])
+            logits = run(cell, rank, comm)
+            if cell.device == "cpu":
+                comm.close()
+                comm = None
             if logits is not None:
                 save_file({"logits": logits}, asked["out"])
             said = "ok"

@@ -35,7 +35,7 @@ def alone(folders):
         if (model, scheme) not in found:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            found[model, scheme] = run(Cell(folders[model], scheme), 0, "")
+            found[model, scheme] = run(Cell(folders[model], scheme), 0, None)
             torch.set_num_threads(threads)
         return found[model, scheme]
 
@@ -61,7 +61,7 @@ def test_a_layout_is_the_model(pool, folders, alone, model, scheme, layout):
 
 def test_key_value_heads_that_ranks_repeat(pool, tmp_path):
     folder = str(write_checkpoint(tmp_path / "m", CONFIGS["llama"]))
-    expected, found = run(Cell(folder, "int8"), 0, ""), pool.logits(Cell(folder, "int8", {"tp": 4}))
+    expected, found = run(Cell(folder, "int8"), 0, None), pool.logits(Cell(folder, "int8", {"tp": 4}))
     assert ((found - expected).norm() / expected.norm()).item() < 2e-6
 
 

@@ -10,9 +10,9 @@ PROMPTS = ("What is 17 + 25?", "Once upon a time", "Sort 5, 3, 9")
 LAYOUTS = [{"tp": 2, "pp": 2, "microbatches": 2}, {"ep": 2}, {"tp": 3}]
 
 
-def written(**layout):
+def written(device="cpu", **layout):
     threads = torch.get_num_threads()
-    engine = open_engine({"model": "r1-nano", "scheme": "fp32", "device": "cpu", "context": 128, "batch": 4, **layout})
+    engine = open_engine({"model": "r1-nano", "scheme": "fp32", "device": device, "context": 128, "batch": 4, **layout})
     try:
         sampling = Sampling(max_tokens=32, temperature=0, ignore_eos=True)
         asked = [Request(p, engine.tokenizer.encode(p, control=False), sampling) for p in PROMPTS]

@@ -177,6 +177,11 @@ class Comm:
             dist.recv(theirs, other, group=group)
             dist.send(mine, other, group=group)
 
+    def barrier(self) -> None:
+        """Until every rank is here, and its GPU has done what it was told."""
+        dist.barrier()
+        self.settle()
+
     def close(self) -> None:
         """Leave the others, once what was sent has arrived."""
         for work, _ in self._sent:

@@ -15,11 +15,17 @@ import tempfile
 from collections.abc import Callable
 from itertools import combinations
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from ..errors import UndistilledError
 from ..plan.hardware import Link, Machine
 from ..plan.mesh import Mesh
 from .crew import LOOPBACK
+
+if TYPE_CHECKING:
+    import torch
+
+    from .comm import Comm
 
 SMALL, LARGE = 7168, 16 << 20  # float32 elements: R1's hidden state; 64 MiB
 ROUNDS = 200
@@ -71,13 +77,29 @@ def main() -> None:
     torch.set_num_threads(1)
     mesh = Mesh(tp=2, stages=((0, 1),), devices=tuple(boot["devices"]))
     comm = Comm(mesh, boot["rank"], boot["store"])
-    small = torch.ones(SMALL, device=comm.device)
+    wide = comm.device.type == "cpu"  # what decoding sums: float32 on a CPU, BF16 on a GPU
+    small = torch.ones(1, SMALL, device=comm.device, dtype=torch.float32 if wide else torch.bfloat16)
     large = torch.ones(LARGE, device=comm.device)
-    latency = _median(lambda: comm.all_reduce(small), ROUNDS, comm.device.type)
+    latency = _reduce(comm, small)
     rate = large.numel() * 4 / _median(lambda: comm.pass_on(large), 5, comm.device.type)
     if boot["rank"] == 0:
         print(json.dumps([latency, rate]))
     comm.close()
+
+
+def _reduce(comm: Comm, x: torch.Tensor) -> float:
+    """Seconds of a sum; on a GPU within a graph of many, as a decode step has them, and no host takes part."""
+    import torch
+
+    if comm.device.type == "cpu":
+        return _median(lambda: comm.all_reduce(x), ROUNDS, "cpu")
+    graph = torch.cuda.CUDAGraph()
+    comm.all_reduce(x)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(ROUNDS):
+            comm.all_reduce(x)
+    return _median(graph.replay, 10, "cuda") / ROUNDS
 
 
 def _median(run: Callable[[], object], rounds: int, kind: str) -> float:
