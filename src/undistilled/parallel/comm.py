@@ -41,13 +41,12 @@ class Comm:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         with self._during(JOINING, 0):
-            dist.init_process_group(
-                backend, store=dist.FileStore(store, mesh.size), rank=rank, world_size=mesh.size, timeout=TIMEOUT
-            )
+            shared = dist.FileStore(store, mesh.size)
+            dist.init_process_group(backend, store=shared, rank=rank, world_size=mesh.size, timeout=TIMEOUT)
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
             self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
-            self.one_shot = self._one_shot()
+            self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}", shared)
 
     def _groups(self, backend: str) -> dist.ProcessGroup | None:
         """The group of this rank's stage; every rank makes every group."""
@@ -57,12 +56,13 @@ class Comm:
             mine = group if self.rank in range(first, first + inner) else mine
         return mine
 
-    def _one_shot(self) -> OneShot | None:
+    def _one_shot(self, name: str, store: dist.Store) -> OneShot | None:
         """Memory that a stage's GPUs share, where they can; said aloud where not."""
         if self.device.type == "cpu" or self.stage is None:
             return None
         try:
-            return OneShot(self.stage, self.device, ONE_SHOT)
+            mesh = self.mesh
+            return OneShot(name, mesh.within(self.rank), mesh.inner, store, self.device, ONE_SHOT)
         except (RuntimeError, ImportError, AttributeError) as error:
             emit("comm.no_symmetric_memory", rank=self.rank, why=str(error))
             print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({error}).", file=sys.stderr)
@@ -191,5 +191,9 @@ class Comm:
 
 def leave() -> None:
     """Give this process's groups up; those who wait for it wait in vain."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "nccl":  # its orderly end waits for ranks that may have been killed
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()

@@ -12,20 +12,24 @@ ALIGNED = 16  # bytes that the kernel reads at once
 
 
 class OneShot:
-    """A group's memory for sums of up to `limit` bytes. Every rank makes it, and then the same sums in the same order.
+    """Memory of `size` GPUs for sums of up to `limit` bytes. Every rank makes it, then the same sums in the same order.
 
+    name: of these ranks in this run, and never used again: PyTorch remembers it as long as the process lives.
     Raises RuntimeError where the GPUs cannot read each other's memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, limit: int) -> None:
-        self.group, self.device, self.limit = group, device, limit
+    def __init__(self, name: str, rank: int, size: int, store: dist.Store, device: torch.device, limit: int) -> None:
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        self.name, self.device, self.limit = name, device, limit
+        _SymmetricMemory.set_group_info(name, rank, size, dist.PrefixStore(name, store))
         self.slots = {dtype: self._slot(dtype) for dtype in (torch.bfloat16, torch.float32)}
 
     def _slot(self, dtype: torch.dtype) -> torch.Tensor:
         from torch.distributed import _symmetric_memory as symmetric
 
         slot = symmetric.empty(self.limit // dtype.itemsize, dtype=dtype, device=self.device)
-        if symmetric.rendezvous(slot, self.group.group_name) is None:
+        if symmetric.rendezvous(slot, self.name) is None:  # type: ignore[arg-type]
             raise RuntimeError("the GPUs of this stage do not map each other's memory")
         return slot
 
@@ -35,5 +39,4 @@ class OneShot:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' contiguous x, of its shape: in the order of the ranks, the same bits on each."""
         slot = self.slots[x.dtype][: x.numel()]
-        name = self.group.group_name
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(slot, x.view(-1), "sum", name).view_as(x)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(slot, x.view(-1), "sum", self.name).view_as(x)
