@@ -18,8 +18,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 avx2: $(VENV)/.dev  # the kernels as a processor without AVX-512 has them, tested on this one
-	UNDISTILLED_MARCH=x86-64-v3 $(BIN)/python setup.py build_ext --build-lib build/avx2 --build-temp build/avx2/temp
-	UNDISTILLED_KERNELS=build/avx2/undistilled/ops/cpu $(BIN)/python -m pytest tests/ops tests/generate/test_programs.py
+	UNDISTILLED_KERNELS=avx2 $(BIN)/python -m pytest tests/ops tests/generate/test_programs.py
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
@@ -28,7 +27,7 @@ gpu: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml setup.py $(wildcard src/undistilled/ops/cpu/*.cpp src/undistilled/ops/cpu/*.h) | $(VENV)/bin/python
+$(VENV)/.core: pyproject.toml setup.py src/undistilled/ops/cpu/builds.py $(wildcard src/undistilled/ops/cpu/*.cpp src/undistilled/ops/cpu/*.h) | $(VENV)/bin/python
 	$(BIN)/pip install -q 'torch>=2.11,<2.14'
 	$(BIN)/pip install -q -e .
 	$(BIN)/pip install -q -e '.[tasks]' || echo 'reasoning-gym could not be built: reasoning questions are left out'

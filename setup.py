@@ -1,37 +1,47 @@
-"""Builds the optional native CPU kernels; everything else is in pyproject.toml.
+"""Compiles the optional CPU kernels, once for each kind of processor; everything else is in pyproject.toml.
 
-Without a compiler the build skips them and the package runs on PyTorch alone.
-UNDISTILLED_MARCH builds for another processor than this one, such as x86-64-v3 (AVX2).
+A build that the compiler cannot make is left out, and without a compiler the package runs on PyTorch alone.
 """
 
+import copy
 import os
+import runpy
+from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 CPU = "src/undistilled/ops/cpu"
-SOURCES = ("pool", "program", "kernels", "rows", "attend", "lift", "router", "experts", "product", "coded", "decode")
-HEADERS = ("pool", "program", "simd", "matrix", "product", "codes", "coded", "scratch")
+TABLE = runpy.run_path(f"{CPU}/builds.py")
+FLAGS = "-std=c++17 -O3 -g0 -pthread -ffp-contract=off -fno-exceptions -fno-rtti -Wno-psabi".split()
 
-setup(
-    ext_modules=[
-        Extension(
-            "undistilled.ops.cpu._kernels",
-            sources=[f"{CPU}/{name}.cpp" for name in SOURCES],
-            depends=[f"{CPU}/{name}.h" for name in HEADERS],
-            language="c++",
-            optional=True,
-            extra_link_args=["-pthread"],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-g0",
-                f"-march={os.environ.get('UNDISTILLED_MARCH', 'native')}",
-                "-pthread",
-                "-ffp-contract=off",
-                "-fno-exceptions",
-                "-fno-rtti",
-                "-Wno-psabi",
-            ],
-        )
-    ]
-)
+
+class BuildKernels(build_ext):
+    """Plain shared libraries, loaded by ctypes: one serves every Python."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True
+
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"
+
+    def build_extension(self, ext):
+        one = copy.copy(self)  # builds go on side by side: each has its object files to itself
+        one.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildKernels, one).build_extension(ext)
+
+
+def kernels(build):
+    return Extension(
+        f"undistilled.ops.cpu.{build.file.removesuffix('.so')}",
+        sources=sorted(glob(f"{CPU}/*.cpp")),
+        depends=sorted(glob(f"{CPU}/*.h")),
+        language="c++",
+        optional=True,
+        extra_link_args=["-pthread"],
+        extra_compile_args=[*FLAGS, *build.flags],
+    )
+
+
+setup(cmdclass={"build_ext": BuildKernels}, ext_modules=[kernels(build) for build in TABLE["builds"]()])

@@ -86,7 +86,15 @@ def test_doctor():
     found = json.loads(run("doctor", "--json").stdout)
     on_cpu = [row for row in found["kernels"] if row["device"] == "cpu"]
     assert {row["scheme"] for row in on_cpu} >= {"bf16", "int8", "int4", "fp8_block", "nl3-g64", "dynamic blocks"}
+    assert bool(found["native_kernels"]) != bool(found["native_why_missing"])
     assert not found["native_kernels"] or "reference" not in {row["kernel"] for row in on_cpu}
+
+
+def test_a_build_of_the_kernels_is_chosen_by_name():
+    found = json.loads(run("doctor", "--json", UNDISTILLED_KERNELS="avx2").stdout)
+    assert found["native_kernels"] in ("avx2", "")
+    found = json.loads(run("doctor", "--json", UNDISTILLED_KERNELS="/nowhere").stdout)
+    assert found["native_kernels"] == "" and "/nowhere" in found["native_why_missing"]
 
 
 def test_reference_can_be_forced():

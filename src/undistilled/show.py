@@ -211,7 +211,9 @@ def doctor(report: dict[str, Any]) -> None:
     for name, value in report["rows"]:
         table.add_row(escape(name), escape(value))
     out.print(table)
-    if not report["native_kernels"]:
+    if report["native_kernels"]:
+        out.print(f"CPU kernels: built for {report['native_kernels']}")
+    else:
         out.print(f"[yellow]native kernels missing:[/] {escape(report['native_why_missing'])}")
     _kernels(report["kernels"])
     out.print(f"Machines to plan for with --machine: {', '.join(report['presets'])}")

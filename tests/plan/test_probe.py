@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from undistilled.ops.cpu.builds import builds, cpuinfo
 from undistilled.plan import cgroup, gpus, probe
 from undistilled.plan.hardware import load_machine
 
@@ -144,10 +145,10 @@ def test_limits_reach_the_probe(monkeypatch):
 def test_cpuinfo_of_x86_and_arm(tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("model name\t: Xeon\nflags\t\t: fpu avx2 fma avx512f amx_int8 amx_tile\n")
-    assert probe.cpu_model(file) == ("Xeon", ("avx2", "fma", "avx512f", "amx_int8"))
+    assert probe.cpu_model(cpuinfo(file)) == ("Xeon", ("avx2", "fma", "avx512f", "amx_int8"))
     file.write_text("processor : 0\nFeatures\t: fp asimd asimddp i8mm bf16 sve\n")
-    assert probe.cpu_model(file)[1] == ("neon", "dotprod", "i8mm", "bf16", "sve")
-    assert probe.cpu_model(tmp_path / "absent")[1] == ()
+    assert probe.cpu_model(cpuinfo(file))[1] == ("neon", "dotprod", "i8mm", "bf16", "sve")
+    assert probe.cpu_model(cpuinfo(tmp_path / "absent"))[1] == ()
 
 
 def test_numa_nodes(tmp_path):
@@ -175,14 +176,13 @@ def test_integrated_gpu_shares_memory(monkeypatch):
     assert machine.free_bytes() == machine.device("cpu").free_bytes
 
 
-def test_bf16_products_need_every_instruction(tmp_path):
-    from undistilled.ops.cpu import native
-    from undistilled.plan.probe import PRODUCTS, bf16_products
-
-    file = tmp_path / "cpuinfo"
-    file.write_text(f"flags : fpu {' '.join(sorted(PRODUCTS))}\n")
-    library = native.library()
-    assert bf16_products(file) == (library is not None and b"avx512_bf16" in library.native_isa())
-    file.write_text("flags : fpu avx512f avx512_bf16\n")
-    assert not bf16_products(file)
-    assert not bf16_products(tmp_path / "missing")
+def test_bf16_products_need_a_build_and_every_instruction(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDISTILLED_KERNELS", str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    rounding = next(build for build in builds() if build.rounds)
+    flags = " ".join(rounding.needs)
+    assert not probe.bf16_products({"flags": flags})
+    (tmp_path / rounding.file).touch()
+    assert probe.bf16_products({"flags": f"fpu {flags}"})
+    assert not probe.bf16_products({"flags": flags.replace("avx512dq", "")})
+    assert not probe.bf16_products({})

@@ -38,7 +38,7 @@ def examine(
         "machine": machine.to_dict(),
         "rows": describe(machine),
         "presets": known_machines(),
-        "native_kernels": native.library() is not None,
+        "native_kernels": build.name if (build := native.build()) else "",
         "native_why_missing": native.why_missing(),
         "kernels": [row for d in machine.devices for row in kernels(d.kind)],
     }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..ops.cpu import kernels_folder
+from ..ops.cpu.builds import Build, choose, cpuinfo
 from .cgroup import cpu_quota, memory_room
 from .gpus import probe_gpus
 from .hardware import Ceilings, Device, Disk, Machine
@@ -23,9 +23,6 @@ X86 = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16
 ARM = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
 MAC = {"hw.optional.neon": "neon", "hw.optional.arm.FEAT_DotProd": "dotprod", "hw.optional.arm.FEAT_I8MM": "i8mm",
        "hw.optional.arm.FEAT_BF16": "bf16", "hw.optional.avx2_0": "avx2"}  # fmt: skip
-
-
-PRODUCTS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}  # flags that ops/cpu/product.cpp needs
 
 
 def probe() -> Machine:
@@ -56,7 +53,8 @@ def torch_version() -> str:
 
 
 def _cpu(total: int, free: int, unified: bool) -> Device:
-    cores, (model, features), nodes = usable_cores(), cpu_model(), numa_nodes()
+    fields = cpuinfo()
+    cores, (model, features), nodes = usable_cores(), cpu_model(fields), numa_nodes()
     return Device(
         name="cpu",
         kind="cpu",
@@ -67,16 +65,15 @@ def _cpu(total: int, free: int, unified: bool) -> Device:
         cores=cores,
         numa_nodes=nodes,
         unified=unified,
-        bf16_products=bf16_products(),
+        bf16_products=bf16_products(fields),
         ceilings=_estimate(cores, features, nodes),
     )
 
 
-def bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether our kernels multiply in BF16 here: they are built, and the processor has the instructions."""
-    found = kernels_folder().glob("_kernels*")
-    built = any(b"avx512_bf16" in file.read_bytes() for file in found)  # what native_isa() says; loading takes longer
-    return built and set(_cpuinfo(cpuinfo).get("flags", "").split()) >= PRODUCTS
+def bf16_products(fields: dict[str, str]) -> bool:
+    """Whether our kernels multiply in BF16 on a processor with these fields of cpuinfo."""
+    build = choose(fields)
+    return isinstance(build, Build) and build.rounds
 
 
 def usable_cores() -> int:
@@ -90,29 +87,16 @@ def usable_cores() -> int:
     return max(1, min(cores, int(quota)) if quota else cores)
 
 
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
-    """(model, the instruction sets that kernels choose by)."""
+def cpu_model(fields: dict[str, str]) -> tuple[str, tuple[str, ...]]:
+    """(model, the instruction sets that kernels choose by) from the fields of cpuinfo."""
     if sys.platform == "darwin":
         return _mac_cpu()
-    fields = _cpuinfo(cpuinfo)
     flags = set(fields.get("flags", "").split())
     features = [name for name in X86 if name in flags]
     arm = set(fields.get("features", "").split())
     features += [name for flag, name in ARM.items() if flag in arm]
     model = fields.get("model name") or platform.processor() or platform.machine() or "CPU"
     return model, tuple(features)
-
-
-def _cpuinfo(file: Path) -> dict[str, str]:
-    """The fields of the first processor; none where the file cannot be read."""
-    fields: dict[str, str] = {}
-    try:
-        for line in file.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip().lower(), value.strip())
-    except OSError as error:
-        log.debug("no cpuinfo: %s", error)
-    return fields
 
 
 def _mac_cpu() -> tuple[str, tuple[str, ...]]:

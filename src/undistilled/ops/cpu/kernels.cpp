@@ -5,21 +5,6 @@
 
 namespace {
 
-const char* const ISA =
-#if HAS_AVX2
-    "avx2 fma f16c"
-#if defined(__AVX512F__)
-    " avx512f"
-#endif
-#if defined(__AVX512VL__)
-    " avx512vl"
-#endif
-#if HAS_PRODUCTS
-    " avx512bw avx512dq avx512_bf16"
-#endif
-#endif
-    "";
-
 template <class L>
 void tile_of(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,
              float* const* y) {
@@ -228,18 +213,9 @@ void tile(const Matrix& a, long n, int count, const float* const* x, const float
 
 extern "C" {
 
-// The extension is loaded by ctypes; importing it is an error.
-__attribute__((visibility("default"))) void* PyInit__kernels(void) { return nullptr; }
-
-// The /proc/cpuinfo flags without which this build must not be called.
-const char* native_isa(void) { return ISA; }
-
 void native_linear(const Matrix* a, const float* x, float* y, long m) { submit(Linear(*a, x, y, m)); }
 
-// 1 where native_linear_rounded may be called, and native_experts_rows with matrices that round.
-int native_rounds(void) { return HAS_PRODUCTS; }
-
-// native_linear with x rounded to BF16.
+// native_linear with x rounded to BF16; aborts, as all products of matrices that round do, where HAS_PRODUCTS is 0.
 void native_linear_rounded(const Matrix* a, const float* x, float* y, long m) { submit(Rounded(*a, x, y, m)); }
 
 // out [n1 - n0, k] = rows n0..n1 as float32.

@@ -1,20 +1,16 @@
-"""Finds the native kernels and calls them through ctypes.
+"""Loads the build of the native kernels that suits this processor (builds.py) and calls it through ctypes.
 
-The extension is optional: `library()` is None where it was not built or cannot run, and `why_missing()` says why.
-UNDISTILLED_KERNELS names another folder to take it from.
+The kernels are optional: `library()` is None where none were built or can run, and `why_missing()` says why.
 """
 
 import ctypes
-import platform
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kernels_folder
+from .builds import Build, asked, choose, cpuinfo
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
@@ -55,33 +51,24 @@ _RESULTS = {
 
 
 @cache
+def _chosen() -> Build | str:
+    return choose(cpuinfo())
+
+
+@cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    folder = kernels_folder()
-    path = next((p for s in EXTENSION_SUFFIXES if (p := folder / f"_kernels{s}").exists()), None)
-    if path is None:
-        return None, f"no native kernels in {folder}: the package was built without a compiler"
+    build = _chosen()
+    if isinstance(build, str):
+        return None, build
+    path = asked()[0] / build.file
     try:
         lib = ctypes.CDLL(str(path))
-        lib.native_isa.restype = ctypes.c_char_p
-        needs = lib.native_isa().decode().split()
         for name, arguments in _ARGUMENTS.items():
             function = getattr(lib, name)
             function.argtypes, function.restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return None, f"cannot load {path}: {error}"
-    lacking = [flag for flag in needs if flag not in _cpu_flags(needs)]
-    if lacking:
-        return None, f"{path} was built for a processor with {' '.join(lacking)}: build it again here"
     return lib, ""
-
-
-def _cpu_flags(otherwise: list[str]) -> list[str]:
-    if platform.system() != "Linux":
-        return otherwise
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line.split()
-    return otherwise
 
 
 def serves(x: Tensor) -> bool:
@@ -94,11 +81,17 @@ def library() -> ctypes.CDLL | None:
     return _load()[0]
 
 
+def build() -> Build | None:
+    """The build that is loaded, or None."""
+    chosen = _chosen()
+    return None if isinstance(chosen, str) or library() is None else chosen
+
+
 @cache
 def rounds() -> bool:
     """Whether the kernels have products of activations rounded to BF16: `Matrix.rounded`."""
-    lib = library()
-    return lib is not None and bool(lib.native_rounds())
+    found = build()
+    return found is not None and found.rounds
 
 
 def why_missing() -> str:

@@ -1,0 +1,75 @@
+"""The builds of the kernels: the same sources, compiled once for each kind of processor.
+
+setup.py reads this table too, as a file of its own: nothing of the package is imported here.
+"""
+
+import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
+V4 = (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+class Build(NamedTuple):
+    name: str
+    flags: tuple[str, ...]
+    """What the compiler is told of the processor."""
+    needs: tuple[str, ...] = ()
+    """Flags of /proc/cpuinfo without which it must not be called."""
+
+    @property
+    def file(self) -> str:
+        return f"kernels_{self.name}.so"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it has products of activations rounded to BF16."""
+        return "avx512_bf16" in self.needs
+
+
+X86 = (  # from what needs most to what needs least
+    Build("avx512_bf16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), (*V4, "avx512_vnni", "avx512_bf16")),
+    Build("avx512", ("-march=x86-64-v4", "-mavx512vnni"), (*V4, "avx512_vnni")),
+    Build("avx2", ("-march=x86-64-v3",), V3),
+)
+OTHERS = (Build("native", ("-march=native",)),)
+
+
+def builds() -> tuple[Build, ...]:
+    """Those for this kind of machine, the best first."""
+    return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+
+
+def cpuinfo(file: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """The fields of the first processor, keys in lower case; none where the file cannot be read."""
+    fields: dict[str, str] = {}
+    try:
+        for line in file.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip().lower(), value.strip())
+    except OSError:
+        pass
+    return fields
+
+
+def asked() -> tuple[Path, tuple[Build, ...]]:
+    """The folder of the kernels and the builds to choose from: UNDISTILLED_KERNELS names a build or another folder."""
+    wanted = os.environ.get("UNDISTILLED_KERNELS", "")
+    named = tuple(build for build in builds() if build.name == wanted)
+    return (FOLDER, named) if named else (Path(wanted) if wanted else FOLDER, builds())
+
+
+def choose(fields: dict[str, str]) -> Build | str:
+    """The best build that is there and that a processor with these fields of cpuinfo has, or why there is none."""
+    folder, wanted = asked()
+    there = [build for build in wanted if (folder / build.file).exists()]
+    if not there:
+        names = ", ".join(build.file for build in wanted)
+        return f"no native kernels in {folder} ({names}): the package was built without a compiler"
+    flags = fields["flags"].split() if "flags" in fields else builds()[-1].needs  # macOS has no /proc/cpuinfo
+    suits = next((build for build in there if set(build.needs) <= set(flags)), None)
+    lacking = " ".join(flag for flag in there[-1].needs if flag not in flags)
+    return suits or f"{folder / there[-1].file} needs a processor with {lacking}"
