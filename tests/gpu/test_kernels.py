@@ -5,12 +5,14 @@ import torch
 from exact import ROUNDING, activations, check_experts, error, exact, stored
 
 from undistilled import scheme as schemes
+from undistilled.model.spec import Moe
 from undistilled.ops.attention import attend_rows
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply, dense, linear
 from undistilled.ops.mla import mla_rows
 from undistilled.ops.norm import rms_norm
 from undistilled.ops.rope import rotate
+from undistilled.ops.router import route
 from undistilled.ops.swiglu import silu_mul
 from undistilled.ops.triton.form import form_of
 from undistilled.scheme import Stored
@@ -121,3 +123,36 @@ def test_between_products():
         for interleaved in (True, False):
             ours = rotate(q, cos, sin, interleaved)
             assert error(ours, rotate.reference.run(q, cos, sin, interleaved).double()) < ROUNDING
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("shape", [(8, 2, 1, 1), (64, 6, 1, 1), (16, 4, 4, 2), (256, 8, 8, 4), (21, 3, 3, 1)], ids=str)
+@torch.inference_mode()
+def test_routing(shape, scoring):
+    experts_, top, groups, kept = shape
+    for biased, normalise in ((True, True), (False, True), (True, False)):
+        moe = Moe(
+            experts=experts_, per_token=top, shared=0, width=8, first_dense=0, scoring=scoring, groups=groups,
+            top_groups=kept, normalise=normalise, scale=2.5,
+        )  # fmt: skip
+        logits = torch.randn(300, experts_, device="cuda")
+        bias = torch.randn(experts_, device="cuda") / 20 if biased else None
+        ids, weights = route(logits, bias, moe)
+        want_ids, want = route.reference.run(logits, bias, moe)
+        # a choice between scores that differ by a rounding may fall otherwise
+        same = (ids == want_ids).all(1)
+        assert same.float().mean() > 0.99
+        assert torch.allclose(weights[same], want[same], rtol=1e-5, atol=1e-6)
+        one = route(logits[-1:], bias, moe)
+        assert torch.equal(one[0], ids[-1:]) and torch.equal(one[1], weights[-1:])
+
+
+@torch.inference_mode()
+def test_of_equal_choices_the_first():
+    moe = Moe(
+        experts=8, per_token=3, shared=0, width=8, first_dense=0, scoring="softmax", groups=1, top_groups=1,
+        normalise=True, scale=1.0,
+    )  # fmt: skip
+    ids, weights = route(torch.zeros(2, 8, device="cuda"), None, moe)
+    assert ids.tolist() == [[0, 1, 2]] * 2
+    assert torch.allclose(weights, torch.full((2, 3), 1 / 3, device="cuda"))

@@ -82,11 +82,11 @@ WRITE = """
 from undistilled.generate.engine import open_engine
 from undistilled.schedule.request import Request, Sampling
 if __name__ == "__main__":
-    options = {{"model": "r1-nano", "scheme": "int8", "context": 4096, "batch": 1, "watchdog": 3.0, "{axis}": 2}}
+    options = {{"model": "r1-nano", "scheme": "int8", "context": 2048, "batch": 1, "watchdog": 3.0, "{axis}": 2}}
     engine = open_engine(options)
     print("ready", flush=True)
     while True:
-        sampling = Sampling(max_tokens=4000, temperature=0, ignore_eos=True)
+        sampling = Sampling(max_tokens=2000, temperature=0, ignore_eos=True)
         engine.run_all([Request("a", [5, 6, 7], sampling)])
 """
 

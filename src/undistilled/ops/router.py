@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..model.spec import Moe
+from . import triton as cuda
 from .cpu import native
 from .registry import op
 
@@ -32,6 +33,13 @@ def _native(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> t
     groups = (moe.groups, moe.top_groups) if moe.groups > 1 else (1, 1)
     sigmoid = moe.scoring == "sigmoid"
     return native.route(logits_TE, bias_E, moe.per_token, groups, sigmoid, moe.normalise, moe.scale)
+
+
+@route.register("triton", cuda.scores, "our Triton kernel: a token's scores, groups and choices in one launch")
+def _triton(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton import router as kernels
+
+    return kernels.route(logits_TE, bias_E, moe)
 
 
 def _best_groups(choice_TE: torch.Tensor, moe: Moe) -> torch.Tensor:

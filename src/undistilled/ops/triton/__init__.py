@@ -58,3 +58,9 @@ def _here(weight: Stored, dtype: torch.dtype) -> bool:
 def inference(x: torch.Tensor) -> bool:
     """As `serves`, for ops that training differentiates: their kernels have no backward."""
     return serves(x) and torch.is_inference_mode_enabled()
+
+
+def scores(x: torch.Tensor) -> bool:
+    """As `inference`, for a router's logits, which are float32 whatever the activations are."""
+    wide = x.device.type == "cuda" and x.dtype is torch.float32
+    return wide and torch.is_inference_mode_enabled() and not why_missing()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 SPAN = 256  # tokens
-HEADS, BT, WARPS = 64, 32, 8  # query heads and tokens at once
+MANY, FEW = (64, 64, 8), (16, 32, 4)  # query heads of a key-value head: heads and tokens at once, warps
 
 
 @triton.jit
@@ -99,12 +99,12 @@ def _attend(q, keys, values, tables, contexts, size, scale, main, tail, width, s
     out = torch.empty(R, spans, H, width, dtype=torch.float32, device=q.device)
     logs = torch.empty(R, spans, H, dtype=torch.float32, device=q.device)
     times = H // kv_heads
-    heads = HEADS if times >= HEADS else 16
+    heads, tokens, warps = MANY if times >= MANY[0] else FEW
     padded = [max(16, triton.next_power_of_2(n)) for n in (main, tail, width)]
     _spans[(R, kv_heads * -(-times // heads), spans)](
         q, keys, values, tables, seen, out, logs, scale, tables.shape[1], size, H, times, main, tail, width,
-        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=BT, SPAN=SPAN,
-        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=WARPS if heads == HEADS else 4, num_stages=2,
+        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=tokens, SPAN=SPAN,
+        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=warps, num_stages=2,
     )  # fmt: skip
     _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, num_warps=4)
     return y
