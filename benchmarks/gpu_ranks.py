@@ -35,8 +35,8 @@ from undistilled.load.build import DTYPE, Memory
 from undistilled.model.decoder import Decoder
 from undistilled.model.spec import spec_from_config
 from undistilled.parallel.comm import Comm
-from undistilled.parallel.crew import LOOPBACK
 from undistilled.parallel.links import measure_links
+from undistilled.parallel.local import LOOPBACK
 from undistilled.parallel.messages import Pass
 from undistilled.parallel.share import share
 from undistilled.plan.hardware import Machine, load_machine

@@ -31,12 +31,12 @@ def slow(self, *args):
 Block.forward = slow
 """
 SLOW_RANK = SLOW + "from undistilled.generate import rank\nsys.exit(rank.main())\n"
-MAIN = "from undistilled.parallel import crew\nfrom undistilled.cli import main\n{before}main()\n"
+MAIN = "from undistilled.parallel import local\nfrom undistilled.cli import main\n{before}main()\n"
 
 
 def undistilled(*arguments: str, slow: int | None = None) -> str:
     """What a verb prints. `slow`: which of two ranks takes twice as long over its layers."""
-    before = {None: "", 0: SLOW, 1: "crew.RANK = 'slow_rank'\n"}[slow]
+    before = {None: "", 0: SLOW, 1: "local.RANK = 'slow_rank'\n"}[slow]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "slow_rank.py").write_text(SLOW_RANK)
         env = os.environ | {"PYTHONPATH": folder + os.pathsep + os.environ.get("PYTHONPATH", "")}

@@ -25,7 +25,7 @@ LOAD = """
 import json, sys, time
 from undistilled.checkpoint.resolve import find
 from undistilled.load.build import build
-from undistilled.observe.memory import peak_bytes
+from undistilled.memory import peak_bytes
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 model = find(sys.argv[1])

@@ -12,7 +12,7 @@ import typer
 from . import show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
-from .options import BATCH, CONTEXT, DEVICE, DTYPE, EP, JSON, MICROBATCHES, MODEL, MTP, PLAN, PP, SCHEME, TP
+from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME, ranked
 
 app = typer.Typer(
     add_completion=False,
@@ -53,17 +53,15 @@ def inspect(model: MODEL, as_json: JSON = False) -> None:
 
 
 @app.command()
+@ranked
 def plan(
     model: MODEL,
+    ranks: dict[str, Any],
     machine: Annotated[str, typer.Option(help="`this`, the name of a preset, or a machine file.")] = "this",
     scheme: SCHEME = None,
     context: CONTEXT = None,
     batch: BATCH = 1,
     mtp: MTP = False,
-    tp: TP = None,
-    pp: PP = None,
-    ep: EP = None,
-    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
@@ -71,14 +69,15 @@ def plan(
 ) -> None:
     """Which bytes go where, what they take at each context length, and how fast it will run. Reads no weights."""
     from .checkpoint.resolve import find
+    from .parallel.places import machine_of
     from .plan.hardware import load_machine
     from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
 
     found = find(model)
-    degrees = Degrees(tp or 1, pp or 1, ep or 1, microbatches)
-    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=degrees)
-    made = solve(found.name, found.config, found.spec, load_machine(machine), ask)
+    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(ranks))
+    known = machine_of(ranks["cluster"]) if ranks["cluster"] else load_machine(machine)
+    made = solve(found.name, found.config, found.spec, known, ask)
     _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
         made.write(output)
@@ -96,8 +95,10 @@ def _engine(model: str, options: dict[str, Any]):
 
 
 @app.command()
+@ranked
 def generate(
     model: MODEL,
+    ranks: dict[str, Any],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
@@ -106,10 +107,6 @@ def generate(
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     context: CONTEXT = None,
-    tp: TP = None,
-    pp: PP = None,
-    ep: EP = None,
-    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     as_json: JSON = False,
@@ -118,7 +115,6 @@ def generate(
     from .generate.once import generate_text
     from .schedule.request import Sampling
 
-    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
     options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -127,15 +123,13 @@ def generate(
 
 
 @app.command()
+@ranked
 def chat(
     model: MODEL,
+    ranks: dict[str, Any],
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     context: CONTEXT = None,
-    tp: TP = None,
-    pp: PP = None,
-    ep: EP = None,
-    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
@@ -145,7 +139,6 @@ def chat(
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
     from .serve.terminal import converse
 
-    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
     options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     converse(
@@ -160,8 +153,10 @@ def chat(
 
 
 @app.command()
+@ranked
 def serve(
     model: MODEL,
+    ranks: dict[str, Any],
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="UNDISTILLED_API_KEY")] = None,
@@ -169,10 +164,6 @@ def serve(
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
-    tp: TP = None,
-    pp: PP = None,
-    ep: EP = None,
-    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
@@ -188,27 +179,22 @@ def serve(
         "batch": batch or (None if plan_file else 8),
         "device": device,
         "dtype": dtype,
-        "tp": tp,
-        "pp": pp,
-        "ep": ep,
-        "microbatches": microbatches,
+        **ranks,
     }
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
 
 @app.command()
+@ranked
 def bench(
     model: MODEL,
+    ranks: dict[str, Any],
     plan_file: PLAN = None,
     scheme: SCHEME = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     batch: BATCH = 1,
     repeat: Annotated[int, typer.Option(min=1)] = 3,
-    tp: TP = None,
-    pp: PP = None,
-    ep: EP = None,
-    microbatches: MICROBATCHES = None,
     device: DEVICE = None,
     dtype: DTYPE = None,
     explain: Annotated[bool, typer.Option(help="Each kind of kernel beside the time its bytes take.")] = False,
@@ -219,7 +205,6 @@ def bench(
 
     room = None if plan_file else prompt_tokens + new_tokens
     wanted = None if plan_file else batch
-    ranks = {"tp": tp, "pp": pp, "ep": ep, "microbatches": microbatches}
     options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, {"plan": plan_file, **options})
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)

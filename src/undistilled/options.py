@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,18 +24,42 @@ SCHEME = Annotated[
 CONTEXT = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of context to make room for.")]
 BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make room for at once.")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
-TP = Annotated[
-    int | None,
-    typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks that share every layer, by head and width."),
-]
-PP = Annotated[
-    int | None, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that layers are shared out to.")
-]
-EP = Annotated[int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Ranks that share out experts.")]
-MICROBATCHES = Annotated[
-    int | None, typer.Option("--microbatches", min=1, max=64, help="Parts of a batch that are in the pipeline at once.")
-]
+RANKS: dict[str, Any] = {
+    "tp": Annotated[
+        int | None,
+        typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks that share every layer, by head and width."),
+    ],
+    "pp": Annotated[
+        int | None,
+        typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that layers are shared out to."),
+    ],
+    "ep": Annotated[
+        int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Ranks that share out experts.")
+    ],
+    "microbatches": Annotated[
+        int | None,
+        typer.Option("--microbatches", min=1, max=64, help="Parts of a batch that are in the pipeline at once."),
+    ],
+    "cluster": Annotated[
+        str | None, typer.Option("--cluster", help="`ray` places ranks on the nodes of a Ray cluster.")
+    ],
+}
 MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 DTYPE = Annotated[
     str | None, typer.Option("--dtype", help="Of products: float32, bfloat16 or auto, which the device decides.")
 ]
+
+
+def ranked(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the options of RANKS, which it gets together as `ranks`."""
+
+    @functools.wraps(verb)
+    def run(**given: Any) -> None:
+        verb(ranks={name: given.pop(name) for name in RANKS}, **given)
+
+    kept = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "ranks"]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=said)
+            for name, said in RANKS.items()]  # fmt: skip
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept] + more)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*kept, *more]}
+    return run

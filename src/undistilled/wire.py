@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from typing import Any
 
 import msgspec
 import zmq
 
-MAX_MESSAGE = 64 * 1024 * 1024  # bytes; libzmq closes a connection that sends more
+MAX_MESSAGE = 64 * 1024 * 1024  # bytes, where nothing says how large messages get
 MAX_SOCKET_PATH = 80  # of the 107 characters that a local socket's name may have
 PR_SET_PDEATHSIG = 1
 
@@ -39,10 +40,25 @@ class Wire:
             return None
 
 
-def bounded(socket: Any) -> None:
-    """An inbox that keeps all messages, of a size that no stranger can choose."""
+def bounded(socket: Any, most: int = MAX_MESSAGE) -> None:
+    """An inbox that keeps all messages of up to `most` bytes: libzmq closes a connection that sends more."""
     socket.set(zmq.RCVHWM, 0)
-    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE)
+    socket.set(zmq.MAXMSGSIZE, most)
+
+
+def hidden(socket: Any, secret: bytes) -> None:
+    """Encrypt what a socket that will be bound says over a network. Who does not know the public half of `secret`
+    cannot begin to speak with it."""
+    socket.set(zmq.CURVE_SERVER, 1)
+    socket.set(zmq.CURVE_SECRETKEY, secret)
+
+
+def unveiled(socket: Any, public: str) -> None:
+    """Let a socket that will connect speak with one that is `hidden`."""
+    own, secret = zmq.curve_keypair()
+    socket.set(zmq.CURVE_PUBLICKEY, own)
+    socket.set(zmq.CURVE_SECRETKEY, secret)
+    socket.set(zmq.CURVE_SERVERKEY, public.encode())
 
 
 def private_directory() -> str:
@@ -51,8 +67,19 @@ def private_directory() -> str:
     return tempfile.mkdtemp(prefix="undistilled-", dir=None if short else "/tmp")
 
 
+def end_with_input() -> None:
+    """End this process when its standard input does, which its parent holds open: a thread waits for that."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def die_with(parent: int) -> None:
-    """On Linux the kernel ends this process when its parent ends."""
+    """On Linux the kernel ends this process when its parent ends, even where it was stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

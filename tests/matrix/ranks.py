@@ -16,7 +16,7 @@ from undistilled.generate.part import Part
 from undistilled.generate.runner import Runner
 from undistilled.load.build import build
 from undistilled.parallel.comm import Comm
-from undistilled.parallel.crew import LOOPBACK
+from undistilled.parallel.local import LOOPBACK
 from undistilled.parallel.messages import Pass
 from undistilled.parallel.share import share
 from undistilled.plan.hardware import load_machine

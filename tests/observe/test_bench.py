@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models
 from tiny import LLAMA, write_checkpoint
 from undistilled.errors import UsageError
 from undistilled.generate.engine import Engine, open_engine
+from undistilled.memory import current_bytes, peak_bytes
 from undistilled.observe.bench import bench
-from undistilled.observe.memory import current_bytes, peak_bytes
 
 
 def test_the_peak_outlives_what_caused_it():
@@ -24,7 +24,7 @@ def test_the_peak_outlives_what_caused_it():
 
 def test_a_child_does_not_count_what_its_parent_held():
     held = torch.ones(1_500_000_000, dtype=torch.uint8)
-    code = "from undistilled.observe.memory import peak_bytes; print(peak_bytes())"
+    code = "from undistilled.memory import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert held.sum() > 0 and int(done.stdout) < 1_000_000_000
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from undistilled.generate import rank as real
 from undistilled.generate.engine import open_engine as open_real
-from undistilled.parallel import crew
+from undistilled.parallel import local
 from undistilled.parallel.comm import Comm
 
 STALLS, RAISES, ABSENT = "FAULTY_RANK", "FAULTY_DRIVER", "FAULTY_START"
@@ -32,7 +32,7 @@ def stall_in(comm_class: type[Comm]) -> None:
 
 
 def open_engine(options, progress=None):
-    crew.RANK = "faulty_ranks"
+    local.RANK = "faulty_ranks"
     os.environ[STALLS] = str(options.pop("stalls", ""))
     os.environ[RAISES] = str(options.pop("raises", ""))
     os.environ[ABSENT] = str(options.pop("absent", ""))

@@ -14,7 +14,7 @@ import httpx
 import openai
 import uvicorn
 
-from undistilled.serve.client import EngineClient
+from undistilled.serve.again import open_client
 from undistilled.serve.limits import Gate
 from undistilled.serve.openai import make_app
 from undistilled.serve.protocol import Protocol
@@ -49,7 +49,7 @@ class Running:
 
     async def _run(self) -> None:
         try:
-            self.client = await EngineClient.start(self.options, factory=self.factory)
+            self.client = await open_client(self.options, factory=self.factory)
         except BaseException as error:
             self.error = error
             self.started.set()

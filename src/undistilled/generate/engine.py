@@ -20,11 +20,11 @@ from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
 from ..parallel.comm import Comm, leave
-from ..parallel.crew import LOOPBACK, WATCHDOG, Crew, threads
+from ..parallel.crew import WATCHDOG, Crew
 from ..parallel.messages import JOINING, Beat
+from ..parallel.places import machine_of, place_for
 from ..parallel.share import share
 from ..plan.check import check, check_devices
-from ..plan.hardware import load_machine
 from ..plan.plan import Plan, read_plan
 from ..plan.ranks import Degrees, cuts_of
 from ..plan.solve import Ask, solve
@@ -202,7 +202,7 @@ DECIDED = ("scheme", "context", "batch", "device", "mtp", "dtype", "tp", "pp", "
 
 def plan_for(model: Model, options: dict[str, Any]) -> Plan:
     """The plan that a run is held to: from a file, or made now for this machine. Checked either way."""
-    machine = load_machine("this")
+    machine = machine_of(options.get("cluster") or "local")
     if options.get("plan"):
         given = [name for name in DECIDED if options.get(name)]
         if given:
@@ -216,9 +216,7 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
             bool(options.get("mtp")),
             options.get("device"),
             dtype=options.get("dtype") or "auto",
-            degrees=Degrees(
-                options.get("tp") or 1, options.get("pp") or 1, options.get("ep") or 1, options.get("microbatches")
-            ),
+            degrees=Degrees.of(options),
         )
         plan = solve(model.name, model.config, model.spec, machine, ask)
     check(plan, model.spec, model.config)
@@ -231,6 +229,8 @@ def open_engine(options: dict[str, Any], progress: Progress | None = None) -> En
     model = find(options["model"])
     plan = plan_for(model, options)
     tokenizer, name = model.tokenizer(), options.get("name") or model.name
+    if plan.mesh is None and options.get("cluster"):
+        raise UsageError("--cluster says where ranks run; the plan has one process.", "Ask for --tp, --pp or --ep.")
     if plan.mesh is None:
         return Engine(build(plan, model.spec, model.source(), progress=progress), plan, tokenizer, name)
     return _open_ranks(model, plan, tokenizer, name, options, progress)
@@ -251,16 +251,18 @@ def _open_ranks(
     model: Model, plan: Plan, tokenizer: Tokenizer, name: str, options: dict[str, Any], progress: Progress | None
 ) -> Engine:
     """An engine over several processes, of which this is rank 0."""
-    assert plan.mesh is not None
-    crew = Crew(plan, model.said, options.get("watchdog") or WATCHDOG)
+    place = place_for(options.get("cluster") or "local", plan, model.said)
+    crew = Crew(place, options.get("watchdog") or WATCHDOG)
     try:
-        torch.set_num_threads(threads(plan.mesh.size))
+        torch.set_num_threads(place.threads)
+        plan = plan.on(0, place.device)
+        assert plan.mesh is not None
         decoder = build(plan, model.spec, model.source(), rank=0, progress=_while(crew, progress))
         crew.wait_ready()
-        os.environ.update(LOOPBACK)
+        os.environ.update(place.network)
         began = monotonic()
         with crew.guarded(lambda: Beat(0, 0, JOINING, monotonic() - began, 0, 0.0, 0.0)):
-            comm = Comm(plan.mesh, 0, crew.store)
+            comm = Comm(plan.mesh, 0, place.store)
         share(decoder, cuts_of(plan, model.spec), 0, comm)
         engine = Engine(decoder, plan, tokenizer, name, crew, comm)
     except BaseException:

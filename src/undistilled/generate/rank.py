@@ -20,15 +20,17 @@ import torch
 import zmq
 
 from ..checkpoint.resolve import find
-from ..errors import UndistilledError
+from ..errors import RankLost, UndistilledError
 from ..load.build import build
+from ..memory import peak_bytes
 from ..parallel.comm import Comm
-from ..parallel.messages import IDLE, JOINING, Beat, Broke, Command, Loading, Pass, Ready, Report, Stop
+from ..parallel.messages import IDLE, JOINING, Beat, Broke, Command, Loading, Pass, Ready, Report, Stop, largest
 from ..parallel.share import share
-from ..plan.plan import read_plan
+from ..plan.plan import Plan, read_plan
 from ..plan.ranks import cuts_of
-from ..wire import Wire, bounded, die_with
+from ..wire import Wire, bounded, die_with, end_with_input, unveiled
 from .part import Part
+from .runner import ROWS
 
 HEARTBEAT = 0.25  # seconds
 
@@ -38,13 +40,17 @@ class Rank:
 
     def __init__(self, boot: dict[str, Any], context: zmq.Context) -> None:
         self.boot, self.number = boot, int(boot["rank"])
+        self.plan = read_plan(Path(boot["plan"])).on(self.number, boot["device"])
         self.wire = Wire(boot["key"], Command)
         self.inbox, self.outbox = context.socket(zmq.SUB), context.socket(zmq.PUSH)
-        bounded(self.inbox)
-        self.inbox.connect(f"ipc://{boot['directory']}/passes")
+        bounded(self.inbox, _largest(self.plan, boot["device"]))
+        if public := boot.get("public"):
+            unveiled(self.inbox, public)
+            unveiled(self.outbox, public)
+        self.inbox.connect(boot["passes"])
         self.inbox.subscribe(b"")
         self.outbox.set(zmq.LINGER, 2000)
-        self.outbox.connect(f"ipc://{boot['directory']}/reports")
+        self.outbox.connect(boot["reports"])
         self.lock = threading.Lock()
         self.part: Part | None = None
         self.idle_since: float | None = monotonic()
@@ -57,7 +63,7 @@ class Rank:
     def beats(self) -> None:
         """Signs of life until the process ends."""
         while True:
-            self.say(self.beat())
+            self.say(msgspec.structs.replace(self.beat(), peak=peak_bytes()))
             time.sleep(HEARTBEAT)
 
     def beat(self) -> Beat:
@@ -70,7 +76,7 @@ class Rank:
         return beat if idle is None else msgspec.structs.replace(beat, doing=IDLE, seconds=monotonic() - idle)
 
     def load(self) -> None:
-        model, plan = find(self.boot["model"]), read_plan(Path(self.boot["plan"]))
+        model, plan = find(self.boot["model"]), self.plan
         told = 0.0
 
         def progress(done: int, total: int, _name: str) -> None:
@@ -92,6 +98,8 @@ class Rank:
         assert self.part is not None
         while True:
             self.idle_since = monotonic()
+            if not self.inbox.poll(self.boot["patience"] * 1000):
+                raise RankLost(f"The driver has given no sign of life for {self.boot['patience']:.0f} s.")
             command = self.wire.unpack(self.inbox.recv_multipart())
             self.idle_since = None
             match command:
@@ -101,11 +109,17 @@ class Rank:
                     self.part.submit(command)
 
 
+def _largest(plan: Plan, device: str) -> int:
+    rows = ROWS[device.split(":")[0]]
+    return largest(rows, plan.limits.chunk, -(-plan.limits.context // plan.kv.block_size))
+
+
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the driver's to answer
     boot = json.loads(sys.stdin.readline())
     die_with(boot["parent"])
+    end_with_input()
     torch.set_num_threads(boot["threads"])
     rank = Rank(boot, zmq.Context())
     threading.Thread(target=rank.beats, daemon=True).start()

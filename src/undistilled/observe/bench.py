@@ -10,8 +10,8 @@ import torch
 
 from ..errors import UsageError
 from ..generate.engine import Engine
+from ..memory import peak_bytes
 from ..schedule.request import Request, Sampling
-from .memory import peak_bytes
 from .ranks import Clocks, report
 
 WARM_UP_TOKENS = 4

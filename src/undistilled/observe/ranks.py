@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generate.engine import Engine
+from ..memory import peak_bytes
 from ..plan.mesh import Mesh
 from ..plan.ranks import balanced
-from .memory import process_bytes
 
 SETTLE = 0.4  # seconds after which every rank's last sign of life is of the time after the last pass
 
@@ -35,11 +35,10 @@ class Clocks:
 
 
 def peaks(engine: Engine) -> list[int]:
-    """The largest resident size of every rank's process so far, bytes (Linux)."""
+    """The largest resident size of every rank's process so far, bytes."""
     crew = engine.runner.crew
     assert crew is not None
-    others = [process.pid for _, process in sorted(crew.processes.items())]
-    return [process_bytes("VmHWM"), *(process_bytes("VmHWM", pid) for pid in others)]
+    return [peak_bytes(), *(beat.peak for _, beat in sorted(crew.beats.items()))]
 
 
 def report(engine: Engine, spent: Clocks, elapsed: float) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Comm:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         with self._during(JOINING, 0):
-            shared = dist.FileStore(store, mesh.size)
+            shared = rendezvous(store, mesh.size)
             dist.init_process_group(backend, store=shared, rank=rank, world_size=mesh.size, timeout=TIMEOUT)
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
@@ -187,6 +187,19 @@ class Comm:
         for work, _ in self._sent:
             work.wait()
         leave()
+
+
+def rendezvous(store: str, ranks: int) -> dist.Store:
+    """Where `ranks` processes find each other: "tcp://HOST:PORT" of the driver's server, or a file of one machine."""
+    if not store.startswith("tcp://"):
+        return dist.FileStore(store, ranks)
+    host, _, port = store.removeprefix("tcp://").rpartition(":")
+    return dist.TCPStore(host, int(port), ranks, is_master=False, timeout=TIMEOUT)
+
+
+def meeting_point(ranks: int) -> dist.TCPStore:
+    """A server where `ranks` processes of several machines find each other, at a port of its choice."""
+    return dist.TCPStore("0.0.0.0", 0, ranks, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
 
 
 def leave() -> None:

@@ -7,77 +7,58 @@ of life, or stays behind in a collective that others wait in, for `watchdog` sec
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
-import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import zmq
 
 from ..errors import RankLost, UndistilledError, named
 from ..events import emit
-from ..plan.plan import Plan
-from ..wire import Wire, bounded, private_directory
-from .messages import COMPUTING, IDLE, Beat, Broke, Loading, Pass, Ready, Report, Stop
+from ..wire import Wire, bounded
+from .messages import COMPUTING, IDLE, Beat, Broke, Command, Here, Loading, Pass, Ready, Report, Stop
+from .places import LOST, Place
 
-RANK = "undistilled.generate.rank"  # the module that a rank's process runs
 WATCHDOG = 60.0  # seconds
 GRACE = 5.0  # seconds that the driver has to notice that its collective failed
 BLAME = 2.0  # seconds in which it shows that another rank is at fault for the driver's error
+SIGN = 0.5  # seconds between the driver's own signs of life
 STARTED = 300.0  # seconds for a process to give its first sign of life
 
 
 class Crew:
     """Ranks 1 and on of one run. `fault` says what went wrong, once something did."""
 
-    def __init__(self, plan: Plan, model: str, watchdog: float = WATCHDOG) -> None:
-        assert plan.mesh is not None
-        self.mesh, self.watchdog = plan.mesh, watchdog
-        self.directory = private_directory()
-        self.store = f"{self.directory}/rendezvous"
+    def __init__(self, place: Place, watchdog: float = WATCHDOG) -> None:
+        self.place, self.watchdog = place, watchdog
         self.fault: UndistilledError | None = None
         self.beats: dict[int, Beat] = {}
         self._step: Callable[[], Beat] | None = None  # while the driver is in a step
-        self._heard = dict.fromkeys(range(1, plan.mesh.size), time.monotonic() + STARTED)
+        self._heard = dict.fromkeys(range(1, place.size), time.monotonic() + STARTED)
         self._ready: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock, self._saying = threading.Lock(), threading.Lock()
+        self._said = 0.0  # when the others last heard that this process lives
         self._closing = False
         key = secrets.token_hex(16)
         self._wire = Wire(key, Report)
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         bounded(self._inbox)
-        self._inbox.bind(f"ipc://{self.directory}/reports")
         self._out = self._context.socket(zmq.PUB)
         self._out.set(zmq.SNDHWM, 0)
         self._out.set(zmq.LINGER, 1000)
-        self._out.bind(f"ipc://{self.directory}/passes")
-        file = Path(self.directory) / "plan.json"
-        plan.write(file)
-        self.processes = {rank: self._spawn(rank, model, str(file), key) for rank in range(1, plan.mesh.size)}
+        place.bind(self._out, self._inbox)
+        try:
+            told = {"key": key, "patience": watchdog}
+            self.processes = {rank: place.start(rank, told) for rank in range(1, place.size)}
+        except BaseException:
+            place.close()
+            raise
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-
-    def _spawn(self, rank: int, model: str, plan: str, key: str) -> subprocess.Popen[bytes]:
-        boot = {
-            "rank": rank, "model": model, "plan": plan, "key": key, "directory": self.directory, "store": self.store,
-            "parent": os.getpid(), "threads": threads(self.mesh.size),
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", RANK],
-            stdin=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | LOOPBACK,
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(boot).encode() + b"\n")
-        process.stdin.flush()
-        return process
 
     def wait_ready(self) -> None:
         """Until every rank has its weights. Raises what a rank could not do."""
@@ -88,7 +69,11 @@ class Crew:
     def tell(self, message: Pass) -> None:
         """Every other rank does this pass too."""
         self.check()
-        self._out.send_multipart(self._wire.pack(message))
+        self._say(message)
+
+    def _say(self, message: Command) -> None:
+        with self._saying:
+            self._out.send_multipart(self._wire.pack(message))
 
     def check(self) -> None:
         """RankLost, or what a rank could not do, where the run cannot go on."""
@@ -118,23 +103,23 @@ class Crew:
         if self._closing:
             return
         self._closing = True
-        self._out.send_multipart(self._wire.pack(Stop()))
+        self._say(Stop())
         until = time.monotonic() + GRACE
         for process in self.processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
+            process.wait(max(0.0, until - time.monotonic()))
         self._kill()
         self._thread.join(2)
         self._out.close()
         self._inbox.close()
         self._context.term()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.place.close()
 
     def _kill(self) -> None:
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
-            process.wait()
+        for process in self.processes.values():
+            process.wait(GRACE)
 
     def _watch(self) -> None:
         while not self._closing and self.fault is None:
@@ -146,6 +131,9 @@ class Crew:
     def _look(self) -> None:
         """Hear what there is, then judge."""
         began = time.monotonic()
+        if began - self._said > SIGN:
+            self._say(Here())
+            self._said = began
         wait = 50
         while self._inbox.poll(wait):
             self._hear(self._wire.unpack(self._inbox.recv_multipart()))
@@ -172,7 +160,7 @@ class Crew:
                 if known is not None and known is not RankLost:
                     self._end(known(message, hint))
                 elif not self._ended_others(rank):
-                    self._end(RankLost(f"Rank {rank} failed: {kind}: {message}", "What it said is above."))
+                    self._end(RankLost(f"{self._name(rank)} failed: {kind}: {message}", "What it said is above."))
 
     def _ended_others(self, rank: int) -> bool:
         """Whether another rank has died, which explains that this one's collective failed."""
@@ -192,7 +180,12 @@ class Crew:
         code = self.processes[rank].poll()
         doing = self.beats[rank].doing if rank in self.beats else "starting"
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with code {code}"
-        return RankLost(f"Rank {rank} {how}; it was {doing}.", "The run is over: start it again.")
+        how = "is gone, and its host with it" if code == LOST else how
+        return RankLost(f"{self._name(rank)} {how}; it was {doing}.", "The run is over: start it again.")
+
+    def _name(self, rank: int) -> str:
+        where = self.processes[rank].where if rank else ""
+        return f"Rank {rank} on {where}" if where else f"Rank {rank}"
 
     def _silent(self) -> RankLost | None:
         now = time.monotonic()
@@ -201,7 +194,7 @@ class Crew:
             return None
         doing = self.beats[found].doing if found in self.beats else "starting"
         return RankLost(
-            f"Rank {found} has given no sign of life for {self.watchdog:.0f} s; it was {doing}.",
+            f"{self._name(found)} has given no sign of life for {self.watchdog:.0f} s; it was {doing}.",
             "Its process hangs or was stopped. Start the run again.",
         )
 
@@ -217,7 +210,7 @@ class Crew:
         others = next((b.doing for b in beats if b is not found and b.doing != COMPUTING), "")
         doing = found.doing if found.doing == COMPUTING else f"in {found.doing}"
         return RankLost(
-            f"Rank {found.rank} has been {doing} for {found.seconds:.0f} s"
+            f"{self._name(found.rank)} has been {doing} for {found.seconds:.0f} s"
             + (f", and others wait for it in {others}." if others else "."),
             "The run is over: start it again.",
         )
@@ -236,16 +229,8 @@ class Crew:
                 emit("rank.hung", kind=type(fault).__name__, message=fault.message, hint=fault.hint)
                 print(f"{fault.message} {fault.hint}", file=sys.stderr, flush=True)
                 time.sleep(0.2)  # for who was told by the event
-                shutil.rmtree(self.directory, ignore_errors=True)
+                closing = threading.Thread(target=self.place.close, daemon=True)
+                closing.start()
+                closing.join(2)
                 os._exit(fault.exit_code)
             time.sleep(0.05)
-
-
-# gloo's and NCCL's own sockets stay on this machine
-LOOPBACK = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
-
-
-def threads(ranks: int) -> int:
-    """Of each of the ranks that share this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)

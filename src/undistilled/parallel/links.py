@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ..errors import UndistilledError
 from ..plan.hardware import Link, Machine
 from ..plan.mesh import Mesh
-from .crew import LOOPBACK
+from .local import LOOPBACK
 
 if TYPE_CHECKING:
     import torch

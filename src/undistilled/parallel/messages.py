@@ -22,6 +22,18 @@ class Pass(msgspec.Struct, tag=True):
     last: list[int]
 
 
+WORD = 9  # bytes that a number may take
+
+
+def largest(rows: int, chunk: int, blocks: int) -> int:
+    """Bytes that a Pass takes at most: of so many rows, or a chunk of so many tokens, with `blocks` blocks a table."""
+    return WORD * (rows * (blocks + 7) + 5 * chunk + blocks) + 4096
+
+
+class Here(msgspec.Struct, tag=True):
+    """The driver lives."""
+
+
 class Stop(msgspec.Struct, tag=True):
     """The rank's process ends."""
 
@@ -59,7 +71,8 @@ class Beat(msgspec.Struct, tag=True):
     passes: int
     busy: float  # seconds of computing so far
     waited: float  # seconds in collectives and messages so far
+    peak: int = 0  # largest resident size of the process so far, bytes
 
 
-Command = Pass | Stop
+Command = Pass | Here | Stop
 Report = Loading | Ready | Broke | Beat

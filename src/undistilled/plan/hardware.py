@@ -71,7 +71,7 @@ class Link(_Frozen):
     bytes_per_s: float = Field(gt=0)
     pageable_bytes_per_s: float | None = Field(default=None, gt=0)  # from memory that is not pinned
     latency_s: float = Field(gt=0)  # of a copy of a few bytes, waited for
-    kind: Literal["pcie", "nvlink", "memory"]
+    kind: Literal["pcie", "nvlink", "memory", "network"]
     source: Source
     note: str = ""
 

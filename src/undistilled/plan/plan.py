@@ -121,6 +121,12 @@ class Plan(Frozen):
         """The dtype of the tensors between layers."""
         return "float32" if list(self.predicted.devices) == ["cpu"] else self.compute_dtype
 
+    def on(self, rank: int, device: str) -> Plan:
+        """The same, with what `rank` computes on called as its own process calls it."""
+        assert self.mesh is not None
+        devices = [*self.mesh.devices[:rank], device, *self.mesh.devices[rank + 1 :]]
+        return self.model_copy(update={"mesh": self.mesh.model_copy(update={"devices": tuple(devices)})})
+
     def digest(self) -> str:
         """SHA-256 of the plan as written."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -37,6 +37,12 @@ class Degrees:
     ep: int = 1
     microbatches: int | None = None
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Degrees:
+        """Of options by their names; what is not there, or None, is 1."""
+        tp, pp, ep = (options.get(name) or 1 for name in ("tp", "pp", "ep"))
+        return cls(tp, pp, ep, options.get("microbatches"))
+
     @property
     def size(self) -> int:
         return self.tp * self.pp * self.ep

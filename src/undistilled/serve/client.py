@@ -120,6 +120,16 @@ class EngineClient:
         return self._died is None
 
     @property
+    def over(self) -> bool:
+        """Whether no engine will answer any more."""
+        return not self.alive
+
+    @property
+    def trouble(self) -> str:
+        """Why there are no answers; "" while there are."""
+        return "" if self._died is None else "The engine has ended."
+
+    @property
     def in_flight(self) -> int:
         return len(self._streams)
 

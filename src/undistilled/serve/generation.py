@@ -34,6 +34,12 @@ class Client(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def over(self) -> bool: ...
+
+    @property
+    def trouble(self) -> str: ...
+
     async def submit(self, request: Request) -> Stream: ...
 
     def stats(self) -> dict[str, float]: ...
@@ -142,7 +148,8 @@ class Generation:
 def check_model(name: str | None, client: Client) -> None:
     """RequestError where the request is for another model, or where the engine is gone."""
     if not client.alive:
-        raise RequestError("The engine has ended.", status=500, type="server_error", code="engine_dead")
+        status = 500 if client.over else 503
+        raise RequestError(client.trouble, status=status, type="server_error", code="engine_dead")
     if name is None or name == client.name:
         return
     if ".." in name.split("/") or not name.isprintable():

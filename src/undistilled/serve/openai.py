@@ -76,7 +76,7 @@ def service_routes(client: Client, metrics: Metrics) -> APIRouter:
     @router.get("/health")
     async def health() -> Response:
         if not client.alive:
-            return status_response(503, "The engine has ended.")
+            return status_response(503, client.trouble)
         return Json({"status": "ok"})
 
     @router.get("/metrics")

@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import CannotBind, UsageError
+from .again import Again, open_client
 from .client import EngineClient, Progress
 from .generation import check_generation
 from .limits import Gate, Limits
@@ -134,25 +135,25 @@ async def _serve(
         watching = asyncio.create_task(_end_with(client, server))
         await server.serve([bound])
         watching.cancel()
-        return 0 if client.alive else 1
+        return 1 if client.over else 0
     finally:
         await client.close()
 
 
-async def _load(options: dict[str, Any], factory: str, progress: Progress) -> EngineClient:
+async def _load(options: dict[str, Any], factory: str, progress: Progress) -> EngineClient | Again:
     """The engine's client. SIGTERM meanwhile cancels, and so ends the engine's process too."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        return await EngineClient.start(options, factory=factory, progress=progress)
+        return await open_client(options, factory=factory, progress=progress)
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
 
 
-async def _end_with(client: EngineClient, server: Server, linger: float = 2.0) -> None:
+async def _end_with(client: EngineClient | Again, server: Server, linger: float = 2.0) -> None:
     """A server whose engine died says so for two seconds, then ends, so that its supervisor starts a new one."""
-    while client.alive:
+    while not client.over:
         await asyncio.sleep(0.2)
     logging.getLogger("undistilled.serve").error("The engine has ended; so will the server.")
     await asyncio.sleep(linger)
@@ -164,7 +165,7 @@ def show_progress(done: int, total: int, name: str) -> None:
     print(f"loading {share} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
 
-def announce(client: EngineClient, bound: socket.socket, api_key: str | None) -> None:
+def announce(client: EngineClient | Again, bound: socket.socket, api_key: str | None) -> None:
     """Where the server listens, and a line to try it with."""
     host, port = bound.getsockname()[:2]
     address = ipaddress.ip_address(host)
