@@ -14,7 +14,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from itertools import combinations
-from time import perf_counter
+from pathlib import Path
+from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
 
 from ..errors import UndistilledError
@@ -46,26 +47,34 @@ def measure_links(machine: Machine, progress: Callable[[str], None]) -> tuple[Li
 
 def _pair(a: str, b: str) -> Link:
     with tempfile.TemporaryDirectory(prefix="undistilled-") as folder:
-        boot = [json.dumps({"devices": [a, b], "rank": rank, "store": f"{folder}/store"}) for rank in (0, 1)]
-        env = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", __name__]
-        ends = [
-            subprocess.Popen([*command, one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-            for one in boot
-        ]
-        try:
-            said, failed = ends[0].communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            said, failed = "", f"no answer within {SECONDS} s"
-        finally:
-            for end in ends:
-                end.kill()
-                end.wait()
-    if not said:
-        raise UndistilledError(f"{a} – {b}: not measured: {failed.strip()[-300:]}")
+        ends = [_end(folder, rank, [a, b]) for rank in (0, 1)]
+        until = monotonic() + SECONDS
+        while ends[0].poll() is None and not ends[1].poll() and monotonic() < until:
+            sleep(0.02)
+        late = "" if monotonic() < until else f"no answer within {SECONDS} s; "
+        for end in ends:
+            end.kill()
+        said = ends[0].communicate()[0]
+        ends[1].communicate()
+        if not said:
+            raise UndistilledError(f"{a} – {b}: not measured: {late}{_last_words(folder)}")
     latency, rate = json.loads(said)
     kind = "memory" if a == "cpu" else "nvlink" if rate > 60e9 else "pcie"
     return Link(a=a, b=b, bytes_per_s=rate, latency_s=latency, kind=kind, source="measured")  # type: ignore[arg-type]
+
+
+def _end(folder: str, rank: int, devices: list[str]) -> subprocess.Popen[str]:
+    boot = json.dumps({"devices": devices, "rank": rank, "store": f"{folder}/store"})
+    env = os.environ | LOOPBACK | {"OMP_NUM_THREADS": "1"}
+    with open(f"{folder}/errors{rank}", "w") as errors:
+        command = [sys.executable, "-P", "-m", __name__, boot]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+
+
+def _last_words(folder: str) -> str:
+    """What both ends said last on standard error: the one that waits for the other says little of why."""
+    said = [Path(folder, f"errors{rank}").read_text().strip().splitlines() or ["nothing"] for rank in (0, 1)]
+    return "; ".join(f"end {rank} said {lines[-1][-300:]}" for rank, lines in enumerate(said))
 
 
 def main() -> None:

@@ -105,16 +105,7 @@ def _check_compute(plan: Plan) -> None:
 def bytes_needed(plan: Plan, spec: ModelSpec) -> dict[str, Bytes]:
     """What the plan's rows, cache and limits take on each of its devices."""
     placed = placed_of(plan, spec)
-    kind = "cuda" if any(name.startswith("cuda") for name in plan.predicted.devices) else "cpu"
-    working = cost.activation_bytes(
-        spec,
-        chunk=plan.limits.chunk,
-        batch=plan.limits.batch,
-        context=plan.limits.context,
-        compute=plan.compute_dtype,
-        kind=kind,
-        scheme=plan.scheme,
-    )
+    working = layouts_of(plan, spec).working(spec, plan.limits)
     cache = plan.kv.blocks * plan.kv.block_size * plan.kv.bytes_per_token
     return {name: cost.device_bytes(name, placed, cache, working) for name in plan.predicted.devices}
 

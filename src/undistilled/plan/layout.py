@@ -67,15 +67,7 @@ class Layouts:
 
     def at(self, context: int, batch: int) -> Layout:
         limits, kv = sized(self.spec, context, batch, self.block, self.cache, self.kind)
-        working = cost.activation_bytes(
-            self.spec,
-            chunk=limits.chunk,
-            batch=batch,
-            context=context,
-            compute=self.compute,
-            kind=self.kind,
-            scheme=self.scheme,
-        )
+        working = self.working(self.spec, limits)
         cache = kv.blocks * kv.block_size * kv.bytes_per_token
         homes = place(self.loaded, self.free, cache, working)
         placed = [self._home(p, homes[p.weight.name]) for p in self.loaded]
@@ -85,6 +77,18 @@ class Layouts:
                 found = cost.device_bytes(name, placed, cache, working)
                 devices[name] = DevicePrediction(bytes=found, available=available, fits=found.total <= available)
         return Layout(limits, kv, placed, devices)
+
+    def working(self, spec: ModelSpec, limits: Limits) -> int:
+        """Bytes of a pass's activations, of this model or of a rank's share of it."""
+        return cost.activation_bytes(
+            spec,
+            chunk=limits.chunk,
+            batch=limits.batch,
+            context=limits.context,
+            compute=self.compute,
+            kind=self.kind,
+            scheme=self.scheme,
+        )
 
     def _home(self, p: Placed, home: str) -> Placed:
         found = self._homed.get((p.weight.name, home))

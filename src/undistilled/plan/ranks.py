@@ -19,10 +19,9 @@ from .cut import Cuts
 from .hardware import Device, Link, Machine
 from .layout import BLOCK, Layout, Layouts, sized
 from .mesh import Mesh
+from .order import Links, ordered
 from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
 
-# a message between two processes where no link was measured: seconds until it is there, and bytes a second
-ESTIMATED = {"cpu": (150e-6, 1.5e9), "cuda": (20e-6, 20e9)}
 # bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
 RANK_RUNTIME = {"cpu": 262_000_000, "cuda": 600_000_000}
 GROUPS = {"cpu": 15_000_000, "cuda": 300_000_000}
@@ -64,8 +63,10 @@ ONE = Degrees()
 MOST = 1024  # ranks
 
 
-def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, stored: Mapping[str, str]) -> Mesh:
-    """The mesh over these devices: GPUs one a rank where there are any, else processes of the CPU."""
+def mesh_for(
+    degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, stored: Mapping[str, str], links: Sequence[Link]
+) -> Mesh:
+    """The mesh over these devices, stages on the fastest links: a GPU a rank where there are any, else processes."""
     degrees.check(spec.layers)
     gpus = [d for d in devices if d.kind == "cuda"]
     if gpus and degrees.size > len(gpus):
@@ -73,8 +74,8 @@ def mesh_for(degrees: Degrees, devices: Sequence[Device], spec: ModelSpec, store
             f"{degrees.size} ranks, but {len(gpus)} GPU{'s' * (len(gpus) > 1)}.",
             "Fewer ranks, or --device cpu, where they are processes.",
         )
-    used = gpus[: degrees.size] if gpus else [devices[0]] * degrees.size
     inner = degrees.tp * degrees.ep
+    used = ordered(gpus, inner, degrees.pp, Links(links)) if gpus else [devices[0]] * degrees.size
     stages = [used[at : at + inner] for at in range(0, len(used), inner)]
     room = [float(sum(stage[i].free_bytes for stage in stages)) for i in range(inner)]
     uneven = max(room) > 1.1 * min(room)
@@ -163,7 +164,7 @@ class RankLayouts(Layouts):
         block: int = BLOCK,
     ) -> None:
         super().__init__(spec, loaded, free, scheme=scheme, compute=compute, cache=cache, block=block)
-        self.mesh, self.links = mesh, links
+        self.mesh, self.links = mesh, Links(links)
         self.kind = "cuda" if mesh.devices[0] != "cpu" else "cpu"
         self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded})
         self._weights = [self._held(rank) for rank in range(mesh.size)]
@@ -199,16 +200,7 @@ class RankLayouts(Layouts):
         narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
         if self.mesh.stage(rank) != self.mesh.pp - 1:
             narrow = replace(narrow, vocab=1)
-        working = cost.activation_bytes(
-            narrow,
-            chunk=limits.chunk,
-            batch=limits.batch,
-            context=limits.context,
-            compute=self.compute,
-            kind=kind,
-            scheme=self.scheme,
-        )
-        working = max(working, cost.load_bytes(self.loaded) - cache)
+        working = max(self.working(narrow, limits), cost.load_bytes(self.loaded) - cache)
         constant = GROUPS[kind] + (cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind])
         held = self._weights[rank]
         total = held + cache + working + constant
@@ -221,7 +213,8 @@ class RankLayouts(Layouts):
         message = rows * self.spec.hidden * WIDTH["float32" if self.kind == "cpu" else self.compute]
         seconds = 0.0
         if inner > 1:
-            latency, rate = self._link(rank, next(p for p in mesh.peers(rank) if p != rank))
+            met = [self._link(rank, peer) for peer in mesh.peers(rank) if peer != rank]
+            latency, rate = max(link[0] for link in met), min(link[1] for link in met)
             reduce = latency + message * (inner - 1) / rate
             seconds += reduce * (2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0))
             if mesh.stage(rank) == mesh.pp - 1:
@@ -232,11 +225,7 @@ class RankLayouts(Layouts):
         return seconds
 
     def _link(self, a: int, b: int) -> tuple[float, float]:
-        ends = {self.mesh.devices[a], self.mesh.devices[b]}
-        for link in self.links:
-            if {link.a, link.b} == ends:
-                return link.latency_s, link.bytes_per_s
-        return ESTIMATED[self.kind]
+        return self.links.between(self.mesh.devices[a], self.mesh.devices[b])
 
 
 def _sum(each: list[Bytes]) -> Bytes:

@@ -89,7 +89,7 @@ def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layout
         return Layouts(spec, loaded, free, scheme=scheme, compute=compute, cache=cache)
     if ask.mtp:
         raise UsageError("The multi-token-prediction layer is not cut over ranks yet.", "Leave --mtp out.")
-    mesh = mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded})
+    mesh = mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded}, machine.links)
     return RankLayouts(
         spec, loaded, free, mesh=mesh, scheme=scheme, compute=compute, cache=cache, links=machine.links
     )
