@@ -244,9 +244,9 @@ def _probed() -> str:
 
 def machine() -> Machine:
     """All nodes as one machine, the driver's first; what several nodes of one address have counts once."""
+    ray = _joined()
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray = _joined()
     own, asked = ray.util.get_node_ip_address(), {}
     for node in sorted(ray.nodes(), key=lambda n: n["NodeManagerAddress"] != own):
         if node["Alive"] and node["NodeManagerAddress"] not in asked:
