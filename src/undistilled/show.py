@@ -259,6 +259,11 @@ def rank_times(result: dict[str, Any]) -> None:
         f"stages idle {result['bubble']:.0%} of the time; the busiest computes "
         f"{result['imbalance']:.2f} times the mean ({result['threads']} threads a rank)"
     )
+    if result.get("overlap") is not None:
+        out.print(
+            f"messages between stages took {result['transfer_s'] / result['elapsed_s']:.1%} of the time, "
+            f"{result['overlap']:.0%} of that hidden behind computing"
+        )
 
 
 def rebalanced(before: Any, after: Any, output: Path, result: dict[str, Any]) -> None:

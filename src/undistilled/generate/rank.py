@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,10 +22,26 @@ import zmq
 
 from ..checkpoint.resolve import find
 from ..errors import RankLost, UndistilledError
+from ..events import subscribed
 from ..load.build import build
 from ..memory import peak_bytes
 from ..parallel.comm import Comm
-from ..parallel.messages import IDLE, JOINING, Beat, Broke, Command, Loading, Pass, Ready, Report, Stop, largest
+from ..parallel.messages import (
+    IDLE,
+    JOINING,
+    Beat,
+    Broke,
+    Command,
+    Loading,
+    Moved,
+    Pass,
+    Ready,
+    Report,
+    Stop,
+    Watch,
+    largest,
+)
+from ..parallel.moves import Moves
 from ..parallel.share import share
 from ..plan.plan import Plan, read_plan
 from ..plan.ranks import cuts_of
@@ -55,6 +72,7 @@ class Rank:
         self.part: Part | None = None
         self.idle_since: float | None = monotonic()
         self.joining = 0.0  # since when
+        self.moves, self.watched = Moves(), ExitStack()
 
     def say(self, report: Report) -> None:
         with self.lock:
@@ -63,6 +81,8 @@ class Rank:
     def beats(self) -> None:
         """Signs of life until the process ends."""
         while True:
+            if moves := self.moves.take():
+                self.say(Moved(self.number, moves))
             self.say(msgspec.structs.replace(self.beat(), peak=peak_bytes()))
             time.sleep(HEARTBEAT)
 
@@ -105,6 +125,9 @@ class Rank:
             match command:
                 case Stop():
                     return
+                case Watch():
+                    self.watched.close()
+                    self.watched.enter_context(subscribed(self.moves))
                 case Pass():
                     self.part.submit(command)
 

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..generate.engine import Engine
 from ..memory import peak_bytes
 from ..schedule.request import Request, Sampling
-from .ranks import Clocks, report
+from .ranks import Clocks, report, watched
 
 WARM_UP_TOKENS = 4
 
@@ -62,10 +62,11 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
     once(engine, min(prompt_tokens, 64), WARM_UP_TOKENS, batch)
     ranks = engine.runner.crew is not None
     before, began = (Clocks.read(engine) if ranks else None), perf_counter()
-    runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
+    with watched(engine) as moves:
+        runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
     elapsed = perf_counter() - began
     predicted = engine.plan.predicted
-    shared = report(engine, Clocks.read(engine) - before, elapsed) if before else {}
+    shared = report(engine, Clocks.read(engine) - before, elapsed, moves) if before else {}
     return shared | {
         "model": engine.name,
         "scheme": engine.plan.scheme,

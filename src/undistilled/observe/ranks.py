@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..events import emit, subscribed
 from ..generate.engine import Engine
 from ..memory import peak_bytes
+from ..parallel.moves import Moves, overlap
 from ..plan.mesh import Mesh
 from ..plan.ranks import balanced
 
@@ -41,21 +45,40 @@ def peaks(engine: Engine) -> list[int]:
     return [peak_bytes(), *(beat.peak for _, beat in sorted(crew.beats.items()))]
 
 
-def report(engine: Engine, spent: Clocks, elapsed: float) -> dict[str, Any]:
-    """Of `elapsed` seconds: each rank's peak beside its plan, the pipeline's bubble, how uneven its stages are."""
-    plan = engine.plan
-    assert plan.mesh is not None
+@contextmanager
+def watched(engine: Engine) -> Iterator[Moves | None]:
+    """What rank 0 hands over within the block, while the other ranks keep what they do; None where the ranks are
+    GPUs, whose messages no host's clock sees, or of several hosts, whose clocks differ."""
+    crew, mesh = engine.runner.crew, engine.plan.mesh
+    if crew is None or mesh is None or mesh.pp == 1 or crew.place.hosts > 1 or engine.runner.device.type == "cuda":
+        yield None
+        return
+    moves = Moves()
+    crew.watch()
+    with subscribed(moves):
+        yield moves
+
+
+def report(engine: Engine, spent: Clocks, elapsed: float, moves: Moves | None = None) -> dict[str, Any]:
+    """Of `elapsed` seconds: each rank's peak beside its plan, the pipeline's bubble, how uneven its stages are, and
+    how much of what was handed over (`watched`) was hidden behind computing. An event "ranks" has the same."""
+    plan, crew = engine.plan, engine.runner.crew
+    assert plan.mesh is not None and crew is not None
     stages = stage_seconds(plan.mesh, spent.busy)
     rows = [
         {"device": p.device, "peak_bytes": peak, "planned_bytes": p.bytes.total, "busy_s": busy, "waited_s": waited}
         for p, peak, busy, waited in zip(plan.predicted.ranks, peaks(engine), spent.busy, spent.waited, strict=True)
     ]
-    return {
-        "ranks": rows,
+    met = overlap(plan.mesh, {0: moves.take(), **crew.moves}) if moves else None
+    shared = {
         "elapsed_s": elapsed,
         "bubble": 1 - sum(stages) / len(stages) / elapsed,
         "imbalance": max(stages) / (sum(stages) / len(stages)),
+        "transfer_s": met and met.seconds,
+        "overlap": met and met.efficiency,
     }
+    emit("ranks", **shared)
+    return {"ranks": rows, **shared}
 
 
 def stage_seconds(mesh: Mesh, busy: list[float]) -> list[float]:

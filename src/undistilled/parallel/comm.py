@@ -27,6 +27,9 @@ ONE_SHOT = 1 << 20  # bytes
 PENDING = 64  # messages that are kept until they have arrived; a step has fewer passes
 TIMEOUT = timedelta(minutes=60)  # the driver's watchdog is there long before
 
+HANDING, RECEIVING = "send to the next stage", "receive from the stage before"
+RETURNING, RETURNED = "send logits to rank 0", "receive logits of the last stage"
+
 
 class Comm:
     """A rank's way to the others. `entered`: collectives and messages begun; `waited`: seconds spent in them."""
@@ -130,20 +133,20 @@ class Comm:
 
     def send_on(self, h_TD: torch.Tensor) -> None:
         """Hidden states to the next stage; computing goes on while they are on their way."""
-        self._send(h_TD, self.rank + self.mesh.inner, self.forward, "send to the next stage")
+        self._send(h_TD, self.rank + self.mesh.inner, self.forward, HANDING)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Hidden states of the stage before."""
-        return self._receive(shape, dtype, self.rank - self.mesh.inner, self.forward, "receive from the stage before")
+        return self._receive(shape, dtype, self.rank - self.mesh.inner, self.forward, RECEIVING)
 
     def send_back(self, logits_TV: torch.Tensor) -> None:
         """Logits from the last stage's first rank to the driver."""
-        self._send(logits_TV, 0, self.back, "send logits to rank 0")
+        self._send(logits_TV, 0, self.back, RETURNING)
 
     def receive_back(self, rows: int, vocab: int) -> torch.Tensor:
         """What `send_back` sent, float32."""
         source = self.mesh.size - self.mesh.inner
-        return self._receive((rows, vocab), torch.float32, source, self.back, "receive logits of the last stage")
+        return self._receive((rows, vocab), torch.float32, source, self.back, RETURNED)
 
     def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup, what: str) -> None:
         with self._during(what, x.numel() * x.element_size()):

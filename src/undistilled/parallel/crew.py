@@ -19,7 +19,22 @@ import zmq
 from ..errors import RankLost, UndistilledError, named
 from ..events import emit
 from ..wire import Wire, bounded
-from .messages import COMPUTING, IDLE, Beat, Broke, Command, Here, Loading, Pass, Ready, Report, Stop
+from .messages import (
+    COMPUTING,
+    IDLE,
+    Beat,
+    Broke,
+    Command,
+    Handed,
+    Here,
+    Loading,
+    Moved,
+    Pass,
+    Ready,
+    Report,
+    Stop,
+    Watch,
+)
 from .places import LOST, Place
 
 WATCHDOG = 60.0  # seconds
@@ -36,6 +51,7 @@ class Crew:
         self.place, self.watchdog = place, watchdog
         self.fault: UndistilledError | None = None
         self.beats: dict[int, Beat] = {}
+        self.moves: dict[int, list[Handed]] = {}  # of ranks that `watch` asked for them
         self._step: Callable[[], Beat] | None = None  # while the driver is in a step
         self._heard = dict.fromkeys(range(1, place.size), time.monotonic() + STARTED)
         self._ready: set[int] = set()
@@ -74,6 +90,11 @@ class Crew:
     def _say(self, message: Command) -> None:
         with self._saying:
             self._out.send_multipart(self._wire.pack(message))
+
+    def watch(self) -> None:
+        """Have the others say when they hand over; call it while no pass is on its way."""
+        self.moves.clear()
+        self._say(Watch())
 
     def check(self) -> None:
         """RankLost, or what a rank could not do, where the run cannot go on."""
@@ -152,6 +173,8 @@ class Crew:
                 self._ready.add(rank)
             case Loading(rank, done, total):
                 emit("load.rank", rank=rank, done=done, total=total)
+            case Moved(rank, moves):
+                self.moves.setdefault(rank, []).extend(moves)
             case Beat(rank):
                 self.beats[rank] = report
                 emit("rank", rank=rank, passes=report.passes, busy=report.busy, waited=report.waited)

@@ -61,7 +61,7 @@ class Local:
         assert plan.mesh is not None
         self.mesh, self.model = plan.mesh, model
         self.size, self.device, self.network = plan.mesh.size, plan.mesh.devices[0], LOOPBACK
-        self.threads = threads(self.size)
+        self.hosts, self.threads = 1, threads(self.size)
         self.directory = private_directory()
         self.store = f"{self.directory}/rendezvous"
         plan.write(Path(self.directory) / "plan.json")

@@ -38,6 +38,10 @@ class Stop(msgspec.Struct, tag=True):
     """The rank's process ends."""
 
 
+class Watch(msgspec.Struct, tag=True):
+    """From now on, say when messages between stages were sent and received."""
+
+
 class Loading(msgspec.Struct, tag=True):
     """done, total: bytes of the rank's own share."""
 
@@ -74,5 +78,21 @@ class Beat(msgspec.Struct, tag=True):
     peak: int = 0  # largest resident size of the process so far, bytes
 
 
-Command = Pass | Here | Stop
-Report = Loading | Ready | Broke | Beat
+class Handed(msgspec.Struct, array_like=True):
+    """A message between stages, at one of its ends: when that began and ended, by the host's clock; bytes."""
+
+    operation: str
+    began: float
+    ended: float
+    nbytes: int
+
+
+class Moved(msgspec.Struct, tag=True):
+    """What a rank sent and received since its last report."""
+
+    rank: int
+    moves: list[Handed]
+
+
+Command = Pass | Here | Watch | Stop
+Report = Loading | Ready | Broke | Beat | Moved

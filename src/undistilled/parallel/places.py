@@ -38,6 +38,7 @@ class Place(Protocol):
     size: int
     device: str
     store: str
+    hosts: int
     threads: int  # of the driver
     network: dict[str, str]
 

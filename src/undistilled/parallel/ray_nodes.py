@@ -130,6 +130,7 @@ class RayNodes:
             self.close()
             raise
         self.sharing = Counter(node["address"] for node in self.nodes)
+        self.hosts = len(self.sharing)
         self.threads, self.network = threads(self.sharing[self.address]), _interface(self.address)
         self.device = f"cuda:{self.nodes[0]['gpus'][0]}" if self._kind == "cuda" else "cpu"
         self._meet()
