@@ -3,8 +3,8 @@
     PYTHONPATH=src python benchmarks/gpu_ranks.py CONFIG.json [--json OUT] [--only tp pp]
 
 tp: milliseconds of a decode step at batch 1 and 32 behind 4,096 tokens and of a prefill of 4,096, on one GPU and cut
-over two; and what the collectives of a step take, which is the step with them less the step without, beside what the
-plan says from links measured in the same run.
+over two; and what the collectives of a step take by themselves, beside what the plan says from links measured in the
+same run.
 pp: eight parts of a batch (prompts of 512 tokens; rows of a decode batch of 32) through two stages with 1, 4 and 8 of
 them in the pipeline together. Idle is the share of the two GPUs' time in which they do not compute, beside
 (p - 1) / (m + p - 1), which is what stages of equal time leave.
@@ -29,7 +29,6 @@ from time import perf_counter
 import torch
 
 from gpu_slice import randomise
-from undistilled.generate.graphs import Graphs
 from undistilled.generate.runner import Runner
 from undistilled.load.build import DTYPE, Memory
 from undistilled.model.decoder import Decoder
@@ -167,17 +166,35 @@ def tensor(member: Member) -> dict:
         f"decode_{ROWS}_ms": steps(member, ROWS),
     }
     if member.comm:
-        silence(member)
-        found |= {"alone_1_ms": steps(member, 1), f"alone_{ROWS}_ms": steps(member, ROWS)}
+        found["collectives_ms"] = {rows: collectives(member, rows) for rows in (1, ROWS)}
     return found
 
 
-def silence(member: Member) -> None:
-    """No collectives from here on: what is computed is nonsense and takes the same time."""
-    comm = member.comm
-    comm.all_reduce = lambda x: x
-    comm.all_gather = lambda x, widths: torch.cat([x] * len(widths), -1)
-    member.part.graphs = Graphs(member.decoder, member.part.caches)
+def collectives(member: Member, rows: int) -> list[float]:
+    """Milliseconds of a decode step's sums and of its logits' gathering, by themselves in one graph."""
+    comm, spec = member.comm, member.spec
+    x = torch.zeros(rows, spec.hidden, device=comm.device, dtype=member.decoder.dtype)
+    y = torch.zeros(rows, spec.vocab // 2, device=comm.device, dtype=x.dtype)
+
+    def step() -> None:
+        for _ in range(1 + 2 * spec.layers):
+            comm.all_reduce(x)
+        comm.all_gather(y, [y.shape[1]] * 2)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(STEPS):
+            step()
+    taken = []
+    for _ in range(5):
+        member.together()
+        began = perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        taken.append((perf_counter() - began) / STEPS * 1e3)
+    return [median(taken[1:]), min(taken[1:]), max(taken[1:])]
 
 
 def pipeline(member: Member, works: Callable[[], list[Pass]], together: int) -> dict:

@@ -118,13 +118,14 @@ class Watch:
         """`at`: the module's name in the checkpoint, such as "model.layers.3"."""
         self.moments: dict[str, Moments] = {}
         self.seen: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=SEEN)  # inputs, and where they were added
+        home = next(module.parameters()).device
         for path, child in module.named_modules():
             if isinstance(child, Linear):
                 self._watch(".".join(filter(None, (at, path, "weight"))), child)
             for name, bank in child.named_children():
                 if isinstance(bank, LocalBank):
                     experts = f"{at}.{path.removesuffix('.banks')}.experts.*"
-                    setattr(child, name, WatchedBank(bank, experts, self.moments))
+                    setattr(child, name, WatchedBank(bank, experts, self.moments, home))
 
     def _watch(self, name: str, module: Linear) -> None:
         def after(_module: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> None:
@@ -165,11 +166,11 @@ class WatchedBank(nn.Module):
     gradient does not depend on it, and experts need not be read twice.
     """
 
-    def __init__(self, bank: LocalBank, at: str, moments: dict[str, Moments]) -> None:
+    def __init__(self, bank: LocalBank, at: str, moments: dict[str, Moments], home: torch.device) -> None:
         super().__init__()
         self.stored = {name: getattr(bank, name).stored for name in ("gate", "up", "down")}
         self.met_E = torch.zeros(self.stored["gate"].shape[0])
-        into, out = (_Sums(self.stored[name].shape) for name in ("gate", "down"))
+        into, out = (_Sums(self.stored[name].shape, home) for name in ("gate", "down"))
         self.sums = {"gate": into, "up": into, "down": out}
         self.of = {}
         for name, sums in self.sums.items():
@@ -197,16 +198,16 @@ class WatchedBank(nn.Module):
 
 
 class _Sums:
-    """Sums of x x^T: an expert's own, or one for all with each expert's diagonal. On the CPU, whatever x is on."""
+    """Sums of x x^T: an expert's own, or one for all with each expert's diagonal. `home`: where x is."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], home: torch.device) -> None:
         experts, _, width = shape
         own = 4 * experts * width * width <= LARGEST
-        self.inputs = torch.zeros(experts, width, width) if own else torch.zeros(width, width)
-        self.diagonals = None if own else torch.zeros(experts, width)
+        self.inputs = torch.zeros((experts, width, width) if own else (width, width), device=home)
+        self.diagonals = None if own else torch.zeros(experts, width, device=home)
 
     def add(self, expert: int, x_TK: torch.Tensor) -> None:
-        total = (x_TK.T @ x_TK).cpu()
+        total = x_TK.T @ x_TK
         (self.inputs[expert] if self.diagonals is None else self.inputs).add_(total)
         if self.diagonals is not None:
             self.diagonals[expert] += total.diagonal()

@@ -210,7 +210,8 @@ class RankLayouts(Layouts):
     def talk(self, rank: int, rows: int) -> float:
         """Seconds of collectives and messages of one step over `rows` rows, as the links allow."""
         mesh, inner = self.mesh, self.mesh.inner
-        message = rows * self.spec.hidden * WIDTH["float32" if self.kind == "cpu" else self.compute]
+        width = WIDTH["float32" if self.kind == "cpu" else self.compute]
+        message = rows * self.spec.hidden * width
         seconds = 0.0
         if inner > 1:
             met = [self._link(rank, peer) for peer in mesh.peers(rank) if peer != rank]
@@ -218,7 +219,7 @@ class RankLayouts(Layouts):
             reduce = latency + message * (inner - 1) / rate
             seconds += reduce * (2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0))
             if mesh.stage(rank) == mesh.pp - 1:
-                seconds += latency + rows * self.spec.vocab * 4 * (inner - 1) / inner / rate
+                seconds += latency + rows * self.spec.vocab * width * (inner - 1) / inner / rate
         if mesh.stage(rank) > 0:
             latency, rate = self._link(rank, rank - inner)
             seconds += latency + message / rate
