@@ -71,10 +71,17 @@ def test_a_replay_has_the_bits_of_the_pass(name, scheme, tmp_path):
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
 @pytest.mark.parametrize("kv", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "auto", "int8"])
 def test_other_caches_and_products(name, kv, dtype, tmp_path):
     decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIGS[name]), scheme="int8", dtype=dtype)
     assert passes(decoder, COUNTS, kv).programs
+
+
+@pytest.mark.parametrize("scheme", ["int8-g32", "int4", "int8,expert=nl3-g32,expert.down=int4-g32-sym"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
+def test_products_of_integers(name, scheme, tmp_path):
+    decoder, _ = load(write_checkpoint(tmp_path / "m", CONFIGS[name]), scheme=scheme, dtype="int8")
+    assert passes(decoder, COUNTS).programs
 
 
 def test_what_has_no_kernel_is_refused_and_right(tmp_path):

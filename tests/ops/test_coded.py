@@ -102,7 +102,7 @@ def test_experts(gate, down, products):
     shapes = (gate, (count, inner, d)), (gate, (count, inner, d)), (down, (count, d, inner))
     held = [make(name, shape, products, at)[0] for at, (name, shape) in enumerate(shapes)]
     found = experts.resolve(held[0], torch.float32)
-    assert found.name == ("native bf16" if products else "native")
+    assert found.name == "native"
     for rows in (1, 5, 40):
         x, chosen, shares = routed(rows, top, count, d, rows)
         chosen[chosen == 3] = 5

@@ -27,8 +27,8 @@ def _restore_threads():
     torch.set_num_threads(threads)
 
 
-def linear(kind, x, *weight, rounded=False):
-    return native.linear(x, matrix(kind, *weight, rounded))
+def linear(kind, x, *weight, products=None):
+    return native.linear(x, matrix(kind, *weight, products))
 
 
 def dequantise(kind, *weight, rows=None):

@@ -203,6 +203,7 @@ def test_mtp_is_counted_and_loaded_only_when_asked_for(r1):
         ({"scheme": "fp32"}, "float32", "float32"),
         ({"dtype": "float32"}, "float32", "float32"),
         ({"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+        ({"dtype": "int8", "scheme": "experts-nl3"}, "int8", "int8"),
     ],
 )
 def test_a_cpu_multiplies_in_bf16_where_its_kernels_do(ask, here, elsewhere):
@@ -220,9 +221,14 @@ def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
     for dtype, scheme in (("float8", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")):
         with pytest.raises(UsageError, match=r"float8|float32"):
             make(model, "laptop-16gb", dtype=dtype, scheme=scheme)
+    for scheme in ("bf16", "nl3-g64"):
+        with pytest.raises(UsageError, match="integers"):
+            make(model, "laptop-16gb", dtype="int8", scheme=scheme)
+    with pytest.raises(UsageError, match="cuda:0"):
+        make(model, "h100", dtype="int8", scheme="int8")
     plan = make(model, "laptop-16gb", scheme="fp16")
-    for dtype in ("float16", "bfloat16"):
-        with pytest.raises(BadArtefact, match=r"float32|float16"):
+    for dtype in ("float16", "bfloat16", "int8"):
+        with pytest.raises(BadArtefact, match=r"float32|float16|integers"):
             check(plan.model_copy(update={"compute_dtype": dtype}), model.spec, model.config)
 
 
@@ -235,11 +241,15 @@ def test_values_that_bf16_does_not_hold_and_routers_keep_float32_products():
         assert products_of("attention.o", scheme, "cpu", "float32") is None
     for scheme in ("fp16", "fp32"):
         assert products_of("attention.o", scheme, "cpu", "bfloat16") is None
+    for scheme, expected in (("int8-g32", "int8"), ("int4-g32-sym", "int8"), ("int3", None), ("bf16", None)):
+        assert products_of("attention.o", scheme, "cpu", "int8") == expected
+    for role in ("router", "attention.kv_b"):
+        assert products_of(role, "int8", "cpu", "int8") is None
     spec = find("deepseek-r1").spec
     sizes = {
         compute: cost.activation_bytes(
             spec, chunk=512, batch=1, context=4096, compute=compute, kind="cpu", scheme="int3"
         )
-        for compute in ("float32", "bfloat16")
+        for compute in ("float32", "bfloat16", "int8")
     }
-    assert sizes["bfloat16"] >= sizes["float32"]
+    assert min(sizes["bfloat16"], sizes["int8"]) >= sizes["float32"]

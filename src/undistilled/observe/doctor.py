@@ -47,7 +47,7 @@ def examine(
 def kernels(kind: str) -> list[dict[str, str]]:
     """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself.
 
-    On a CPU with BF16 products a scheme has a row for them too; `products` says what a row's activations are.
+    On a CPU a scheme has a row for products of BF16 and of INT8 too, where it has them; `products` says which.
     """
     import torch
 
@@ -59,10 +59,11 @@ def kernels(kind: str) -> list[dict[str, str]]:
         return []
     rows = []
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
+    rounding = ("bfloat16", "int8") if native.rounds() else ("int8",)
     for name, scheme in {**schemes.SCHEMES, "dynamic blocks": BLOCKS}.items():
         parts = {k: v.to(kind) for k, v in scheme.compress(torch.zeros(64, 64)).items()}
-        rounded = products_of("attention.o", scheme.name, kind, "bfloat16") if native.rounds() else None
-        for products in (None, rounded) if rounded else (None,):
+        rounded = (products_of("attention.o", scheme.name, kind, to) for to in rounding)
+        for products in (None, *filter(None, rounded)):
             kernel = linear.resolve(schemes.Stored(scheme, (64, 64), parts, products), dtype)
             missing = kind == "cuda" and kernel is linear.reference and cuda.why_missing()
             why = f"no fast kernel: {missing}" if missing else kernel.why

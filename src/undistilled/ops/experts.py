@@ -10,7 +10,7 @@ import torch
 from ..scheme import Stored
 from . import triton as cuda
 from .cpu import native
-from .linear import LARGE, apply, checked, native_ready, rounds_ready
+from .linear import LARGE, apply, checked, integers_ready, native_ready, rounds_ready
 from .registry import op
 from .swiglu import silu_mul
 
@@ -58,19 +58,17 @@ def _one(weight: Stored, expert: int) -> Stored:
     return found  # type: ignore[return-value]
 
 
-@experts.register("native", native_ready, "our C kernel: each chosen expert's weights read once for all rows")
+def _ready(w: Stored, dtype: torch.dtype) -> bool:
+    return native_ready(w, dtype) or rounds_ready(w, dtype) or integers_ready(w, dtype)
+
+
+@experts.register("native", _ready, "our C kernel: each chosen expert's weights read once for all rows")
 def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    few = ids_Tk.numel() < LARGE * gate.shape[0] and native_ready(up, x_TD.dtype) and native_ready(down, x_TD.dtype)
-    return (_rows if few else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
-
-
-@experts.register("native bf16", rounds_ready, "our C kernel: BF16 products, each chosen expert's weights read once")
-def _native_rounded(
-    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
-) -> torch.Tensor:
-    served = rounds_ready(up, x_TD.dtype) and rounds_ready(down, x_TD.dtype)
+    three = (gate, up, down)
+    few = ids_Tk.numel() < LARGE * gate.shape[0] or all(w.products for w in three)
+    served = few and all(_ready(w, x_TD.dtype) for w in three)
     return (_rows if served else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, fp8_channel, int8, plain
+from . import integers
 from . import triton as cuda
 from .add import add
 from .cpu import matrix, native
@@ -20,9 +21,16 @@ LARGE = 32  # tokens from which a matrix product on a dense copy beats the kerne
 @op
 def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     """Round the activations where the weight's products ask for it, decompress to their dtype, multiply."""
-    if weight.products:
-        x_TK = x_TK.to(getattr(torch, weight.products)).to(x_TK.dtype)
-    return F.linear(x_TK, weight.dense(x_TK.dtype))
+    return F.linear(rounded(x_TK, weight), weight.dense(x_TK.dtype))
+
+
+def rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """The activations that the weight's products multiply."""
+    if weight.products is None:
+        return x_TK
+    if weight.products == "int8":
+        return integers.rounded(x_TK, integers.shared(getattr(weight.scheme, "group", 0)))
+    return x_TK.to(getattr(torch, weight.products)).to(x_TK.dtype)
 
 
 def apply(x_TK: torch.Tensor, weight: Stored, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,6 +103,11 @@ def rounds_ready(w: Stored, dtype: torch.dtype) -> bool:
     return w.products == "bfloat16" and exact and native.rounds() and native_reads(w, dtype)
 
 
+def integers_ready(w: Stored, dtype: torch.dtype) -> bool:
+    """Whether the C kernels serve this weight's products with activations rounded to INT8."""
+    return w.products == "int8" and integers.serves(w.scheme) and native_reads(w, dtype)
+
+
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if x_TK.shape[0] < LARGE:
@@ -107,6 +120,7 @@ def checked(weight: Stored) -> matrix.Matrix:
     return weight.once("matrix", matrix.of)
 
 
+@linear.register("native int8", integers_ready, "our C kernel: INT8 products by groups, one result whatever the batch")
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear(x_TK.contiguous(), checked(weight))
@@ -129,8 +143,7 @@ def _native_by_row(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 def _as_blocks(weight: Stored) -> matrix.Matrix:
     (n, k), block = weight.shape, fp8_block.BLOCK
     ones = torch.ones(-(-n // block), -(-k // block))
-    kind, rounded = matrix.KIND["fp8_block"], weight.products is not None
-    return matrix.matrix(kind, weight.parts["values"], ones, None, n, k, block, rounded)
+    return matrix.matrix(matrix.KIND["fp8_block"], weight.parts["values"], ones, None, n, k, block, weight.products)
 
 
 @linear.register(

@@ -12,7 +12,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import rounds
+from .recipes import products_of
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 RUNTIME = {"cpu": 277_000_000, "cuda": 600_000_000}
 TOKENIZER = 500  # bytes an entry of the vocabulary: SmolLM2's 49,152 take 24 MB, R1's 129,280 take 100 MB
 Dtype = Literal["float32", "bfloat16", "float16"]
-WIDTH: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value
+Compute = Literal["float32", "bfloat16", "float16", "int8"]  # of products; int8 on a CPU alone
+WIDTH: dict[Compute, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value between layers
 RANGE = 1 << 20  # elements of a tensor that are on their way to their scheme at once (see load/build.py)
 LOADING = 48  # bytes of copies for each of them while they are turned into another scheme
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
@@ -95,39 +96,55 @@ def seconds(
     flops = prefill_flops(spec, active, context)
     prompt = 0.0
     for name, device in devices.items():
-        share = _flop_share(placed, spec, name)
-        rate = device.ceilings.fp32_flops if compute == "float32" else device.ceilings.bf16_flops
-        prompt += share * flops * chunk / rate
-        rounded = device.bf16_products and compute == "bfloat16"
-        prompt += _unpack_bytes(placed, spec, name, chunk, rounded) / device.ceilings.read_bytes_per_s
+        for products, share in _flop_shares(placed, spec, name, compute).items():
+            prompt += share * flops * chunk / rate(device, products)
+        native = compute == "int8" or (device.bf16_products and compute == "bfloat16")
+        unpacked = _unpack_bytes(placed, spec, name, chunk, compute if native else "float32")
+        prompt += unpacked / device.ceilings.read_bytes_per_s
     prompt += launches(spec, chunk) * max(d.ceilings.launch_s for d in devices.values())
     return chunk / prompt, batch / step
 
 
-def _flop_share(placed: list[Placed], spec: ModelSpec, device: str) -> float:
+def rate(device: Device, products: str) -> float:
+    """Operations a second of products of this dtype; of int8 no less than of float32, where not measured or slower."""
+    ceilings = device.ceilings
+    if products == "int8":
+        return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
+    return ceilings.fp32_flops if products == "float32" else ceilings.bf16_flops
+
+
+def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: str) -> dict[str, float]:
+    """The shares of all linear layers' operations that a device has, by the dtype of their products."""
+
     def work(p: Placed) -> float:
         active = spec.moe.per_token / spec.moe.experts if p.weight.experts and spec.moe else 1.0
         return p.weight.params * active if p.weight.is_linear else 0.0
 
-    total = sum(work(p) for p in placed)
-    return sum(work(p) for p in placed if p.row.compute == device) / total
+    total, shares = sum(work(p) for p in placed), dict.fromkeys((compute,), 0.0)
+    for p in placed:
+        if p.row.compute == device:
+            mixed = compute == "int8" and not products_of(p.row.role, p.row.scheme, "cpu", compute)
+            products = "float32" if mixed else compute
+            shares[products] = shares.get(products, 0.0) + work(p) / total
+    return shares
 
 
-def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int, rounded: bool) -> float:
+def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int, compute: str) -> float:
     """Bytes moved to read each touched weight and, where it is not dense already, to write and read it dense.
 
-    Products of `rounded` activations unpack a weight in the caches.
+    Products of rounded activations unpack a weight in the caches.
     """
     moved = 0.0
     for p in placed:
         if p.row.compute == device and p.weight.is_linear:
-            dense = 0 if p.row.scheme == "fp32" or (rounded and rounds(p.row.scheme)) else 8 * p.weight.params
+            rounded = products_of(p.row.role, p.row.scheme, "cpu", compute)
+            dense = 0 if p.row.scheme == "fp32" or rounded else 8 * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
 
 
 def activation_bytes(
-    spec: ModelSpec, *, chunk: int, batch: int, context: int, compute: Dtype, kind: str, scheme: str
+    spec: ModelSpec, *, chunk: int, batch: int, context: int, compute: Compute, kind: str, scheme: str
 ) -> int:
     """The largest working set of a pass: rows of the widest layers, and a copy for products, of a weight or of rows."""
     width = 4 if kind == "cpu" else WIDTH[compute]
@@ -141,9 +158,10 @@ def activation_bytes(
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
-    # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that
+    # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. INT8 rows with
+    # their scales are smaller, and float32's dense copy is there for weights that have no integers
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
-    return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute == "bfloat16" else 0)
+    return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", "int8") else 0)
 
 
 def _largest_linear(spec: ModelSpec, kind: str) -> int:

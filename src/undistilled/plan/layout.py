@@ -12,7 +12,7 @@ from itertools import groupby
 
 from ..model.spec import ModelSpec
 from . import cost
-from .cost import WIDTH, Dtype, Placed
+from .cost import WIDTH, Compute, Dtype, Placed
 from .plan import ContextPrediction, DevicePrediction, Kv, Limits, RankPrediction
 
 BLOCK = 16  # tokens in a cache block
@@ -56,7 +56,7 @@ class Layouts:
         free: Mapping[str, int],
         *,
         scheme: str,
-        compute: Dtype,
+        compute: Compute,
         cache: Dtype,
         block: int = BLOCK,
     ) -> None:

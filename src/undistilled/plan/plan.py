@@ -102,7 +102,7 @@ class Plan(Frozen):
     architecture: str
     machine: str
     scheme: str  # the recipe that every row follows, else MIXED
-    compute_dtype: Literal["float32", "bfloat16", "float16"]  # of products; on a CPU activations are float32 between
+    compute_dtype: Literal["float32", "bfloat16", "float16", "int8"]  # of products; activations: below
     parameters: int
     active_parameters: int
     tensors: int
@@ -118,7 +118,7 @@ class Plan(Frozen):
 
     @property
     def activation_dtype(self) -> str:
-        """The dtype of the tensors between layers."""
+        """The dtype of the tensors between layers: on a CPU float32, whatever products round them to."""
         return "float32" if list(self.predicted.devices) == ["cpu"] else self.compute_dtype
 
     def on(self, rank: int, device: str) -> Plan:

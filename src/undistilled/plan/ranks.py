@@ -14,7 +14,7 @@ from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme import bytes_of, get
 from . import cost
-from .cost import WIDTH, Dtype, Placed
+from .cost import WIDTH, Compute, Dtype, Placed
 from .cut import Cuts
 from .hardware import Device, Link, Machine
 from .layout import BLOCK, Layout, Layouts, sized
@@ -158,7 +158,7 @@ class RankLayouts(Layouts):
         *,
         mesh: Mesh,
         scheme: str,
-        compute: Dtype,
+        compute: Compute,
         cache: Dtype,
         links: Sequence[Link] = (),
         block: int = BLOCK,
@@ -252,7 +252,7 @@ def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) 
         small = cost.launches(spec, limits.batch) * device.ceilings.launch_s * part
         decode += read / mesh.inner * shared / device.ceilings.read_bytes_per_s
         decode += small + layouts.talk(rank, limits.batch)
-        rate = device.ceilings.fp32_flops if layouts.compute == "float32" else device.ceilings.bf16_flops
+        rate = cost.rate(device, layouts.compute)
         flops = part * cost.prefill_flops(spec, active, limits.context) * limits.chunk
         prefill += flops / mesh.inner * shared / rate + small + layouts.talk(rank, limits.chunk)
     return limits.chunk / prefill, limits.batch / decode

@@ -22,6 +22,7 @@ HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
+INTEGERS = ("int8", "int4")  # families with codes that activations rounded to INT8 are multiplied with
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {
@@ -86,13 +87,23 @@ def rounds(scheme: str) -> bool:
     return family(scheme) not in ROUNDED_OFF
 
 
+def integers(asked: str) -> bool:
+    """Whether a scheme, or any part of a recipe, may multiply integers."""
+    base, roles = parse(asked)
+    return base == MIXED or any(family(scheme) in INTEGERS for scheme in (base, *roles.values()))
+
+
 def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
     """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
 
-    A GPU's activations have the plan's dtype already. A router's product decides which experts run.
+    A GPU's activations have the plan's dtype already. A router's product decides which experts run. MLA's lift is
+    folded into queries in decoding, where nothing is rounded: its products in a prompt are not rounded to INT8 either.
     """
-    rounded = home == "cpu" and compute != "float32" and role != "router" and rounds(scheme)
-    return compute if rounded else None
+    if home != "cpu" or compute == "float32" or role == "router":
+        return None
+    if compute == "int8":
+        return compute if family(scheme) in INTEGERS and role != "attention.kv_b" else None
+    return compute if rounds(scheme) else None
 
 
 def label(given: Sequence[tuple[Weight, str]], spec: ModelSpec, said: str) -> str:

@@ -12,13 +12,13 @@ from ..errors import UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, counts, weights
 from . import cost
-from .cost import Dtype, Placed
+from .cost import Compute, Dtype, Placed
 from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
 from .ranks import ONE, Degrees, RankLayouts, layouts_of, mesh_for, speeds
-from .recipes import parse, rounds, scheme_of
+from .recipes import integers, parse, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
@@ -35,7 +35,7 @@ class Ask:
     mtp: bool = False
     device: str | None = None  # "cpu" keeps GPUs out
     kv_dtype: Dtype | None = None  # None: float32 where the scheme is fp32, else bfloat16
-    dtype: str = "auto"  # of products: float32, bfloat16, or what the device has its fast ones in
+    dtype: str = "auto"  # of products: float32, bfloat16, int8, or what the device has its fast ones in
     degrees: Degrees = ONE
 
 
@@ -110,7 +110,7 @@ def moved(plan: Plan, mesh: Mesh, spec: ModelSpec, machine: Machine, active: int
     )
 
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def _check_dtype(ask: Ask, scheme: str) -> None:
@@ -118,10 +118,16 @@ def _check_dtype(ask: Ask, scheme: str) -> None:
         raise UsageError(f"--dtype {ask.dtype!r} is not known.", f"Known: {', '.join(DTYPES)}.")
     if ask.dtype == "bfloat16" and not rounds(parse(scheme)[0]):
         raise UsageError(f"{scheme} weights multiply in float32.", "Leave --dtype out, or ask for another --scheme.")
+    if ask.dtype == "int8" and not integers(scheme):
+        raise UsageError(f"{scheme} weights have no integers to multiply.", "Ask for --scheme int8 or int4.")
 
 
-def _compute(ask: Ask, scheme: str, device: Device) -> Dtype:
+def _compute(ask: Ask, scheme: str, device: Device) -> Compute:
     """Of products. A CPU's activations are float32 between them, whatever it is."""
+    if ask.dtype == "int8":
+        if device.kind != "cpu":
+            raise UsageError(f"{device.name} has no products of int8 activations.", "Add --device cpu.")
+        return "int8"
     if ask.dtype == "float32" or scheme == "fp32":
         return "float32"
     if ask.dtype == "bfloat16" or device.kind != "cpu":

@@ -26,7 +26,7 @@ struct Input {
 
   // `rows` distinct rows of x, `used` places for them.
   Input(const Matrix& a, long rows, long used, Cutter& cut)
-      : a(a), row(a.rounds ? (arranged(a) + 31) / 32 * 32 : 0), group(has_offsets(a) ? a.groups() : 0),
+      : a(a), row(a.rounds ? (arranged(a) + 31) / 32 * 32 : 0), group(has_offsets(a) && !a.rounds ? a.groups() : 0),
         buffer(cut.take<uint16_t>(rows * row)), all_sums(cut.take<float>(rows * group)),
         x(cut.take<const float*>(used)), sums(cut.take<const float*>(used)), rounded(cut.take<const uint16_t*>(used)) {}
   void take(long r, const float* from) {

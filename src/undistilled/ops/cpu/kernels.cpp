@@ -24,7 +24,7 @@ thread_local Scratch scratch, prepared;
 
 // A coded tile as float32 rows: one look-up serves all rows of x.
 void tile_coded(const Matrix& a, long n, int count, const float* const* x, long rows, float* const* y) {
-  Matrix wide = {FP32, 0, count, a.k, a.k, {}, {}, {}, {}};
+  Matrix wide = {FP32, 0, count, a.k, a.k, 0, {}, {}, {}, {}};
   float* decoded = (float*)scratch.of(count * a.k * 4);
   wide.values.at = (const uint8_t*)decoded;
   for (int j = 0; j < count; j++) decode_coded(a, n + j, decoded + j * a.k);
@@ -128,7 +128,7 @@ struct Rounded : Kernel<Rounded> {
 
   Rounded(const Matrix& a, const float* x, float* y, long m)
       : a(a), x(x), y(y), m(m), row((arranged(a) + 31) / 32 * 32) {
-    name = "linear bf16";
+    name = a.rounds == TO_INT8 ? "linear int8" : "linear bf16";
     weights = bytes_of(a);
     small = m * a.n * a.k <= SERIAL;
     shared = !own();
@@ -215,7 +215,8 @@ extern "C" {
 
 void native_linear(const Matrix* a, const float* x, float* y, long m) { submit(Linear(*a, x, y, m)); }
 
-// native_linear with x rounded to BF16; aborts, as all products of matrices that round do, where HAS_PRODUCTS is 0.
+// native_linear with x rounded as the matrix says; aborts, as all products of matrices that round to BF16 do, where
+// HAS_PRODUCTS is 0.
 void native_linear_rounded(const Matrix* a, const float* x, float* y, long m) { submit(Rounded(*a, x, y, m)); }
 
 // out [n1 - n0, k] = rows n0..n1 as float32.

@@ -89,7 +89,7 @@ def build() -> Build | None:
 
 @cache
 def rounds() -> bool:
-    """Whether the kernels have products of activations rounded to BF16: `Matrix.rounded`."""
+    """Whether the kernels have products of activations rounded to BF16."""
     found = build()
     return found is not None and found.rounds
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import BadArtefact
 from ...scheme import Stored, fp8_block, grouped, int8, plain, tiles
 from ...scheme.packing import QUANTUM
+from .. import integers
 
 KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6}
 """How a weight matrix [N, K] is stored.
@@ -27,9 +28,11 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
 - int4: values uint8 [N, ceil(K/32), 16], byte i of a block holding element i (low nibble) and
   i + 16 (high); scales f16 [N, ceil(K/group)], group a multiple of 32 or K; mins like the
   scales (w = q * scale + min) or None (w = (q - 8) * scale).
-- coded: levels by groups (scheme/grouped.py), int4 with rounded activations among them, or in tiles
-  (scheme/tiles.py).
+- coded: levels by groups (scheme/grouped.py), int4 with activations rounded to BF16 among them, or in
+  tiles (scheme/tiles.py).
 """
+ROUNDS = {None: 0, "bfloat16": 1, "int8": 2}
+"""What products may round activations to: bfloat16 where `loader.rounds()`, int8 for int8 and int4."""
 
 _VALUES = (
     (torch.float32,),
@@ -62,7 +65,7 @@ class _Tiling(ctypes.Structure):
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
-        *(("kind", _I), ("rounds", _I), ("n", _L), ("k", _L), ("group", _L)),
+        *(("kind", _I), ("rounds", _I), ("n", _L), ("k", _L), ("group", _L), ("shared", _L)),
         *(("values", _Part), ("scales", _Part), ("mins", _Part), ("tiling", _Tiling)),
     ]
 
@@ -75,10 +78,13 @@ def check(ok: bool, what: str) -> None:
 class Matrix:
     """A weight [N, K], or one projection of all `experts`, checked; the kernels then check only x."""
 
-    def __init__(self, kind: int, n: int, k: int, group: int, rounded: bool = False, experts: int | None = None):
-        check(not rounded or kind > KIND["fp16"], "rounded: not for fp32 and fp16")
-        self.kind, self.n, self.k, self.rounded, self.experts = kind, n, k, rounded, experts
-        self.struct = _Matrix(kind=kind, rounds=rounded, n=n, k=k, group=group)
+    def __init__(self, kind: int, n: int, k: int, group: int, products: str | None, experts: int | None):
+        check(products != "bfloat16" or kind > KIND["fp16"], "products: not bfloat16 for fp32 and fp16")
+        integer = products == "int8"
+        check(not integer or kind in (KIND["int8"], KIND["int4"]), "products: int8 for int8 and int4 alone")
+        shared = integers.shared(group) if integer else k
+        self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
+        self.struct = _Matrix(kind=kind, rounds=ROUNDS[products], n=n, k=k, group=group or k, shared=shared)
         self.pointer = ctypes.addressof(self.struct)
         self.held: list[Tensor] = []  # keeps the storage alive
 
@@ -106,25 +112,29 @@ def matrix(
     n: int,
     k: int,
     group: int,
-    rounded: bool = False,
+    products: str | None = None,
     experts: int | None = None,
 ) -> Matrix:
-    """A weight of any KIND but "coded"; `rounded` int4 is coded."""
+    """A weight of any KIND but "coded", its products as in ROUNDS; group 0: one scale a row.
+
+    int4 with products of bfloat16 becomes coded.
+    """
     check(kind != KIND["int4"] or group % QUANTUM == 0 or group >= k, "group: int4 wants a multiple of 32")
     check(mins is None or kind == KIND["int4"], "mins: wrong kind")
-    if kind == KIND["int4"] and rounded:
+    if kind == KIND["int4"] and products == "bfloat16":
         scheme = _nibbles(-(-min(group, k) // QUANTUM) * QUANTUM, mins is not None)
         parts = {name: t for name, t in (("values", values), ("scales", scales), ("minimums", mins)) if t is not None}
-        return _by_groups(scheme, parts, n, k, rounded, experts)
-    group = fp8_block.BLOCK if kind == KIND["fp8_block"] else group if kind > KIND["fp8_block"] else k
-    made = Matrix(kind, n, k, group, rounded, experts)
+        return _by_groups(scheme, parts, n, k, products, experts)
+    group = fp8_block.BLOCK if kind == KIND["fp8_block"] else group if kind > KIND["fp8_block"] else 0
+    made = Matrix(kind, n, k, group, products, experts)
+    groups = -(-k // (group or k))
     row = (-(-k // QUANTUM), QUANTUM // 2) if kind == KIND["int4"] else (k,)
     made.struct.values = made.part(values, _VALUES[kind], (n, *row), "values")
     if kind in _SCALES:
         rows = -(-n // fp8_block.BLOCK) if kind == KIND["fp8_block"] else n
-        made.struct.scales = made.part(scales, (_SCALES[kind],), (rows, -(-k // group)), "scales")
+        made.struct.scales = made.part(scales, (_SCALES[kind],), (rows, groups), "scales")
     if mins is not None:
-        made.struct.mins = made.part(mins, (torch.float16,), (n, -(-k // group)), "mins")
+        made.struct.mins = made.part(mins, (torch.float16,), (n, groups), "mins")
     return made
 
 
@@ -143,9 +153,9 @@ def _levels(scheme: grouped.Grouped) -> Tensor:
 
 
 def _by_groups(
-    scheme: grouped.Grouped, parts: dict[str, Tensor], n: int, k: int, rounded: bool, experts: int | None
+    scheme: grouped.Grouped, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
 ) -> Matrix:
-    made = Matrix(KIND["coded"], n, k, scheme.group, rounded, experts)
+    made = Matrix(KIND["coded"], n, k, scheme.group, products, experts)
     groups, blocks = -(-k // scheme.group), -(-k // QUANTUM)
     check(scheme.group % QUANTUM == 0 or scheme.group == QUANTUM // 2, "group: want 16 or a multiple of 32")
     form = grouped.FORMATS[scheme.scale]
@@ -164,9 +174,9 @@ def _by_groups(
 
 
 def _in_tiles(
-    scheme: tiles.Tiles, parts: dict[str, Tensor], n: int, k: int, rounded: bool, experts: int | None
+    scheme: tiles.Tiles, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
 ) -> Matrix:
-    made = Matrix(KIND["coded"], n, k, scheme.cols, rounded, experts)
+    made = Matrix(KIND["coded"], n, k, scheme.cols, products, experts)
     blocks, sections, count = -(-n // scheme.rows), -(-k // scheme.section), len(scheme.widths)
     tiling, across = made.struct.tiling, (blocks, sections, count)
     made.struct.scales = made.part(parts["scales"], (torch.float8_e4m3fn,), (*across, scheme.rows), "scales")
@@ -191,17 +201,19 @@ def _in_tiles(
 def _plainly(kind: str | None) -> Callable[..., Matrix]:
     """What takes a KIND whose parts are values, scales and minimums; None: the scheme's name is the kind."""
 
-    def take(scheme, parts: dict[str, Tensor], n: int, k: int, rounded: bool, experts: int | None) -> Matrix:
+    def take(scheme, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None) -> Matrix:
         usual = parts["values"], parts.get("scales"), parts.get("minimums")
-        return matrix(KIND[kind or scheme.name], *usual, n, k, getattr(scheme, "group", 0) or k, rounded, experts)
+        return matrix(KIND[kind or scheme.name], *usual, n, k, getattr(scheme, "group", 0), products, experts)
 
     return take
 
 
-def _codes(scheme: grouped.Grouped, parts: dict[str, Tensor], n: int, k: int, rounded: bool, experts: int | None):
-    """INT4 has a kernel of its own for activations that are not rounded."""
-    nibbles = scheme.name.startswith("int4") and not rounded
-    return (_plainly("int4") if nibbles else _by_groups)(scheme, parts, n, k, rounded, experts)
+def _codes(
+    scheme: grouped.Grouped, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
+) -> Matrix:
+    """INT4 has kernels of its own but for activations rounded to BF16."""
+    nibbles = scheme.name.startswith("int4") and products != "bfloat16"
+    return (_plainly("int4") if nibbles else _by_groups)(scheme, parts, n, k, products, experts)
 
 
 TAKES: dict[type, Callable[..., Matrix]] = {
@@ -222,5 +234,4 @@ def takes(stored: Stored) -> bool:
 def of(stored: Stored) -> Matrix:
     """A weight that `takes` said yes to, with activations rounded where its products say so."""
     experts = stored.shape[0] if len(stored.shape) == 3 else None
-    rounded = stored.products is not None
-    return TAKES[type(stored.scheme)](stored.scheme, stored.parts, *stored.shape[-2:], rounded, experts)
+    return TAKES[type(stored.scheme)](stored.scheme, stored.parts, *stored.shape[-2:], stored.products, experts)

@@ -53,7 +53,7 @@ __all__ = [
 
 
 def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
-    """y [..., N] = x [..., K] @ W^T; x rounded to BF16 first where the weight's products do."""
+    """y [..., N] = x [..., K] @ W^T; x rounded first where the weight's products do."""
     n, k = weight.n, weight.k
     if x_MK.dtype is not torch.float32 or not x_MK.is_contiguous() or not x_MK.is_cpu or x_MK.shape[-1] != k:
         raise ValueError(f"x: want a contiguous float32 tensor [..., {k}] on the CPU")
@@ -67,8 +67,8 @@ def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
 
 
 def _rounded(weight: Matrix) -> bool:
-    check(not weight.rounded or rounds(), "rounded: not in this build")
-    return weight.rounded
+    check(weight.products != "bfloat16" or rounds(), "products: no bfloat16 in this build")
+    return weight.products is not None
 
 
 def dequantise(weight: Matrix, rows: tuple[int, int] | None = None) -> Tensor:

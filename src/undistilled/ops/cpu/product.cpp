@@ -5,6 +5,7 @@
 // x stays as it lies, and sums of 16 outputs are folded together. What a lane sums, and in which order, depends on
 // the matrix alone: a row has the same bits in a product of one row and of a thousand, on any number of threads.
 #include "coded.h"
+#include "integer.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -202,11 +203,9 @@ void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, l
       blocks<GROUPED, GROUPED ? 3 : 6>(panel(i), x + m, rows - m < SOME ? rows - m : SOME, y + m);
 }
 
-}  // namespace
+long arranged_bf16(const Matrix& a) { return a.kind == CODED ? arranged_coded(a) : a.k; }
 
-long arranged(const Matrix& a) { return a.kind == CODED ? arranged_coded(a) : a.k; }
-
-void arrange(const Matrix& a, const float* x, uint16_t* out) {
+void arrange_bf16(const Matrix& a, const float* x, uint16_t* out) {
   if (a.kind == CODED) return arrange_coded(a, x, out);
   for (long i = 0; i < a.k; i += 16) {
     __mmask16 lanes = a.k - i < 16 ? (1u << (a.k - i)) - 1 : 0xffff;
@@ -214,7 +213,8 @@ void arrange(const Matrix& a, const float* x, uint16_t* out) {
   }
 }
 
-void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
+void product_bf16(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
+                  long last) {
   auto by = [&](auto loader) {
     typedef decltype(loader) L;
     auto run = a.group < a.k ? product_of<L, true> : product_of<L, false>;
@@ -228,10 +228,26 @@ void product(const Matrix& a, long n, long count, const uint16_t* const* x, long
   }
 }
 
+}  // namespace
+
 #else
 
-long arranged(const Matrix&) { abort(); }
-void arrange(const Matrix&, const float*, uint16_t*) { abort(); }
-void product(const Matrix&, long, long, const uint16_t* const*, long, float* const*, long) { abort(); }
+namespace {
+
+long arranged_bf16(const Matrix&) { abort(); }
+void arrange_bf16(const Matrix&, const float*, uint16_t*) { abort(); }
+void product_bf16(const Matrix&, long, long, const uint16_t* const*, long, float* const*, long) { abort(); }
+
+}  // namespace
 
 #endif
+
+long arranged(const Matrix& a) { return a.rounds == TO_INT8 ? arranged_integer(a) : arranged_bf16(a); }
+
+void arrange(const Matrix& a, const float* x, uint16_t* out) {
+  (a.rounds == TO_INT8 ? arrange_integer : arrange_bf16)(a, x, out);
+}
+
+void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
+  (a.rounds == TO_INT8 ? product_integer : product_bf16)(a, n, count, x, rows, y, last);
+}

@@ -1,4 +1,5 @@
-// Products with x rounded to BF16, where the build has the instructions; see product.cpp.
+// Products with x rounded to what the matrix' `rounds` says: to INT8 (integer.h) or, where the build has the
+// instructions, to BF16 (product.cpp).
 #pragma once
 #include "matrix.h"
 
@@ -20,10 +21,10 @@ INLINE long ahead_of(long block, long rows, long n, long last) {
 constexpr long PART = 192;   // rows of x that a core multiplies with a panel of weights at a time
 
 // A row of x as product() takes it, rounded to nearest, ties to even: how many uint16, and these. As product() they
-// abort where HAS_PRODUCTS is not 1.
+// abort for BF16 where HAS_PRODUCTS is not 1.
 long arranged(const Matrix& a);
 void arrange(const Matrix& a, const float* x, uint16_t* out);
 
-// y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded and any number of rows; a row's bits do
-// not depend on the others. No row from `last` on is asked for ahead: the caller will not need it.
+// y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded (to INT8: int8 and int4) and any number of
+// rows; a row's bits do not depend on the others. No row from `last` on is asked for ahead: the caller will not need it.
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last);

@@ -1,0 +1,10 @@
+// Products of rows of x, rounded to INT8 by groups, with INT8 and INT4 matrices; see integer.cpp.
+#pragma once
+#include "matrix.h"
+
+// As arranged(), arrange() and product() of product.h, for matrices whose rounds is TO_INT8: a row of x is its codes,
+// filled up to a multiple of 32, then each group's scale and its sum of codes times that scale.
+long arranged_integer(const Matrix& a);
+void arrange_integer(const Matrix& a, const float* x, uint16_t* out);
+void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
+                     long last);
