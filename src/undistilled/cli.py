@@ -285,6 +285,7 @@ def prove(
 app.command()(verbs.train)
 app.command()(verbs.quantize)
 app.command()(verbs.rebalance)
+app.command()(verbs.routing)
 app.command()(verbs.compare)
 app.command()(verbs.export)
 

@@ -40,6 +40,13 @@ RANKS: dict[str, Any] = {
         int | None,
         typer.Option("--microbatches", min=1, max=64, help="Parts of a batch that are in the pipeline at once."),
     ],
+    "expert_copies": Annotated[
+        int | None,
+        typer.Option("--expert-copies", min=1, help="Copies of often chosen experts, at most so many a layer."),
+    ],
+    "expert_counts": Annotated[
+        str | None, typer.Option("--expert-counts", help="How often which are: a file of `undistilled routing`.")
+    ],
     "cluster": Annotated[
         str | None, typer.Option("--cluster", help="`ray` places ranks on the nodes of a Ray cluster.")
     ],

@@ -266,6 +266,17 @@ def rank_times(result: dict[str, Any]) -> None:
         )
 
 
+def routing(report: dict[str, Any], output: Path | None) -> None:
+    """How unevenly the layers' experts are chosen, over groups of ranks."""
+    table = table_of(f"tokens of the busiest of {report['groups']} groups / mean", "mean of layers", "worst layer")
+    copies = report["copies"]
+    for name, key in (("experts cut by number", "plain"), (f"with up to {copies} copies a layer", "copied")):
+        table.add_row(name, f"{sum(report[key]) / len(report[key]):.3f}", f"{max(report[key]):.3f}")
+    out.print(table)
+    if output:
+        out.print(f"counts written to {output}")
+
+
 def rebalanced(before: Any, after: Any, output: Path, result: dict[str, Any]) -> None:
     """How a mesh shared out layers, what each stage took, and how it shares them out now."""
     table = table_of("stage", "layers before", "computing", "layers now")

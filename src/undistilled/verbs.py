@@ -11,7 +11,7 @@ import typer
 
 from . import show, show_quality
 from .errors import UsageError
-from .options import JSON
+from .options import DEVICE, JSON, MODEL, SCHEME
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -106,6 +106,33 @@ def rebalance(
         print(json.dumps({"stages": after.stages, "measured": result}, indent=1))
     else:
         show.rebalanced(before, after, output, result)
+
+
+def routing(
+    model: MODEL,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: an excerpt of Persuasion.")] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of it to read.")] = 4096,
+    groups: Annotated[int, typer.Option("--ep", min=2, help="Groups of ranks to say the imbalance for.")] = 2,
+    copies: Annotated[int, typer.Option("--expert-copies", min=1, help="Copies a layer to say it for.")] = 4,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the counts go, for a plan.")] = None,
+    scheme: SCHEME = None,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Count how often each expert is chosen on a text: what --expert-counts wants to know."""
+    from .generate.engine import open_engine
+    from .observe.routing import balance, choices, counted
+    from .plan.plan import write_text
+    from .prove.inputs import CHARACTERS, read_text
+
+    name, content = read_text(text)
+    with show.loading() as progress:
+        engine = open_engine({"model": model, "scheme": scheme, "device": device}, progress)
+    found = choices(engine, engine.tokenizer.encode(content[: tokens * CHARACTERS], control=False)[:tokens])
+    if output:
+        write_text(output, counted(engine, found, name).model_dump_json() + "\n")
+    report = balance(engine, found, groups, copies)
+    print(json.dumps(report, indent=1)) if as_json else show.routing(report, output)
 
 
 def compare(

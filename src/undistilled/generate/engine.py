@@ -197,7 +197,10 @@ class Engine:
         return outputs
 
 
-DECIDED = ("scheme", "context", "batch", "device", "mtp", "dtype", "tp", "pp", "ep", "microbatches")  # by a plan
+DECIDED = (  # by a plan
+    *("scheme", "context", "batch", "device", "mtp", "dtype"),
+    *("tp", "pp", "ep", "microbatches", "expert_copies", "expert_counts"),
+)
 
 
 def plan_for(model: Model, options: dict[str, Any]) -> Plan:

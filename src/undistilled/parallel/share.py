@@ -5,6 +5,8 @@ T tokens, D hidden, E experts, k chosen.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -15,19 +17,37 @@ from .comm import Comm
 
 
 class PartBank(nn.Module):
-    """The experts that this rank holds, known to the router by their numbers in the model."""
+    """The experts that a group of ranks holds, known to the router by their numbers in the model.
 
-    numbers: torch.Tensor
+    An expert of several holders is computed by one of them, by turns. Whose turn it is follows from the numbers of a
+    token's experts alone, so that no company changes a token's sums.
+    """
 
-    def __init__(self, bank: LocalBank, held: tuple[int, ...], experts: int) -> None:
+    numbers_PE: torch.Tensor  # by turn and expert: its place here, or past the last where it is another group's turn
+
+    def __init__(self, bank: LocalBank, held: tuple[int, ...], holders: list[tuple[int, ...]], group: int) -> None:
         super().__init__()
         self.bank = bank
-        numbers = torch.full((experts,), len(held))  # past the last: another rank's
-        numbers[list(held)] = torch.arange(len(held))
-        self.register_buffer("numbers", numbers.to(bank.gate.stored.device))
+        places_E = torch.full((len(holders),), len(held))
+        places_E[list(held)] = torch.arange(len(held))
+        numbers_PE = torch.where(self.turns(holders) == group, places_E, len(held))
+        self.register_buffer("numbers_PE", numbers_PE.to(bank.gate.stored.device))
+
+    @staticmethod
+    def turns(holders: list[tuple[int, ...]]) -> torch.Tensor:
+        """[P, E]: by turn and expert, the group that computes it."""
+        count = math.lcm(*(len(groups) for groups in holders))
+        return torch.tensor([[groups[turn % len(groups)] for groups in holders] for turn in range(count)])
+
+    def places(self, ids_Tk: torch.Tensor) -> torch.Tensor:
+        """Of the chosen experts, where they lie here."""
+        turns = len(self.numbers_PE)
+        if turns == 1:
+            return self.numbers_PE[0][ids_Tk]
+        return self.numbers_PE[ids_Tk.sum(-1, keepdim=True) % turns, ids_Tk]
 
     def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
-        return self.bank.submit(x_TD, self.numbers[ids_Tk], weights_Tk)
+        return self.bank.submit(x_TD, self.places(ids_Tk), weights_Tk)
 
     def collect(self, handle: torch.Tensor) -> torch.Tensor:
         return self.bank.collect(handle)
@@ -64,14 +84,14 @@ def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:
     def reduce(_module: nn.Module, _inputs: object, y_TD: torch.Tensor) -> torch.Tensor:
         return comm.all_reduce(y_TD)
 
-    for block in decoder.layers:
+    for layer, block in zip(cuts.mesh.layers(rank), decoder.layers, strict=True):
         assert isinstance(block, Block)
         output = block.self_attn.o_proj
         assert isinstance(output, Linear)
         if cuts.mesh.within(rank):  # the sum has the bias once
             output.bias = None
         output.register_forward_hook(reduce)
-        block.mlp = _mlp(block.mlp, cuts, rank)
+        block.mlp = _mlp(block.mlp, cuts, rank, layer)
         block.mlp.register_forward_hook(reduce)
     embed = "model.embed_tokens.weight"
     if decoder.first:
@@ -85,10 +105,12 @@ def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:
         decoder.lm_head.register_forward_hook(lambda _module, _inputs, y_TV: comm.all_gather(y_TV, widths))
 
 
-def _mlp(mlp: nn.Module, cuts: Cuts, rank: int) -> nn.Module:
+def _mlp(mlp: nn.Module, cuts: Cuts, rank: int, layer: int) -> nn.Module:
     if isinstance(mlp, MoeLayer):
-        held = cuts.experts(rank)
-        mlp.banks = nn.ModuleList([PartBank(mlp.banks[0], held, mlp.moe.experts)] if held else [])  # type: ignore[arg-type]
+        held, holders = cuts.experts(rank, layer), cuts.holders(layer)
+        bank = mlp.banks[0]
+        assert isinstance(bank, LocalBank)
+        mlp.banks = nn.ModuleList([PartBank(bank, held, holders, cuts.group(rank))] if held else [])
         if mlp.shared_experts is not None and not mlp.shared_experts.gate_proj.stored.shape[0]:
             mlp.shared_experts = None
         return mlp if held or mlp.shared_experts is not None else Nothing()

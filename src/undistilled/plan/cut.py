@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .. import scheme as schemes
-from ..errors import UsageError
+from ..errors import BadArtefact, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme.base import quantum
+from .copies import MOST
 from .mesh import Mesh, even, ranges
 
 # role -> (the axis that is cut, what the axis counts)
@@ -65,6 +66,7 @@ class Cuts:
             raise UsageError(f"The stages end at layer {mesh.stages[-1][1]} of {spec.layers}.")
         if mesh.ep > 1 and spec.moe is None:
             raise UsageError("--ep shares out routed experts; this model has none.", "Use --tp or --pp.")
+        self._check_copies()
 
     @cached_property
     def _parts(self) -> dict[str, list[tuple[int, int]]]:
@@ -120,19 +122,55 @@ class Cuts:
             )
         return [(min(a * together, units), min(b * together, units)) for a, b in found]
 
-    def experts(self, rank: int) -> tuple[int, ...]:
-        """The routed experts that a rank holds, of each of its layers."""
+    def experts(self, rank: int, layer: int) -> tuple[int, ...]:
+        """The routed experts that a rank holds of a layer: its own, then copies."""
+        group = self.group(rank)
+        first, past = self._owned[group]
+        copies = sorted(e for at, e, to in self.mesh.copies if (at, to) == (layer, group))
+        return (*range(first, past), *copies)
+
+    def holders(self, layer: int) -> list[tuple[int, ...]]:
+        """The groups that hold each expert of a layer, the owner first."""
+        copies: dict[int, list[int]] = {}
+        for at, expert, group in self.mesh.copies:
+            if at == layer:
+                copies.setdefault(expert, []).append(group)
+        owners = (group for group, (first, past) in enumerate(self._owned) for _ in range(first, past))
+        return [(owner, *sorted(copies.get(expert, ()))) for expert, owner in enumerate(owners)]
+
+    def group(self, rank: int) -> int:
+        """The ranks of a stage that hold the same experts are a group."""
+        return self.mesh.within(rank) // self._widths
+
+    @property
+    def groups(self) -> int:
+        return len(self._owned)
+
+    @cached_property
+    def _owned(self) -> list[tuple[int, int]]:
+        """The experts [first, past the last) of each group."""
         assert self.spec.moe is not None
-        wide = self._widths
-        shares = self.mesh.weights
+        wide, shares = self._widths, self.mesh.weights
         groups = [sum(shares[at : at + wide]) for at in range(0, self.mesh.inner, wide)]
-        found = ranges(groups, self.spec.moe.experts)
-        return tuple(range(*found[self.mesh.within(rank) // wide]))
+        return ranges(groups, self.spec.moe.experts)
 
     @property
     def _widths(self) -> int:
         """How many ranks share an expert."""
         return len(self._parts["expert"])
+
+    def _check_copies(self) -> None:
+        moe, seen = self.spec.moe, set[tuple[int, int, int]]()
+        for copy in self.mesh.copies:
+            layer, expert, group = copy
+            known = moe is not None and moe.first_dense <= layer < self.spec.layers and 0 <= expert < moe.experts
+            if not known or not 0 <= group < self.groups or copy in seen:
+                raise BadArtefact(f"The mesh has a copy {copy} of no expert, or for no group, or twice.")
+            if group in self.holders(layer)[expert][:1]:
+                raise BadArtefact(f"The mesh copies expert {expert} of layer {layer} to group {group}, whose it is.")
+            seen.add(copy)
+        if any(len(held) > MOST for layer in {layer for layer, *_ in seen} for held in self.holders(layer)):
+            raise BadArtefact(f"An expert has more than {MOST} holders.")
 
     def slice(self, name: str, rank: int) -> Slice | None:
         """What the rank holds of a weight; None: nothing."""
@@ -143,7 +181,7 @@ class Cuts:
         if weight.role == "bias":
             counted = BIASES.get(name.split(".")[-2], "")
             axis = "out" if counted else None
-        experts = self.experts(rank) if weight.experts else None
+        experts = self.experts(rank, weight.layer or 0) if weight.experts else None
         if axis is None:
             return Slice(experts=experts)
         place = self.mesh.within(rank) % self._widths if weight.experts else self.mesh.within(rank)

@@ -24,6 +24,7 @@ class Mesh(BaseModel):
     devices: tuple[str, ...] = Field(min_length=1)
     shares: tuple[float, ...] = ()
     microbatches: int = Field(default=1, gt=0, le=64)  # parts of a decode batch that are in the pipeline together
+    copies: tuple[tuple[int, int, int], ...] = ()  # (layer, expert, group that holds it too): copies.py
 
     @model_validator(mode="after")
     def _agrees(self) -> Mesh:

@@ -133,12 +133,17 @@ class Plan(Frozen):
 
     def write(self, file: Path) -> None:
         """Write as JSON; the name is only ever that of a whole file."""
-        part = file.with_name(file.name + ".part")
-        try:
-            part.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-            os.replace(part, file)
-        except OSError as error:
-            raise UsageError(f"Cannot write {file}: {error.strerror}.", "Does the folder exist?") from None
+        write_text(file, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write, so that the name is only ever that of a whole file."""
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text)
+        os.replace(part, file)
+    except OSError as error:
+        raise UsageError(f"Cannot write {file}: {error.strerror}.", "Does the folder exist?") from None
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadArtefact, UsageError
@@ -14,6 +15,7 @@ from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from ..scheme import bytes_of, get
 from . import cost
+from .copies import Copy, choose, read_counts
 from .cost import WIDTH, Compute, Dtype, Placed
 from .cut import Cuts
 from .hardware import Device, Link, Machine
@@ -35,12 +37,15 @@ class Degrees:
     pp: int = 1
     ep: int = 1
     microbatches: int | None = None
+    copies: int = 0  # of experts, a layer, at most
+    counts: str | None = None  # the file that says which experts are chosen often
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Degrees:
-        """Of options by their names; what is not there, or None, is 1."""
+        """Of options by their names; degrees that are not there, or None, are 1."""
         tp, pp, ep = (options.get(name) or 1 for name in ("tp", "pp", "ep"))
-        return cls(tp, pp, ep, options.get("microbatches"))
+        copied = options.get("expert_copies") or 0, options.get("expert_counts")
+        return cls(tp, pp, ep, options.get("microbatches"), *copied)
 
     @property
     def size(self) -> int:
@@ -57,6 +62,10 @@ class Degrees:
             raise UsageError(f"{self.size} ranks, {self.microbatches or 1} microbatches.", f"At most {MOST} and 64.")
         if (self.microbatches or 1) > 1 and self.pp == 1:
             raise UsageError("--microbatches are parts of a batch in a pipeline.", "Give --pp too.")
+        if bool(self.copies) != bool(self.counts):
+            raise UsageError(
+                "--expert-copies says how many, --expert-counts which experts are chosen often.", "Give both."
+            )
 
 
 ONE = Degrees()
@@ -81,7 +90,7 @@ def mesh_for(
     uneven = max(room) > 1.1 * min(room)
     each = layer_bytes(spec, stored)
     speeds = [sum(d.ceilings.read_bytes_per_s for d in stage) for stage in stages]
-    return Mesh(
+    mesh = Mesh(
         tp=degrees.tp,
         ep=degrees.ep,
         stages=tuple(balanced(each, speeds)),
@@ -89,6 +98,14 @@ def mesh_for(
         shares=tuple(share / min(room) for share in room) if uneven else (),
         microbatches=degrees.microbatches or degrees.pp,
     )
+    return mesh.model_copy(update={"copies": _copies(degrees, Cuts(spec, mesh, stored))}) if degrees.copies else mesh
+
+
+def _copies(degrees: Degrees, cuts: Cuts) -> tuple[Copy, ...]:
+    counts = read_counts(Path(degrees.counts or ""), cuts.spec)
+    if cuts.groups < 2:
+        raise UsageError("The ranks share every expert by width: there is nobody to copy one to.", "Give --ep.")
+    return choose(counts, [held[0] for held in cuts.holders(cuts.spec.layers - 1)], cuts.groups, degrees.copies)
 
 
 def layer_bytes(spec: ModelSpec, stored: Mapping[str, str]) -> list[float]:
