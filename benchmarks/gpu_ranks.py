@@ -47,13 +47,12 @@ from undistilled.schedule.scheduler import Sequence, Work
 
 PROMPT, ROWS, PARTS = 4096, 32, 8
 STEPS, ROUNDS = 40, 3
-# layers of one dense and so many MoE ones, and how many of them are the first stage's; stages of about equal time for
-# what passes: a prompt touches every expert, and the head takes as long as three MoE layers do for one row
+# one dense and so many MoE layers, and how many of all are the first stage's: five MoE layers each, and the dense one
+# against the head
 CASES: dict[str, dict] = {
     "tp1": {"degrees": {}, "moe": 5},
     "tp2": {"degrees": {"tp": 2}, "moe": 5},
-    "pp2 prompts": {"degrees": {"pp": 2}, "moe": 10, "first": 6},
-    "pp2 rows": {"degrees": {"pp": 2}, "moe": 9, "first": 6},
+    "pp2": {"degrees": {"pp": 2}, "moe": 10, "first": 6},
 }
 
 
@@ -233,26 +232,28 @@ def flowing(member: Member, together: int) -> float:
     return ROWS * steps_ / (perf_counter() - began)
 
 
-def staged(member: Member, prompts: bool) -> dict:
+def staged(member: Member) -> dict:
+    """The case of a pipeline: what `pipeline` and `flowing` measure, by what passes and how many are in it at once."""
     found: dict[str, object] = {}
     for count in (1, 4, 8):
-        if prompts:
-            made = lambda: [member.passed([(i, 0, PROMPT // PARTS)], True) for i in range(PARTS)]  # noqa: E731
-        else:
-            size = ROWS // count
-            made = lambda n=count, s=size: [  # noqa: E731
-                member.rows(range(i * s, (i + 1) * s)) for _ in range(PARTS // n) for i in range(n)
-            ]
-        found[str(count)] = pipeline(member, made, count)
-        if not prompts:
-            flowing(member, count)
-            found[f"flow {count}"] = [flowing(member, count) for _ in range(ROUNDS)]
+
+        def prompts() -> list[Pass]:
+            return [member.passed([(i, 0, PROMPT // PARTS)], True) for i in range(PARTS)]
+
+        def rows(size: int = ROWS // count) -> list[Pass]:
+            starts = list(range(0, ROWS, size)) * (PARTS * size // ROWS)
+            return [member.rows(range(at, at + size)) for at in starts]
+
+        found[f"prompts {count}"] = pipeline(member, prompts, count)
+        found[f"rows {count}"] = pipeline(member, rows, count)
+        flowing(member, count)
+        found[f"flow {count}"] = [flowing(member, count) for _ in range(ROUNDS)]
     return found
 
 
 def measured(member: Member, case: str) -> dict:
     with torch.inference_mode():
-        found = tensor(member) if case.startswith("tp") else staged(member, "prompts" in case)
+        found = tensor(member) if case.startswith("tp") else staged(member)
     found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(member.part.device)
     ranks = member.plan.predicted.ranks
     found["planned_bytes"] = (
@@ -277,15 +278,20 @@ def run(config: Path, case: str, machine: Machine) -> list[dict]:
     return [json.loads(one.splitlines()[-1]) if one.strip() else {} for one in said]
 
 
-def idle(found: list[dict], together: int) -> dict:
-    """Of a case of stages, from what its ranks measured."""
-    walls, busy = found[0][str(together)]["wall_s"], [one[str(together)]["busy_s"] for one in found]
-    shares = [1 - sum(b) / len(b) / wall for wall, *b in zip(walls, *busy, strict=True)]
+def idle(found: list[dict], what: str, together: int) -> dict:
+    """Of the case of stages, from what its ranks measured. `free`: the share of the wall's time that the stages would
+    take, one pass behind another, if messages and launches were free."""
+    walls, busy = ([one[f"{what} {together}"][of] for one in found] for of in ("wall_s", "busy_s"))
+    wall, stages = median(walls[0]), [median(each) for each in busy]
+    each = [stage / PARTS for stage in stages]
+    free = PARTS / together * (sum(each) + (together - 1) * max(each))
+    shares = [1 - sum(b) / len(b) / w for w, *b in zip(walls[0], *busy, strict=True)]
     return {
-        "wall_ms": [1e3 * median(walls), 1e3 * min(walls), 1e3 * max(walls)],
-        "busy_ms": [1e3 * median(b) for b in busy],
+        "wall_ms": [1e3 * wall, 1e3 * min(walls[0]), 1e3 * max(walls[0])],
+        "busy_ms": [1e3 * stage for stage in stages],
         "idle": [median(shares), min(shares), max(shares)],
         "equal_stages": (len(found) - 1) / (together + len(found) - 1),
+        "free": free / wall,
     }
 
 
@@ -316,7 +322,8 @@ def main() -> None:
         if case[:2] in args.only:
             report[case] = run(args.config, case, machine)
             if case.startswith("pp") and all(report[case]):
-                report[f"{case} idle"] = {m: idle(report[case], m) for m in (1, 4, 8)}
+                pairs = [(what, count) for what in ("prompts", "rows") for count in (1, 4, 8)]
+                report[f"{case} idle"] = {f"{w} {n}": idle(report[case], w, n) for w, n in pairs}
             print(case, json.dumps(report[case])[:3000], json.dumps(report.get(f"{case} idle")), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(report, indent=1))

@@ -49,7 +49,7 @@ class Comm:
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
             self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
-            self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}", shared)
+            self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}")
 
     def _groups(self, backend: str) -> dist.ProcessGroup | None:
         """The group of this rank's stage; every rank makes every group."""
@@ -59,13 +59,12 @@ class Comm:
             mine = group if self.rank in range(first, first + inner) else mine
         return mine
 
-    def _one_shot(self, name: str, store: dist.Store) -> OneShot | None:
+    def _one_shot(self, name: str) -> OneShot | None:
         """Memory that a stage's GPUs share, where they can; said aloud where not."""
         if self.device.type == "cpu" or self.stage is None:
             return None
         try:
-            mesh = self.mesh
-            return OneShot(name, mesh.within(self.rank), mesh.inner, store, self.device, ONE_SHOT)
+            return OneShot(name, self.stage, self.device, ONE_SHOT)
         except (RuntimeError, ImportError, AttributeError) as error:
             emit("comm.no_symmetric_memory", rank=self.rank, why=str(error))
             print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({error}).", file=sys.stderr)

@@ -12,17 +12,17 @@ ALIGNED = 16  # bytes that the kernel reads at once
 
 
 class OneShot:
-    """Memory of `size` GPUs for sums of up to `limit` bytes. Every rank makes it, then the same sums in the same order.
+    """Memory of a group's GPUs for sums of up to `limit` bytes. Every rank makes it, then the same sums in one order.
 
-    name: of these ranks in this run, and never used again: PyTorch remembers it as long as the process lives.
+    name: of this group in this run, and never used again: PyTorch keeps what it knows of a name.
     Raises RuntimeError where the GPUs cannot read each other's memory.
     """
 
-    def __init__(self, name: str, rank: int, size: int, store: dist.Store, device: torch.device, limit: int) -> None:
-        from torch._C._distributed_c10d import _SymmetricMemory
+    def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device, limit: int) -> None:
+        from torch._C._distributed_c10d import _register_process_group
 
         self.name, self.device, self.limit = name, device, limit
-        _SymmetricMemory.set_group_info(name, rank, size, dist.PrefixStore(name, store))
+        _register_process_group(name, group)  # type: ignore[arg-type]  # its own name is a number, which the next run's group has too
         self.slots = {dtype: self._slot(dtype) for dtype in (torch.bfloat16, torch.float32)}
 
     def _slot(self, dtype: torch.dtype) -> torch.Tensor:
