@@ -48,14 +48,14 @@ def packs(every: Iterator[Document], tokens: int) -> Iterator[list[Document]]:
 @torch.inference_mode()
 def likelihoods(decoder: Decoder, some: list[Document]) -> list[float]:
     """Natural log-likelihood of each document's choice after its context."""
-    sizes = [len(ids) for _, _, ids, _ in some]
-    positions = torch.cat([torch.arange(n) for n in sizes])
+    sizes, device = [len(ids) for _, _, ids, _ in some], decoder.device
+    positions = torch.cat([torch.arange(n) for n in sizes]).to(device)
     bounds = torch.tensor([0, *sizes]).cumsum(0).int()
-    ids = torch.tensor([t for _, _, ids, _ in some for t in ids])
-    hidden_TD = decoder(Packed(ids, positions, bounds, max(sizes)), [()] * len(decoder.layers))
+    ids = torch.tensor([t for _, _, ids, _ in some for t in ids], device=device)
+    hidden_TD = decoder(Packed(ids, positions, bounds.to(device), max(sizes)), [()] * len(decoder.layers))
     starts = zip(some, sizes, bounds[:-1].tolist(), strict=True)
     wanted = [torch.arange(at + before - 1, at + n - 1) for (_, _, _, before), n, at in starts]
-    rows = torch.cat(wanted)
+    rows = torch.cat(wanted).to(device)
     log_RV = decoder.logits(hidden_TD[rows]).log_softmax(-1)
     found = log_RV.gather(-1, ids[rows + 1][:, None])[:, 0].double()
     return [float(part.sum()) for part in found.split([len(w) for w in wanted])]

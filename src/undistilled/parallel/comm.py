@@ -98,7 +98,7 @@ class Comm:
         nbytes = x.numel() * x.element_size()
         with self._during("all_reduce", nbytes):
             x = x.contiguous()
-            if self.one_shot is not None and self.one_shot.takes(x):
+            if self.one_shot is not None and self.one_shot.takes(nbytes, x.dtype):
                 return self.one_shot.sum(x)
             if (nbytes > ONE_SHOT and len(x) >= LARGE) or self.device.type == "cuda":
                 dist.all_reduce(x, group=self.stage)
@@ -118,8 +118,13 @@ class Comm:
         """[T, own width] of each of the stage's ranks, side by side."""
         if self.stage is None:
             return x
-        widest = max(widths)
-        with self._during("all_gather", x.shape[0] * sum(widths) * x.element_size()):
+        widest, nbytes = max(widths), x.shape[0] * sum(widths) * x.element_size()
+        with self._during("all_gather", nbytes):
+            if self.one_shot is not None and self.one_shot.takes(nbytes, x.dtype):
+                whole = x.new_zeros(x.shape[0], sum(widths))
+                start = sum(widths[: self.mesh.within(self.rank)])
+                whole[:, start : start + x.shape[1]] = x
+                return self.one_shot.sum(whole)  # of one part and zeros, in one kernel
             padded = torch.nn.functional.pad(x, (0, widest - x.shape[-1])).contiguous()
             parts = self._gathered(padded)
             return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)

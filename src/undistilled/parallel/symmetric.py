@@ -33,8 +33,8 @@ class OneShot:
             raise RuntimeError("the GPUs of this stage do not map each other's memory")
         return slot
 
-    def takes(self, x: torch.Tensor) -> bool:
-        return x.dtype in self.slots and x.nbytes <= self.limit and x.nbytes % ALIGNED == 0
+    def takes(self, nbytes: int, dtype: torch.dtype) -> bool:
+        return dtype in self.slots and nbytes <= self.limit and nbytes % ALIGNED == 0
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' contiguous x, of its shape: in the order of the ranks, the same bits on each."""
