@@ -230,7 +230,11 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
 def open_engine(options: dict[str, Any], progress: Progress | None = None) -> Engine:
     """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp, dtype."""
     model = find(options["model"])
-    plan = plan_for(model, options)
+    return open_planned(model, plan_for(model, options), options, progress)
+
+
+def open_planned(model: Model, plan: Plan, options: dict[str, Any], progress: Progress | None = None) -> Engine:
+    """Load what a checked plan says: `options` may have name, and of ranks cluster and watchdog."""
     tokenizer, name = model.tokenizer(), options.get("name") or model.name
     if plan.mesh is None and options.get("cluster"):
         raise UsageError("--cluster says where ranks run; the plan has one process.", "Ask for --tp, --pp or --ep.")

@@ -17,6 +17,9 @@ from .clock import Clock
 from .graphs import Graphs, Ran, capturable
 from .programs import Programs, recordable
 
+# Rows in one pass, and of a head at once. The CPU's kernels give a row the same bits in any company below LARGE.
+ROWS = {"cpu": LARGE - 1, "cuda": 4096}
+
 
 @dataclass
 class Submitted:
@@ -99,7 +102,9 @@ class Part:
         whole = len(work.last) == len(ran.h_TD)
         if ran.logits_TV is not None:
             return ran.logits_TV if whole else ran.logits_TV[work.last]
-        return self.decoder.logits(ran.h_TD if whole else ran.h_TD[work.last])
+        wanted = ran.h_TD if whole else ran.h_TD[work.last]
+        parts = [self.decoder.logits(rows_RD) for rows_RD in wanted.split(ROWS[self.device.type])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _after(self, work: Pass, h_TD: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor | None:
         """Send on what others need; the logits where this is the driver's rank and they are here."""

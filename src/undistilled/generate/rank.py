@@ -46,8 +46,7 @@ from ..parallel.share import share
 from ..plan.plan import Plan, read_plan
 from ..plan.ranks import cuts_of
 from ..wire import Wire, bounded, die_with, end_with_input, unveiled
-from .part import Part
-from .runner import ROWS
+from .part import ROWS, Part
 
 HEARTBEAT = 0.25  # seconds
 

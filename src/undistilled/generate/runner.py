@@ -12,16 +12,12 @@ import torch
 from ..events import emit
 from ..model.batch import Batch, Cache
 from ..model.decoder import Decoder
-from ..ops.linear import LARGE
 from ..parallel.comm import Comm
 from ..parallel.crew import Crew
 from ..parallel.messages import Pass
 from ..plan.plan import Plan
 from ..schedule.scheduler import Step, Work
-from .part import Part, Submitted
-
-# Rows in one pass. The CPU's kernels give a row the same bits in any company below ops.linear.LARGE.
-ROWS = {"cpu": LARGE - 1, "cuda": 4096}
+from .part import ROWS, Part, Submitted
 
 
 def grouped(works: list[Work], limit: int) -> Iterator[list[Work]]:
@@ -91,6 +87,15 @@ class Runner:
         seconds = flight.seconds + perf_counter() - began
         emit("engine.pass", prefill=flight.prefill, tokens=tokens, requests=len(flight.works), seconds=seconds)
         return [(work, next(logits) if work.samples else None) for work in flight.works]
+
+    def teach(self, work: Work, rows: list[int]) -> torch.Tensor:
+        """Logits [rows, V] after these tokens of a prompt chunk, numbered within it: for scoring a text over ranks."""
+        made = self.passed([work], True)
+        made.last = rows
+        with self._guarded():
+            if self.crew:
+                self.crew.tell(made)
+            return self.part.collect(self.part.submit(made))
 
     def _submit(self, works: list[Work], prefill: bool) -> Flight:
         began, work = perf_counter(), self.passed(works, prefill)

@@ -10,10 +10,8 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from ..checkpoint.tokenizer import Tokenizer
 from ..errors import UsageError
 from ..generate.engine import Engine
-from ..model.decoder import Decoder
 from ..plan.plan import Plan
 from .answers import MAX_TOKENS, Answer, answers
 from .interval import compared
@@ -65,10 +63,8 @@ def flat(tasks: dict[str, list[Item]]) -> list[Item]:
     return [item for items in tasks.values() for item in items]
 
 
-def ask(
-    suite: Suite, decoder: Decoder, plan: Plan, tokenizer: Tokenizer, say: Callable[[str], None]
-) -> dict[str, list[Answer]]:
-    """A loaded model's answers by task; `plan` is its side's of the suite."""
+def ask(suite: Suite, engine: Engine, say: Callable[[str], None]) -> dict[str, list[Answer]]:
+    """A model's answers by task, from an engine over its side's plan of the suite."""
     items = flat(suite.tasks)
     step = -(-len(items) // NEWS)
 
@@ -76,7 +72,6 @@ def ask(
         if done % step == 0:
             say(f"{done} of {total} reasoning questions")
 
-    engine = Engine(decoder, plan, tokenizer, plan.model)
     found = iter(
         answers(engine, items, thinking=suite.wanted.thinking, max_tokens=suite.wanted.max_tokens, progress=progress)
     )

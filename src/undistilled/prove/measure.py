@@ -19,6 +19,7 @@ import torch
 
 from ..checkpoint.resolve import Model
 from ..errors import UndistilledError
+from ..generate.engine import Engine, open_planned
 from ..load.build import build
 from ..model.decoder import Decoder
 from ..plan.plan import Plan
@@ -35,6 +36,17 @@ def with_model(model: Model, plan: Plan, work: Callable[[Decoder], T]) -> T:
     try:
         return work(build(plan, model.spec, model.source()))
     finally:
+        free()
+
+
+def with_ranks(model: Model, plan: Plan, work: Callable[[Engine], T]) -> T:
+    """Start the plan's ranks, do the work, and end them."""
+    threads, engine = torch.get_num_threads(), open_planned(model, plan, {})
+    try:
+        return work(engine)
+    finally:
+        engine.close()
+        torch.set_num_threads(threads)
         free()
 
 
@@ -105,7 +117,8 @@ def bench(model_name: str, plan: Plan, run: Command = run_command) -> dict[str, 
     try:
         found = json.loads(printed)
         speed = {name: {k: _positive(found[name][k]) for k in ("median", "min", "max")} for name in SPEEDS}
-        return {"peak_bytes": int(_positive(found["peak_bytes"])), "speed": speed, "conditions": at}
+        peaks = [rank["peak_bytes"] for rank in found.get("ranks", [])] or [found["peak_bytes"]]
+        return {"peak_bytes": sum(int(_positive(peak)) for peak in peaks), "speed": speed, "conditions": at}
     except (ValueError, KeyError, TypeError) as error:
         raise UndistilledError(
             f"`undistilled bench` printed no measurement ({type(error).__name__}: {error}): {printed[:200]!r}"

@@ -7,11 +7,12 @@ from pathlib import Path
 from ..checkpoint.resolve import Model, find
 from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..generate.engine import plan_for
-from ..generate.runner import ROWS
+from ..generate.part import ROWS
 from ..model.spec import OURS, ModelSpec
 from ..plan.check import bytes_needed, check, check_devices, contexts_of, decode_bytes
 from ..plan.hardware import load_machine
-from ..plan.plan import DevicePrediction, Plan
+from ..plan.plan import DevicePrediction, Plan, RankPrediction
+from ..plan.ranks import RankLayouts, layouts_of
 from ..plan.solve import Ask, solve
 
 DEFAULT_CONTEXT = 1024  # tokens that a plan made here has room for: the speed run fills it
@@ -22,7 +23,7 @@ AT_ONCE = {"cpu": ROWS["cpu"], "cuda": 256}  # questions in one pass: more rows 
 def proven_plan(
     model: Model, plan_file: Path | None, scheme: str | None, context: int | None, dtype: str | None = None
 ) -> Plan:
-    """The plan of a file, or one made now for the other options; on one device, for a model with weights."""
+    """The plan of a file, of one device or of ranks, or one made now for the other options. The model has weights."""
     if plan_file and (scheme or context or dtype):
         raise UsageError("A plan file decides scheme, context and dtype.", "Give --plan alone, or the options alone.")
     if not model.has_weights:
@@ -32,7 +33,7 @@ def proven_plan(
     else:
         context = context or min(DEFAULT_CONTEXT, model.spec.max_context)
         plan = plan_for(model, {"scheme": scheme, "context": context, "dtype": dtype})
-    device_of(plan)
+    home_of(plan)
     return plan
 
 
@@ -57,14 +58,18 @@ def original_of(model: Model, name: str | None) -> Model:
     return base
 
 
-def device_of(plan: Plan) -> str:
-    """The one device that the plan uses."""
+def home_of(plan: Plan) -> str:
+    """The one device that the plan uses, or the devices of its ranks. UsageError for a plan that only predicts."""
     if plan.mesh:
-        raise UsageError("The plan is for several ranks; a receipt needs one.", "Plan without --tp, --pp and --ep.")
+        return f"{', '.join(dict.fromkeys(plan.mesh.devices))} ({plan.mesh.size} ranks)"
     used = {row.store for row in plan.rows} - {"unloaded"}
     if len(used) != 1:
         raise UsageError(f"The plan spreads over {', '.join(sorted(used))}; only a plan on one device can be proven.")
     return used.pop()
+
+
+def _kind(plan: Plan) -> str:
+    return next(iter(plan.predicted.devices)).split(":")[0]
 
 
 def original_plan(model: Model, plan: Plan) -> Plan:
@@ -76,7 +81,7 @@ def original_plan(model: Model, plan: Plan) -> Plan:
     machine = load_machine("this")
     free = {d.name: d.free_bytes for d in machine.devices}
     context = min(plan.limits.context, ORIGINAL_CONTEXT)
-    for device in ("cpu",) if device_of(plan) == "cpu" else (None, "cpu"):
+    for device in ("cpu",) if _kind(plan) == "cpu" else (None, "cpu"):
         wide = device == "cpu" or plan.compute_dtype == "float32"
         ask = Ask(None, context, 1, False, device, dtype="float32" if wide else "auto")
         made = solve(model.name, model.config, model.spec, machine, ask)
@@ -96,10 +101,9 @@ def suite_plan(plan: Plan, spec: ModelSpec, context: int, questions: int) -> Pla
     DoesNotFit where not even one of `context` tokens does.
     """
     free = {d.name: d.free_bytes for d in load_machine("this").devices}
-    device = device_of(plan)
-    batch = min(questions, AT_ONCE[device.split(":")[0]])
+    batch = min(questions, AT_ONCE[_kind(plan)])
     made = with_limits(plan, spec, context, batch)
-    while batch > 1 and made.predicted.devices[device].bytes.total > free.get(device, 0):
+    while batch > 1 and any(d.bytes.total > free.get(name, 0) for name, d in made.predicted.devices.items()):
         batch //= 2
         made = with_limits(plan, spec, context, batch)
     check_devices(made, free)
@@ -114,15 +118,26 @@ def with_limits(plan: Plan, spec: ModelSpec, context: int, batch: int) -> Plan:
             "limits": plan.limits.model_copy(update={"context": context, "batch": batch}),
         }
     )
-    devices = {}
-    for name, needed in bytes_needed(made, spec).items():
-        available = plan.predicted.devices[name].available
-        devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
+    devices, ranks = _needed(made, spec)
     predicted = plan.predicted.model_copy(
         update={
             "devices": devices,
+            "ranks": ranks,
             "contexts": contexts_of(made, spec, [each.context for each in plan.predicted.contexts]),
             "decode_bytes_per_token": decode_bytes(made, spec),
         }
     )
     return made.model_copy(update={"predicted": predicted, "fits": all(device.fits for device in devices.values())})
+
+
+def _needed(plan: Plan, spec: ModelSpec) -> tuple[dict[str, DevicePrediction], list[RankPrediction]]:
+    """What the plan's limits take on each device, and on each rank where there are several."""
+    layouts = layouts_of(plan, spec)
+    if isinstance(layouts, RankLayouts):
+        layout = layouts.over(plan.limits, plan.kv)
+        return layout.devices, layout.ranks
+    devices = {}
+    for name, needed in bytes_needed(plan, spec).items():
+        available = plan.predicted.devices[name].available
+        devices[name] = DevicePrediction(bytes=needed, available=available, fits=needed.total <= available)
+    return devices, []

@@ -25,13 +25,14 @@ import torch
 from .. import __version__
 from ..checkpoint.resolve import Model, find
 from ..errors import UsageError
+from ..generate.engine import Engine
 from ..model.decoder import Decoder
 from ..plan.plan import Plan
 from . import divergence, graded, measure
 from . import tasks as questions
 from .answers import Answer
 from .inputs import Asked, Inputs, read_inputs
-from .plans import device_of, original_of, original_plan, proven_plan
+from .plans import home_of, original_of, original_plan, proven_plan
 from .score import Scorer
 
 VERSION = 1
@@ -132,11 +133,19 @@ def _side(
         measure.free()
         say(f"{who}: reasoning questions, {roomy.limits.batch} at once")
         tokenizer = model.tokenizer()
-        answered = graded.ask(inputs.suite, decoder, roomy, tokenizer, lambda news: say(f"{who}: {news}"))
-        return Side(text, chosen, answered)
+        return Side(text, chosen, asked(Engine(decoder, roomy, tokenizer, roomy.model)))
+
+    def asked(engine: Engine) -> dict[str, list[Answer]]:
+        assert inputs.suite is not None
+        return graded.ask(inputs.suite, engine, lambda news: say(f"{who}: {news}"))
 
     say(f"loading the {who}")
-    return measure.with_model(model, plan, work)
+    if plan.mesh is None:
+        return measure.with_model(model, plan, work)
+    text, chosen = measure.with_ranks(
+        model, plan, lambda engine: _scored(Scorer(engine.decoder, plan, engine.runner), inputs, who, say, read)
+    )
+    return Side(text, chosen, measure.with_ranks(model, roomy, asked) if inputs.suite and roomy else {})
 
 
 def _scored(
@@ -158,7 +167,7 @@ def _figures(plan: Plan, bench: dict[str, Any] | None) -> dict[str, Any]:
     """
     p = plan.predicted
     predicted = {"prefill_tokens_per_s": p.prefill_tokens_per_s, "decode_tokens_per_s": p.decode_tokens_per_s}
-    memory = p.devices[device_of(plan)].bytes.total
+    memory = sum(device.bytes.total for device in p.devices.values())
     if bench is None:
         return {
             "memory": {"predicted": memory, "measured": None},
@@ -202,7 +211,7 @@ def _weights(plan: Plan) -> dict[str, Any]:
     count = sum(math.prod(row.shape) * (row.experts[1] - row.experts[0] if row.experts else 1) for row in loaded)
     return {
         "scheme": plan.scheme,
-        "device": device_of(plan),
+        "device": home_of(plan),
         "bytes": held,
         "bits_per_weight": 8 * held / count,
         "compute_dtype": plan.compute_dtype,
