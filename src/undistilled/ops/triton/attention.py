@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 SPAN = 256  # tokens
+JOINED = 16  # spans that are loaded at once
 MANY, FEW = (64, 64, 8), (16, 32, 4)  # query heads of a key-value head: heads and tokens at once, warps
 
 
@@ -70,21 +71,25 @@ def _spans(
 
 
 @triton.jit
-def _join(out, logs, contexts, y, H, V, SPANS, VP: tl.constexpr, SPAN: tl.constexpr):
-    """The spans of a row and head, weighted, in their order."""
+def _join(out, logs, contexts, y, H, V, SPANS, VP: tl.constexpr, SPAN: tl.constexpr, MANY: tl.constexpr):
+    """The spans of a row and head, weighted; MANY of them at once, in their order."""
     r, h = tl.program_id(0), tl.program_id(1)
-    v = tl.arange(0, VP)
+    s, v = tl.arange(0, MANY), tl.arange(0, VP)
     count = tl.cdiv(tl.load(contexts + r), SPAN)
     top = -float("inf")
-    for i in range(count):
-        top = tl.maximum(top, tl.load(logs + (r * SPANS + i) * H + h))
+    for i in range(0, count, MANY):
+        at = (r * SPANS + i + s) * H + h
+        top = tl.maximum(top, tl.max(tl.load(logs + at, mask=i + s < count, other=-float("inf")), 0))
     total = 0.0
     acc = tl.zeros([VP], tl.float32)
-    for i in range(count):
-        at = (r * SPANS + i) * H + h
-        share = tl.exp2(tl.load(logs + at) - top)
-        total += share
-        acc += share * tl.load(out + at.to(tl.int64) * V + v, mask=v < V, other=0.0)
+    for i in range(0, count, MANY):
+        at = (r * SPANS + i + s) * H + h
+        seen = i + s < count
+        share = tl.exp2(tl.load(logs + at, mask=seen, other=-float("inf")) - top)
+        total += tl.sum(share, 0)
+        values = out + at.to(tl.int64)[:, None] * V + v[None, :]
+        part = tl.load(values, mask=seen[:, None] & (v < V)[None, :], other=0.0)
+        acc += tl.sum(share[:, None] * part, 0)
     tl.store(y + (r * H + h).to(tl.int64) * V + v, (acc / total).to(y.dtype.element_ty), mask=v < V)
 
 
@@ -106,7 +111,7 @@ def _attend(q, keys, values, tables, contexts, size, scale, main, tail, width, s
         keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=tokens, SPAN=SPAN,
         HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=warps, num_stages=2,
     )  # fmt: skip
-    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, num_warps=4)
+    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, MANY=JOINED, num_warps=4)
     return y
 
 
