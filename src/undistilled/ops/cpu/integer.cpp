@@ -10,6 +10,8 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define HAS_VNNI 1
+#else
+#define HAS_VNNI 0
 #endif
 
 namespace {
@@ -19,6 +21,7 @@ constexpr long LANES = 8;      // outputs of a vector of sums
 constexpr int VECTORS = 2;     // of a panel
 constexpr long OUTPUTS = VECTORS * LANES;
 constexpr int QUADS = BLOCK / 4;
+constexpr int SOME = HAS_VNNI ? 6 : 4;   // rows of x whose sums the registers hold
 
 typedef uint8_t c32 __attribute__((vector_size(32)));   // codes, whatever their sign
 
@@ -32,19 +35,21 @@ INLINE c32 quad(const int8_t* x) {                       // four codes of x in e
 // Loaders: 32 codes of a row from k on, of which `left` belong to it.
 struct Bytes {
   static constexpr bool SMALL = false;
+  static constexpr int OFFSET = HAS_VNNI ? 128 : 0;   // VNNI's codes of w are 0..255
   INLINE c32 load(const uint8_t* row, long k, long left) {
-    if (left >= BLOCK) return codes_at(row + k);
+    if (left >= BLOCK) return codes_at(row + k) + (uint8_t)OFFSET;
     uint8_t padded[BLOCK] = {0};
     memcpy(padded, row + k, left);
-    return codes_at(padded);
+    return codes_at(padded) + (uint8_t)OFFSET;
   }
 };
 
 struct Nibbles {
   static constexpr bool SMALL = true;   // codes of 0..15
+  static constexpr int OFFSET = 0;
   INLINE c32 load(const uint8_t* row, long k, long) {
 #if HAS_AVX2
-    __m128i both = _mm_loadu_si128((const __m128i*)(row + k / 2));
+    __m128i both = _mm_loadu_si128((const __m128i*)(row + (k >> 1)));
     __m256i pair = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
     return (c32)_mm256_and_si256(pair, _mm256_set1_epi8(15));
 #else
@@ -58,14 +63,13 @@ struct Nibbles {
   }
 };
 
-// Sums of four neighbours' products in each of 8 lanes, of up to 32 / 4 add()s: w of -128..127 or, where SMALL, 0..15,
-// and x of -127..127. A byte of w without its sign meets x with it.
+// Sums of four neighbours' products in each of 8 lanes, of up to 8 add()s: w of -128..127 or, where SMALL, 0..15, with
+// VNNI 0..255, and x of -127..127. AVX2 multiplies a byte of w without its sign by x with it.
 template <bool SMALL> struct Dot {
 #if HAS_VNNI
   __m256i total = _mm256_setzero_si256();
   __attribute__((always_inline)) void add(c32 w, c32 x) {
-    __m256i size = SMALL ? (__m256i)w : _mm256_abs_epi8((__m256i)w);
-    total = _mm256_dpbusd_epi32(total, size, SMALL ? (__m256i)x : _mm256_sign_epi8((__m256i)x, (__m256i)w));
+    total = _mm256_dpbusd_epi32(total, (__m256i)w, (__m256i)x);
   }
   __attribute__((always_inline)) i8x sum() const { return (i8x)total; }
 #elif HAS_AVX2
@@ -74,10 +78,11 @@ template <bool SMALL> struct Dot {
   __attribute__((always_inline)) void add(c32 w, c32 x) {
     if (SMALL) {
       total = _mm256_add_epi16(total, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
-      return;
+    } else {
+      __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
+      total = _mm256_add_epi32(total, wide(pairs));
     }
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
-    total = _mm256_add_epi32(total, wide(pairs));
+    asm("" : "+x"(total));   // summed now: the compiler would keep all products for a tree of sums
   }
   __attribute__((always_inline)) i8x sum() const { return (i8x)(SMALL ? wide(total) : total); }
 #else
@@ -136,17 +141,18 @@ long padded(const Matrix& a) { return (a.k + BLOCK - 1) / BLOCK * BLOCK; }
 long groups_of_x(const Matrix& a) { return (a.k + a.shared - 1) / a.shared; }
 
 struct Row {                   // of x, rounded
-  const int8_t* codes;
-  const float *scales, *sums;
+  int8_t* codes;
+  float* scales;               // of the groups
+  int32_t* sums;               // of their codes
 
-  Row(const Matrix& a, const uint16_t* at)
-      : codes((const int8_t*)at), scales((const float*)(codes + padded(a))), sums(scales + groups_of_x(a)) {}
+  Row(const Matrix& a, const void* at)
+      : codes((int8_t*)at), scales((float*)(codes + padded(a))), sums((int32_t*)(scales + groups_of_x(a))) {}
 };
 
 struct Panel {                 // some rows of a matrix, `count` of OUTPUTS
   const Matrix& a;
-  long n, count;
-  const float *factors, *lows; // [VECTORS][groups of the matrix][LANES]
+  long groups, n, count;       // groups: of the matrix
+  const float *factors, *lows; // [VECTORS][groups][LANES]
   const uint8_t* codes;        // [k / 4][VECTORS][LANES][4]
 
   const uint8_t* row(long i) const { return a.row(n + (i < count ? i : 0)); }
@@ -154,14 +160,15 @@ struct Panel {                 // some rows of a matrix, `count` of OUTPUTS
 
 // out[g][j] = the g-th of the floats in row j of a table [n, groups], times `times`.
 template <class L> void columns(const Panel& p, const uint8_t* table, float times, int vector, float* out) {
-  long groups = p.a.groups(), bytes = groups * L::BYTES;
-  for (long g = 0; g < groups; g += LANES) {
+  long bytes = p.groups * L::BYTES;
+  const uint8_t* last = table + p.a.n * bytes - LANES * L::BYTES;   // up to it a row's end may be read past
+  for (long g = 0; g < p.groups; g += LANES) {
     v8 v[LANES];
-    long some = groups - g < LANES ? groups - g : LANES;
+    long some = p.groups - g < LANES ? p.groups - g : LANES;
     for (long j = 0; j < LANES; j++) {
       long i = vector * LANES + j;
       const uint8_t* from = table + (p.n + (i < p.count ? i : 0)) * bytes + g * L::BYTES;
-      some == LANES ? L::load(from, v + j) : load_tail<L>(from, some, v + j);
+      from <= last ? L::load(from, v + j) : load_tail<L>(from, some, v + j);
     }
     transpose(v);
     for (long i = 0; i < some; i++) store(out + (g + i) * LANES, v[i] * splat(times));
@@ -170,7 +177,7 @@ template <class L> void columns(const Panel& p, const uint8_t* table, float time
 
 void prepare(const Panel& p, float* factors, float* lows) {
   const Matrix& a = p.a;
-  for (int v = 0; v * LANES < p.count; v++, factors += a.groups() * LANES, lows += a.groups() * LANES) {
+  for (int v = 0; v * LANES < p.count; v++, factors += p.groups * LANES, lows += p.groups * LANES) {
     if (a.kind == INT8) columns<Fp32>(p, a.scales.at, 1, v, factors);
     else columns<Fp16>(p, a.scales.at, 1, v, factors);
     if (a.kind == INT4) columns<Fp16>(p, (a.mins.at ? a.mins : a.scales).at, a.mins.at ? 1 : -8, v, lows);
@@ -196,9 +203,10 @@ template <class F> INLINE void each_group(const Matrix& a, F each) {
 }
 
 // A group's sums meet the scales of both and, of INT4, what its codes are offset by.
-template <bool SMALL> INLINE v8 scaled(v8 total, i8x sums, v8 factor, const float* low, const Row& x, long g) {
+template <class C> INLINE v8 scaled(v8 total, i8x sums, v8 factor, const float* low, const Row& x, long g) {
+  sums -= C::OFFSET * x.sums[g];
   total = fma(__builtin_convertvector(sums, v8), factor * splat(x.scales[g]), total);
-  return SMALL ? fma(load(low), splat(x.sums[g]), total) : total;
+  return C::SMALL ? fma(load(low), splat(x.scales[g] * x.sums[g]), total) : total;
 }
 
 INLINE void put(const Panel& p, int vector, v8 total, float* y) {
@@ -225,10 +233,10 @@ template <class C, int MR> void block(const Panel& p, const Row* x, float* const
         UNROLL for (int v = 0; v < VECTORS; v++) sums[m][v] += dot[m][v].sum();
     }
     UNROLL for (int v = 0; v < VECTORS; v++) {
-      long at = (v * p.a.groups() + w) * LANES;
+      long at = (v * p.groups + w) * LANES;
       v8 factor = load(p.factors + at);
       UNROLL for (int m = 0; m < MR; m++)
-        total[m][v] = scaled<C::SMALL>(total[m][v], sums[m][v], factor, p.lows + at, x[m], g);
+        total[m][v] = scaled<C>(total[m][v], sums[m][v], factor, p.lows + at, x[m], g);
     }
   });
   UNROLL for (int m = 0; m < MR; m++)
@@ -236,7 +244,8 @@ template <class C, int MR> void block(const Panel& p, const Row* x, float* const
 }
 
 // block() straight from the stored rows, for so few rows of x that packed codes would be read once.
-template <class C, int MR> void straight(const Panel& p, const Row* x, float* const* y, long ahead) {
+template <class C, int MR>
+__attribute__((noinline)) void straight(const Panel& p, const Row* x, float* const* y, long ahead) {
   for (int v = 0; v * LANES < p.count; v++) {
     v8 total[MR];
     UNROLL for (int m = 0; m < MR; m++) total[m] = splat(0);
@@ -247,21 +256,22 @@ template <class C, int MR> void straight(const Panel& p, const Row* x, float* co
       i8x sums[MR][LANES];
       for (long bytes = LANES * (end - k) / (C::SMALL ? 2 : 1); bytes > 0; bytes -= 64, next += 64)
         __builtin_prefetch(next, 0, 2);
-      UNROLL for (int j = 0; j < LANES; j++) {
-        i8x sum[MR] = {};
+      UNROLL for (int j = 0; j < LANES; j += 4) {   // four at a time: their sums stay in registers
+        Dot<C::SMALL> dot[MR][4];                    // of at most 128 / 32 add()s
         for (long at = k; at < end; at += BLOCK) {
-          c32 codes = C::load(rows[j], at, end - at);
-          UNROLL for (int m = 0; m < MR; m++) {
-            Dot<C::SMALL> dot;
-            dot.add(codes, codes_at(x[m].codes + at));
-            sum[m] += dot.sum();
+          c32 with[MR];
+          UNROLL for (int m = 0; m < MR; m++) with[m] = codes_at(x[m].codes + at);
+          UNROLL for (int i = 0; i < 4; i++) {
+            c32 codes = C::load(rows[j + i], at, end - at);
+            UNROLL for (int m = 0; m < MR; m++) dot[m][i].add(codes, with[m]);
           }
         }
-        UNROLL for (int m = 0; m < MR; m++) sums[m][j] = sum[m];
+        UNROLL for (int m = 0; m < MR; m++)
+          UNROLL for (int i = 0; i < 4; i++) sums[m][j + i] = dot[m][i].sum();
       }
-      long at = (v * p.a.groups() + w) * LANES;
+      long at = (v * p.groups + w) * LANES;
       UNROLL for (int m = 0; m < MR; m++)
-        total[m] = scaled<C::SMALL>(total[m], folded(sums[m]), load(p.factors + at), p.lows + at, x[m], g);
+        total[m] = scaled<C>(total[m], folded(sums[m]), load(p.factors + at), p.lows + at, x[m], g);
     });
     UNROLL for (int m = 0; m < MR; m++) put(p, v, total[m], y[m]);
   }
@@ -279,18 +289,18 @@ thread_local Scratch scratch;
 template <class C>
 void product_of(const Matrix& a, long n, long count, const Row* x, long rows, float* const* y, long last) {
   bool few = rows <= 2;
-  long factors = VECTORS * a.groups() * LANES;
+  long groups = a.groups(), factors = VECTORS * groups * LANES;
   float* scales = (float*)scratch.of(factors * 8 + (few ? 0 : padded(a) * OUTPUTS));
   uint8_t* codes = (uint8_t*)(scales + 2 * factors);
   for (long end = n + count; n < end; n += OUTPUTS) {
-    Panel p = {a, n, end - n < OUTPUTS ? end - n : OUTPUTS, scales, scales + factors, codes};
+    Panel p = {a, groups, n, end - n < OUTPUTS ? end - n : OUTPUTS, scales, scales + factors, codes};
     prepare(p, scales, scales + factors);
     long ahead = ahead_of(OUTPUTS * a.row_bytes(), OUTPUTS, n, last);
     if (rows == 1) straight<C, 1>(p, x, y, ahead);
     if (rows == 2) straight<C, 2>(p, x, y, ahead);
     if (few) continue;
     pack<C>(p, codes);
-    blocks<C, 4>(p, x, rows, y);
+    blocks<C, SOME>(p, x, rows, y);
   }
 }
 
@@ -342,12 +352,12 @@ INLINE int round_group(const float* x, long count, float inverse, int8_t* codes)
 long arranged_integer(const Matrix& a) { return padded(a) / 2 + 4 * groups_of_x(a); }
 
 void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
-  int8_t* codes = (int8_t*)out;
-  float *scales = (float*)(codes + padded(a)), *sums = scales + groups_of_x(a);
+  Row to(a, out);
   each_group(a, [&](long k, long end, long g, long) {
     float most = largest(x + k, end - k);
-    scales[g] = most < 0x1p-100f ? 0 : most / 127;   // less would have no inverse
-    sums[g] = scales[g] * round_group(x + k, end - k, most < 0x1p-100f ? 0 : 127 / most, codes + k);
+    bool none = most < 0x1p-100f;   // less would have no inverse
+    to.scales[g] = none ? 0 : most / 127;
+    to.sums[g] = round_group(x + k, end - k, none ? 0 : 127 / most, to.codes + k);
   });
 }
 

@@ -3,7 +3,7 @@
 #include "matrix.h"
 
 // As arranged(), arrange() and product() of product.h, for matrices whose rounds is TO_INT8: a row of x is its codes,
-// filled up to a multiple of 32, then each group's scale and its sum of codes times that scale.
+// filled up to a multiple of 32, then the scales of its groups, then their sums of codes.
 long arranged_integer(const Matrix& a);
 void arrange_integer(const Matrix& a, const float* x, uint16_t* out);
 void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
