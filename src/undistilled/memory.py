@@ -1,10 +1,14 @@
-"""What processes of this machine hold, in bytes."""
+"""What processes hold, in bytes."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def peak_bytes() -> int:
@@ -16,6 +20,15 @@ def peak_bytes() -> int:
         return process_bytes("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_on(device: torch.device) -> int:
+    """What this process has taken on a device at most so far, in bytes; on a CPU, its largest resident size."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
+    return peak_bytes()
 
 
 def process_bytes(field: str, pid: int | str = "self") -> int:

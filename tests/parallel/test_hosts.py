@@ -77,6 +77,15 @@ def started(space, *arguments, env):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def listens(space, seconds=60):
+    """Wait until the head's port answers."""
+    knock = f"import socket; socket.create_connection({(HOSTS[0], PORT)!r}, 1)"
+    until = time.monotonic() + seconds
+    while subprocess.run(["ip", "netns", "exec", space, sys.executable, "-c", knock], capture_output=True).returncode:
+        assert time.monotonic() < until, "the head does not start"
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def cluster(spaces, tmp_path_factory):
     """The first host's namespace and the environment of who speaks with its cluster."""
@@ -85,9 +94,8 @@ def cluster(spaces, tmp_path_factory):
     head = ("--head", "--port", str(PORT), "--include-dashboard", "false", "--node-ip-address", HOSTS[0])
     nodes = [started(spaces[0], *head, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"})]
     try:
-        time.sleep(6)
+        listens(spaces[0])
         nodes.append(started(spaces[1], "--address", env["RAY_ADDRESS"], "--node-ip-address", HOSTS[1], env=env))
-        time.sleep(6)
         yield spaces[0], env
     finally:
         for node in nodes:

@@ -5,6 +5,7 @@ What needs Ray is skipped without it; `pip install 'undistilled[cluster]'`.
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from undistilled.checkpoint.resolve import find
 from undistilled.errors import BadArtefact, DoesNotFit, RankLost, UsageError
 from undistilled.generate.engine import open_engine, plan_for
 from undistilled.schedule.request import Request, Sampling
+from undistilled.serve.worker import ENGINE
 
 SOURCES = Path(__file__).parents[2] / "src"
+WATCHDOG = 8.0
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
@@ -55,7 +58,7 @@ def raylets(ray):
 
 
 def options(folder, **more):
-    return {"model": folder, "scheme": "fp32", "device": "cpu", "batch": 2, "watchdog": 8.0, **more}
+    return {"model": folder, "scheme": "fp32", "device": "cpu", "batch": 2, "watchdog": WATCHDOG, **more}
 
 
 def written(engine, tokens=16):
@@ -127,7 +130,7 @@ def test_a_lost_rank_ends_the_run_by_its_node(raylets, folder, number):
             while time.monotonic() < began + 20:
                 engine.stats()
                 time.sleep(0.1)
-        assert time.monotonic() - began < 8 + 10
+        assert time.monotonic() - began < WATCHDOG + 10
         gone([process])
     finally:
         engine.close()
@@ -150,6 +153,28 @@ def test_no_room(raylets, folder, monkeypatch):
         open_engine(options(folder, cluster="ray", tp=4))
 
 
+def test_a_server_starts_its_engine_again(raylets, folder):
+    """A rank is killed under a served model: 503 until another engine, with another rank, answers the same."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+    from live_server import Running
+
+    body = {"model": "m", "prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with Running(options(folder, cluster="ray", tp=2), factory=ENGINE) as running:
+        before = running.post("/v1/completions", body).json()["choices"][0]["text"]
+        [process] = [p for node in raylets.list_all_nodes() for p in ranks_of(node)]
+        process.kill()
+        seen, until = set(), time.monotonic() + 60
+        while 503 not in seen or running.get("/health").status_code != 200:
+            answer = running.get("/health")
+            seen.add(answer.status_code)
+            assert answer.status_code == 200 or "started again" in answer.json()["error"]["message"]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert running.post("/v1/completions", body).json()["choices"][0]["text"] == before
+        [another] = [p for node in raylets.list_all_nodes() for p in ranks_of(node)]
+        assert another.pid != process.pid
+
+
 def test_a_lost_node_ends_the_run(raylets, folder):
     """The last one over these two. Its rank ends too, since it hears nothing of the driver any more."""
     engine = open_engine(options(folder, cluster="ray", tp=2, context=256))
@@ -162,6 +187,6 @@ def test_a_lost_node_ends_the_run(raylets, folder):
             while time.monotonic() < until:
                 engine.stats()
                 time.sleep(0.1)
-        gone([process])
+        gone([process], 3 * WATCHDOG + 15)
     finally:
         engine.close()

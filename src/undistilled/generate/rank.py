@@ -24,7 +24,7 @@ from ..checkpoint.resolve import find
 from ..errors import RankLost, UndistilledError
 from ..events import subscribed
 from ..load.build import build
-from ..memory import peak_bytes
+from ..memory import peak_on
 from ..parallel.comm import Comm
 from ..parallel.messages import (
     IDLE,
@@ -79,10 +79,11 @@ class Rank:
 
     def beats(self) -> None:
         """Signs of life until the process ends."""
+        device = torch.device(self.boot["device"])
         while True:
             if moves := self.moves.take():
                 self.say(Moved(self.number, moves))
-            self.say(msgspec.structs.replace(self.beat(), peak=peak_bytes()))
+            self.say(msgspec.structs.replace(self.beat(), peak=peak_on(device)))
             time.sleep(HEARTBEAT)
 
     def beat(self) -> Beat:

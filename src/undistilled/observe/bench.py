@@ -10,18 +10,11 @@ import torch
 
 from ..errors import UsageError
 from ..generate.engine import Engine
-from ..memory import peak_bytes
+from ..memory import peak_on
 from ..schedule.request import Request, Sampling
 from .ranks import Clocks, report, watched
 
 WARM_UP_TOKENS = 4
-
-
-def peak_device_bytes(engine: Engine) -> int:
-    """The largest allocation on the engine's device; on a CPU, the process's resident size."""
-    if engine.runner.device.type == "cuda":
-        return torch.cuda.max_memory_reserved(engine.runner.device)
-    return peak_bytes()
 
 
 def once(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int) -> tuple[float, float]:
@@ -78,7 +71,7 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
         "threads": torch.get_num_threads(),
         "prefill_tokens_per_s": _summary([r[0] for r in runs]),
         "decode_tokens_per_s": _summary([r[1] for r in runs]),
-        "peak_bytes": peak_device_bytes(engine),
+        "peak_bytes": peak_on(engine.runner.device),
         "predicted": {
             "prefill_tokens_per_s": predicted.prefill_tokens_per_s,
             "decode_tokens_per_s": predicted.decode_tokens_per_s,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..events import emit, subscribed
 from ..generate.engine import Engine
-from ..memory import peak_bytes
+from ..memory import peak_on
 from ..parallel.moves import Moves, overlap
 from ..plan.mesh import Mesh
 from ..plan.ranks import balanced
@@ -39,10 +39,10 @@ class Clocks:
 
 
 def peaks(engine: Engine) -> list[int]:
-    """The largest resident size of every rank's process so far, bytes."""
+    """What every rank has taken on its device at most so far, bytes."""
     crew = engine.runner.crew
     assert crew is not None
-    return [peak_bytes(), *(beat.peak for _, beat in sorted(crew.beats.items()))]
+    return [peak_on(engine.runner.device), *(beat.peak for _, beat in sorted(crew.beats.items()))]
 
 
 @contextmanager

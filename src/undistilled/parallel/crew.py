@@ -41,6 +41,7 @@ WATCHDOG = 60.0  # seconds
 GRACE = 5.0  # seconds that the driver has to notice that its collective failed
 BLAME = 2.0  # seconds in which it shows that another rank is at fault for the driver's error
 SIGN = 0.5  # seconds between the driver's own signs of life
+PATIENCE = 10.0  # seconds, at least, that a rank goes on without one
 STARTED = 300.0  # seconds for a process to give its first sign of life
 
 
@@ -68,7 +69,7 @@ class Crew:
         self._out.set(zmq.LINGER, 1000)
         place.bind(self._out, self._inbox)
         try:
-            told = {"key": key, "patience": watchdog}
+            told = {"key": key, "patience": max(PATIENCE, 3 * watchdog)}  # the driver's own verdict comes first
             self.processes = {rank: place.start(rank, told) for rank in range(1, place.size)}
         except BaseException:
             place.close()

@@ -75,7 +75,7 @@ class Beat(msgspec.Struct, tag=True):
     passes: int
     busy: float  # seconds of computing so far
     waited: float  # seconds in collectives and messages so far
-    peak: int = 0  # largest resident size of the process so far, bytes
+    peak: int = 0  # bytes that the process has taken on its device at most so far
 
 
 class Handed(msgspec.Struct, array_like=True):
