@@ -7,6 +7,7 @@ import copy
 import os
 import runpy
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -40,6 +41,7 @@ def kernels(build):
         language="c++",
         optional=True,
         extra_link_args=["-pthread"],
+        define_macros=[("SOURCES", f'"{TABLE["sources"](Path(CPU))}"')],  # the loader compares them
         extra_compile_args=[*FLAGS, *build.flags],
     )
 

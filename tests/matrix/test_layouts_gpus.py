@@ -16,7 +16,7 @@ from test_nano_layouts import written
 
 from ranks import Cell, Pool, run
 from tiny import WIDE, write_checkpoint
-from undistilled.parallel import crew
+from undistilled.parallel.local import RANK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +105,7 @@ def test_a_lost_rank_ends_the_run(axis, number, rank, tmp_path):
         assert run.stdout.readline() == "ready\n"
         time.sleep(1)
         first = psutil.Process(run.pid)
-        others = [p for p in first.children() if crew.RANK in p.cmdline()]  # Triton starts compilers too
+        others = [p for p in first.children() if RANK in p.cmdline()]  # Triton starts compilers too
         ranks = [first, *others]
         assert len(ranks) == 2
         ranks[rank].send_signal(number)

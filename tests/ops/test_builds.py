@@ -2,7 +2,7 @@
 
 import pytest
 
-from undistilled.ops.cpu import builds
+from undistilled.ops.cpu import builds, loader
 
 BF16, AVX512, AVX2 = builds.X86
 ALL = " ".join(BF16.needs)
@@ -63,3 +63,16 @@ def test_another_architecture_has_one_build(built, monkeypatch):
     (native,) = builds.OTHERS
     built(native, AVX2)
     assert builds.choose({"features": "asimd"}) == native
+
+
+def test_a_library_of_other_sources_is_not_called(tmp_path):
+    """The Python side would hand it structures that it reads otherwise."""
+    (tmp_path / "one.cpp").write_text("int x;")
+    before = builds.sources(tmp_path)
+    (tmp_path / "one.cpp").write_text("int y;")
+    assert before and builds.sources(tmp_path) != before and builds.sources(tmp_path / "none") == ""
+    if not isinstance(loader._chosen(), str):
+        assert loader.library() is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loader, "sources", lambda: "others")
+            assert "other sources" in loader._load.__wrapped__()[1]

@@ -25,7 +25,12 @@ Compute = Literal["float32", "bfloat16", "float16", "int8"]  # of products; int8
 WIDTH: dict[Compute, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value between layers
 RANGE = 1 << 20  # elements of a tensor that are on their way to their scheme at once (see load/build.py)
 LOADING = 48  # bytes of copies for each of them while they are turned into another scheme
-SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8}  # launches, counted in the model files
+# Operations of a layer beside what its bytes take: PyTorch's launches where references run, a set for each expert; or
+# kernels of ours, one set for all experts.
+SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8, "experts": 0}
+OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "experts": 5}
+PLAIN = ("bf16", "fp16", "fp32")
+REPLAY_S = {"cuda": 5e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,27 @@ def decode_bytes(placed: list[Placed], spec: ModelSpec, batch: int, context: int
     return read
 
 
-def launches(spec: ModelSpec, batch: int) -> float:
-    """Small operations of one decode step. On a CPU, attention runs once a row."""
-    attention = SMALL_OPS["mla" if spec.mla else "attention"]
+def ours(placed: list[Placed], kind: str) -> bool:
+    """Whether kernels of ours run a pass, which is recorded then: always on a CPU, on a GPU for experts in few bits."""
+    return kind == "cpu" or not any(p.weight.experts and p.row.scheme in PLAIN for p in placed)
+
+
+def operations(spec: ModelSpec, tokens: int, native: bool) -> float:
+    """Small operations of a pass over `tokens` tokens, with kernels of ours or without."""
+    each = OUR_OPS if native else SMALL_OPS
     dense = spec.layers if spec.moe is None else spec.moe.first_dense
-    moe = spec.layers - dense
-    per_moe = 0.0
+    found = float(spec.layers) * (each["mla" if spec.mla else "attention"] + each["mlp"])
     if spec.moe:
-        distinct = spec.moe.experts * (1 - (1 - spec.moe.per_token / spec.moe.experts) ** batch)
-        per_moe = SMALL_OPS["router"] + SMALL_OPS["expert"] * distinct
-    return spec.layers * (attention + SMALL_OPS["mlp"]) + moe * per_moe
+        distinct = spec.moe.experts * (1 - (1 - spec.moe.per_token / spec.moe.experts) ** tokens)
+        found += (spec.layers - dense) * (each["router"] + each["experts"] + each["expert"] * distinct)
+    return found
+
+
+def small_seconds(placed: list[Placed], spec: ModelSpec, device: Device, tokens: int, recorded: bool) -> float:
+    """Seconds of a pass that are not its bytes' nor its products'; a decode pass is `recorded` where it can be."""
+    native = ours(placed, device.kind)
+    each = REPLAY_S[device.kind] if native and recorded else device.ceilings.launch_s
+    return operations(spec, tokens, native) * each
 
 
 def prefill_flops(spec: ModelSpec, active: int, context: int) -> float:
@@ -90,7 +106,7 @@ def seconds(
     compute: str,
 ) -> tuple[float, float]:
     """(prefill, decode) in tokens a second; devices work one after another, as one request's layers do."""
-    step = launches(spec, batch) * max(d.ceilings.launch_s for d in devices.values())
+    step = max(small_seconds(placed, spec, device, batch, True) for device in devices.values())
     for name, read in decode_bytes(placed, spec, batch, context, kv_bytes).items():
         step += read / devices[name].ceilings.read_bytes_per_s
     flops = prefill_flops(spec, active, context)
@@ -98,11 +114,18 @@ def seconds(
     for name, device in devices.items():
         for products, share in _flop_shares(placed, spec, name, compute).items():
             prompt += share * flops * chunk / rate(device, products)
-        native = compute == "int8" or (device.bf16_products and compute == "bfloat16")
-        unpacked = _unpack_bytes(placed, spec, name, chunk, compute if native else "float32")
-        prompt += unpacked / device.ceilings.read_bytes_per_s
-    prompt += launches(spec, chunk) * max(d.ceilings.launch_s for d in devices.values())
+        prompt += unpacked_seconds(placed, spec, name, device, chunk, compute)
+    prompt += max(small_seconds(placed, spec, device, chunk, False) for device in devices.values())
     return chunk / prompt, batch / step
+
+
+def unpacked_seconds(
+    placed: list[Placed], spec: ModelSpec, home: str, device: Device, chunk: int, compute: str
+) -> float:
+    """Seconds of `unpack_bytes`."""
+    native = compute == "int8" or (device.bf16_products and compute == "bfloat16")
+    moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32")
+    return moved / device.ceilings.read_bytes_per_s
 
 
 def rate(device: Device, products: str) -> float:
@@ -129,18 +152,23 @@ def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: st
     return shares
 
 
-def _unpack_bytes(placed: list[Placed], spec: ModelSpec, device: str, chunk: int, compute: str) -> float:
-    """Bytes moved to read each touched weight and, where it is not dense already, to write and read it dense.
+def unpack_bytes(placed: list[Placed], spec: ModelSpec, home: str, kind: str, chunk: int, compute: str) -> float:
+    """Bytes moved to read each touched weight of a home and, where it is not dense already, to write and read it dense.
 
-    Products of rounded activations unpack a weight in the caches.
+    Products of rounded activations unpack a weight in the caches, and so do a GPU's kernels for experts.
     """
-    moved = 0.0
+    width, moved = 2 * WIDTH["float32" if kind == "cpu" else "bfloat16"], 0.0
+    native = ours(placed, kind)
     for p in placed:
-        if p.row.compute == device and p.weight.is_linear:
-            rounded = products_of(p.row.role, p.row.scheme, "cpu", compute)
-            dense = 0 if p.row.scheme == "fp32" or rounded else 8 * p.weight.params
+        if p.row.compute == home and p.weight.is_linear:
+            inside = (p.weight.experts and native) if kind == "cuda" else _rounded(p, compute)
+            dense = 0 if inside or p.row.scheme in (PLAIN if kind == "cuda" else ("fp32",)) else width * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
+
+
+def _rounded(p: Placed, compute: str) -> bool:
+    return products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
 
 
 def activation_bytes(

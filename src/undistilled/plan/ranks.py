@@ -266,10 +266,14 @@ def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) 
         own = [p for p in met if p.row.compute == f"stage:{stage}"]
         read = sum(p.row.nbytes * cost.touched(p.weight, spec, limits.batch) for p in own)
         read += part * layout.kv.bytes_per_token * limits.context * limits.batch
-        small = cost.launches(spec, limits.batch) * device.ceilings.launch_s * part
+        small, launched = (
+            part * cost.small_seconds(own, spec, device, tokens, recorded)
+            for tokens, recorded in ((limits.batch, device.kind == "cuda"), (limits.chunk, False))
+        )
         decode += read / mesh.inner * shared / device.ceilings.read_bytes_per_s
         decode += small + layouts.talk(rank, limits.batch)
         rate = cost.rate(device, layouts.compute)
         flops = part * cost.prefill_flops(spec, active, limits.context) * limits.chunk
-        prefill += flops / mesh.inner * shared / rate + small + layouts.talk(rank, limits.chunk)
+        unpacked = cost.unpacked_seconds(own, spec, f"stage:{stage}", device, limits.chunk, layouts.compute)
+        prefill += (flops / rate + unpacked) / mesh.inner * shared + launched + layouts.talk(rank, limits.chunk)
     return limits.chunk / prefill, limits.batch / decode

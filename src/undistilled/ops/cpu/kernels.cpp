@@ -213,6 +213,9 @@ void tile(const Matrix& a, long n, int count, const float* const* x, const float
 
 extern "C" {
 
+// The state of the sources that this was built from: the Python side must be of the same.
+const char* native_sources(void) { return SOURCES; }
+
 void native_linear(const Matrix* a, const float* x, float* y, long m) { submit(Linear(*a, x, y, m)); }
 
 // native_linear with x rounded as the matrix says; aborts, as all products of matrices that round to BF16 do, where

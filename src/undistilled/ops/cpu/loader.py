@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .builds import Build, asked, choose, cpuinfo
+from .builds import Build, asked, choose, cpuinfo, sources
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
+    "native_sources": [],
     "native_linear": [*[_P] * 3, _L],
     "native_linear_rounded": [*[_P] * 3, _L],
     "native_dequantise": [*[_P] * 2, *[_L] * 2],
@@ -42,6 +43,7 @@ _ARGUMENTS = {
     "native_program_apart": [_P, _L],
 }
 _RESULTS = {
+    "native_sources": ctypes.c_char_p,
     "native_program": _P,
     "native_program_steps": _L,
     "native_program_name": ctypes.c_char_p,
@@ -68,6 +70,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes, function.restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return None, f"cannot load {path}: {error}"
+    if sources() not in ("", lib.native_sources().decode()):
+        return None, f"{path} was built from other sources than these: build it again, by `pip install -e .`"
     return lib, ""
 
 
