@@ -49,8 +49,8 @@ def product(x, products, kind, *weight):
     return linear(kind, x, *weight, products=products)
 
 
-def rounded(x, products, group):
-    return (integers.rounded(x, integers.shared(group)) if products == "int8" else x.bfloat16()).double()
+def rounded(x, products):
+    return (integers.rounded(x) if products == "int8" else x.bfloat16()).double()
 
 
 @needs_kernels
@@ -60,7 +60,7 @@ def test_products_are_exact_for_rounded_activations(case, m):
     weight, exact = drawn(case)
     x = torch.randn(m, case["k"], generator=torch.Generator().manual_seed(1))
     bound = (x.double().abs() @ exact.abs().T + 15 * x.abs().sum(1, keepdim=True)) * EPS * 16
-    expected = rounded(x, case["products"], weight[-1]) @ exact.T
+    expected = rounded(x, case["products"]) @ exact.T
     assert torch.all((product(x, *weight).double() - expected).abs() <= bound)
 
 
@@ -92,11 +92,11 @@ def test_activations_round_to_nearest_even():
 @pytest.mark.parametrize("group", [32, 96, 128, 0])
 def test_activations_round_to_int8_by_groups(group):
     """Against codes in float64, and by hand where they are ties, through a kernel whose weights are one at a time 1."""
-    share, k = integers.shared(group), 300
+    share, k = integers.GROUP, 300
     x = torch.randn(9, k) * torch.logspace(-30, 30, 9)[:, None]
     x[1, :share], x[2], x[3, 5], x[4], x[5] = 0, 0, float("nan"), 1e-37, 0
     x[5, :5] = torch.tensor([127.0, 0.5, 1.5, -2.5, 63.49])
-    assert torch.equal(integers.rounded(x, share)[5, :5], torch.tensor([127.0, 0, 2, -2, 63]))
+    assert torch.equal(integers.rounded(x)[5, :5], torch.tensor([127.0, 0, 2, -2, 63]))
     groups = torch.nn.functional.pad(x.double(), (0, -k % share)).unflatten(-1, (-1, share))
     most = groups.abs().amax(-1, keepdim=True)
     exact = (groups / most * 127).round() * most / 127
@@ -105,7 +105,7 @@ def test_activations_round_to_int8_by_groups(group):
     got = product(x, "int8", KIND["int8"], ones, scales, None, k, k, group)
     finite = torch.arange(9) != 3
     assert torch.allclose(got[finite], exact[finite], rtol=1e-6, atol=0)
-    assert torch.equal(got[finite], integers.rounded(x, share)[finite])
+    assert torch.equal(got[finite], integers.rounded(x)[finite])
     assert got[3, 5].isnan()
 
 

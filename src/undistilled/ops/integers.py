@@ -1,18 +1,15 @@
-"""Activations rounded to INT8 by groups of inputs, for products of integers.
+"""Activations rounded to INT8 by groups of 32 inputs, for products of integers.
 
 A group's scale is its largest magnitude by 127, and every input becomes the nearest multiple of it, ties to even.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..scheme import Scheme, grouped, int8
 
-WHOLE = 64  # inputs of a group where a weight has one scale a row
-MOST = 128  # inputs of a group where a weight's groups are longer
+GROUP = 32  # inputs that share a scale; a weight's own groups are multiples of it
 LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
 
 
@@ -21,19 +18,9 @@ def serves(scheme: Scheme) -> bool:
     return isinstance(scheme, int8.Int8) or (isinstance(scheme, grouped.Grouped) and scheme.name.startswith("int4"))
 
 
-def shared(group: int) -> int:
-    """The inputs that share a scale of the activations; group: of the weight, 0 for whole rows.
-
-    ValueError where a group is no multiple of 32, the codes that a kernel takes at a time.
-    """
-    if group % 32:
-        raise ValueError(f"group: products of integers want a multiple of 32, not {group}")
-    return math.gcd(group, MOST) if group else WHOLE
-
-
-def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x [..., K] with every `group` inputs as INT8 codes times their scale, in x's dtype."""
-    groups = int8.grouped(x.float(), group)
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] with every GROUP inputs as INT8 codes times their scale, in x's dtype."""
+    groups = int8.grouped(x.float(), GROUP)
     most = groups.abs().amax(-1, keepdim=True)
     most = most.masked_fill(most < LEAST, 0.0)
     inverse = most.new_tensor(127.0) / most  # a number by a tensor would be its reciprocal's product

@@ -29,7 +29,7 @@ def rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     if weight.products is None:
         return x_TK
     if weight.products == "int8":
-        return integers.rounded(x_TK, integers.shared(getattr(weight.scheme, "group", 0)))
+        return integers.rounded(x_TK)
     return x_TK.to(getattr(torch, weight.products)).to(x_TK.dtype)
 
 

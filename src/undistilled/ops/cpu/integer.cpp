@@ -1,4 +1,4 @@
-// Products of rows of x, rounded to INT8 by groups, with INT8 and INT4 matrices.
+// Products of rows of x, rounded to INT8 by groups of 32, with INT8 and INT4 matrices.
 //
 // A scale of x is a group's largest magnitude by 127. Codes are multiplied and summed as integers within a group, which
 // is exact, and the sum meets both scales in float32, group after group: the same bits with every set of instructions,
@@ -16,11 +16,11 @@
 
 namespace {
 
-constexpr long BLOCK = 32;     // codes of a vector
+constexpr long GROUP = 32;     // codes of x that share a scale, and of a vector
 constexpr long LANES = 8;      // outputs of a vector of sums
 constexpr int VECTORS = 2;     // of a panel
 constexpr long OUTPUTS = VECTORS * LANES;
-constexpr int QUADS = BLOCK / 4;
+constexpr int QUADS = GROUP / 4;
 constexpr int SOME = HAS_VNNI ? 6 : 4;   // rows of x whose sums the registers hold
 
 typedef uint8_t c32 __attribute__((vector_size(32)));   // codes, whatever their sign
@@ -37,8 +37,8 @@ struct Bytes {
   static constexpr bool SMALL = false;
   static constexpr int OFFSET = HAS_VNNI ? 128 : 0;   // VNNI's codes of w are 0..255
   INLINE c32 load(const uint8_t* row, long k, long left) {
-    if (left >= BLOCK) return codes_at(row + k) + (uint8_t)OFFSET;
-    uint8_t padded[BLOCK] = {0};
+    if (left >= GROUP) return codes_at(row + k) + (uint8_t)OFFSET;
+    uint8_t padded[GROUP] = {0};
     memcpy(padded, row + k, left);
     return codes_at(padded) + (uint8_t)OFFSET;
   }
@@ -53,7 +53,7 @@ struct Nibbles {
     __m256i pair = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
     return (c32)_mm256_and_si256(pair, _mm256_set1_epi8(15));
 #else
-    uint8_t codes[BLOCK];
+    uint8_t codes[GROUP];
     for (int i = 0; i < 16; i++) {
       codes[i] = row[k / 2 + i] & 15;
       codes[i + 16] = row[k / 2 + i] >> 4;
@@ -137,8 +137,8 @@ INLINE void transpose(v8* v) {
 #endif
 }
 
-long padded(const Matrix& a) { return (a.k + BLOCK - 1) / BLOCK * BLOCK; }
-long groups_of_x(const Matrix& a) { return (a.k + a.shared - 1) / a.shared; }
+long groups_of_x(const Matrix& a) { return (a.k + GROUP - 1) / GROUP; }
+long padded(const Matrix& a) { return groups_of_x(a) * GROUP; }
 
 struct Row {                   // of x, rounded
   int8_t* codes;
@@ -185,21 +185,19 @@ void prepare(const Panel& p, float* factors, float* lows) {
 }
 
 template <class C> void pack(const Panel& p, uint8_t* codes) {
-  for (long k = 0; k < p.a.k; k += BLOCK, codes += BLOCK * OUTPUTS)
+  for (long k = 0; k < p.a.k; k += GROUP, codes += GROUP * OUTPUTS)
     for (int v = 0; v < VECTORS; v++) {
       v8 r[LANES];
       for (int j = 0; j < LANES; j++) r[j] = (v8)C::load(p.row(v * LANES + j), k, p.a.k - k);
       transpose(r);
-      for (int q = 0; q < QUADS; q++) store((float*)(codes + (q * VECTORS + v) * BLOCK), r[q]);
+      for (int q = 0; q < QUADS; q++) store((float*)(codes + (q * VECTORS + v) * GROUP), r[q]);
     }
 }
 
-// Calls each(k, end, g, w) for every group g of x, which lies in the matrix' group w.
+// Calls each(k, w) for every group of x, which begins at k and lies in the matrix' group w.
 template <class F> INLINE void each_group(const Matrix& a, F each) {
-  long g = 0;
   for (long from = 0, w = 0; from < a.k; from += a.group, w++)
-    for (long end = a.k - from < a.group ? a.k : from + a.group, k = from; k < end; k += a.shared, g++)
-      each(k, end - k < a.shared ? end : k + a.shared, g, w);
+    for (long end = a.k - from < a.group ? a.k : from + a.group, k = from; k < end; k += GROUP) each(k, w);
 }
 
 // A group's sums meet the scales of both and, of INT4, what its codes are offset by.
@@ -215,28 +213,23 @@ INLINE void put(const Panel& p, int vector, v8 total, float* y) {
 }
 
 // y[m][n..n+count) = x[m] . the panel's outputs, from packed codes.
-template <class C, int MR> void block(const Panel& p, const Row* x, float* const* y) {
+template <class C, int MR> __attribute__((noinline)) void block(const Panel& p, const Row* x, float* const* y) {
   v8 total[MR][VECTORS];
   UNROLL for (int m = 0; m < MR; m++)
     UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = splat(0);
-  each_group(p.a, [&](long k, long end, long g, long w) {
-    i8x sums[MR][VECTORS] = {};
-    for (; k < end; k += BLOCK) {
-      Dot<C::SMALL> dot[MR][VECTORS];
-      const uint8_t* codes = p.codes + k * OUTPUTS;
-      UNROLL for (int q = 0; q < QUADS; q++)
-        UNROLL for (int m = 0; m < MR; m++) {
-          c32 four = quad(x[m].codes + k + 4 * q);
-          UNROLL for (int v = 0; v < VECTORS; v++) dot[m][v].add(codes_at(codes + (q * VECTORS + v) * BLOCK), four);
-        }
-      UNROLL for (int m = 0; m < MR; m++)
-        UNROLL for (int v = 0; v < VECTORS; v++) sums[m][v] += dot[m][v].sum();
-    }
+  each_group(p.a, [&](long k, long w) {
+    Dot<C::SMALL> dot[MR][VECTORS];
+    const uint8_t* codes = p.codes + k * OUTPUTS;
+    UNROLL for (int q = 0; q < QUADS; q++)
+      UNROLL for (int m = 0; m < MR; m++) {
+        c32 four = quad(x[m].codes + k + 4 * q);
+        UNROLL for (int v = 0; v < VECTORS; v++) dot[m][v].add(codes_at(codes + (q * VECTORS + v) * GROUP), four);
+      }
     UNROLL for (int v = 0; v < VECTORS; v++) {
       long at = (v * p.groups + w) * LANES;
       v8 factor = load(p.factors + at);
       UNROLL for (int m = 0; m < MR; m++)
-        total[m][v] = scaled<C>(total[m][v], sums[m][v], factor, p.lows + at, x[m], g);
+        total[m][v] = scaled<C>(total[m][v], dot[m][v].sum(), factor, p.lows + at, x[m], k / GROUP);
     }
   });
   UNROLL for (int m = 0; m < MR; m++)
@@ -252,26 +245,24 @@ __attribute__((noinline)) void straight(const Panel& p, const Row* x, float* con
     const uint8_t* rows[LANES];
     for (int j = 0; j < LANES; j++) rows[j] = p.row(v * LANES + j);
     const char* next = (const char*)rows[0] + ahead;
-    each_group(p.a, [&](long k, long end, long g, long w) {
+    each_group(p.a, [&](long k, long w) {
+      constexpr long BYTES = LANES * GROUP / (C::SMALL ? 2 : 1);
+      UNROLL for (long i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
+      next += BYTES;
       i8x sums[MR][LANES];
-      for (long bytes = LANES * (end - k) / (C::SMALL ? 2 : 1); bytes > 0; bytes -= 64, next += 64)
-        __builtin_prefetch(next, 0, 2);
-      UNROLL for (int j = 0; j < LANES; j += 4) {   // four at a time: their sums stay in registers
-        Dot<C::SMALL> dot[MR][4];                    // of at most 128 / 32 add()s
-        for (long at = k; at < end; at += BLOCK) {
-          c32 with[MR];
-          UNROLL for (int m = 0; m < MR; m++) with[m] = codes_at(x[m].codes + at);
-          UNROLL for (int i = 0; i < 4; i++) {
-            c32 codes = C::load(rows[j + i], at, end - at);
-            UNROLL for (int m = 0; m < MR; m++) dot[m][i].add(codes, with[m]);
-          }
+      c32 with[MR];
+      UNROLL for (int m = 0; m < MR; m++) with[m] = codes_at(x[m].codes + k);
+      UNROLL for (int j = 0; j < LANES; j++) {
+        c32 codes = C::load(rows[j], k, p.a.k - k);
+        UNROLL for (int m = 0; m < MR; m++) {
+          Dot<C::SMALL> dot;
+          dot.add(codes, with[m]);
+          sums[m][j] = dot.sum();
         }
-        UNROLL for (int m = 0; m < MR; m++)
-          UNROLL for (int i = 0; i < 4; i++) sums[m][j + i] = dot[m][i].sum();
       }
       long at = (v * p.groups + w) * LANES;
       UNROLL for (int m = 0; m < MR; m++)
-        total[m] = scaled<C>(total[m], folded(sums[m]), load(p.factors + at), p.lows + at, x[m], g);
+        total[m] = scaled<C>(total[m], folded(sums[m]), load(p.factors + at), p.lows + at, x[m], k / GROUP);
     });
     UNROLL for (int m = 0; m < MR; m++) put(p, v, total[m], y[m]);
   }
@@ -325,23 +316,21 @@ INLINE void put_bytes(int8_t* to, const i8x* v) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
 #else
-  for (int i = 0; i < BLOCK; i++) to[i] = (int8_t)v[i / 8][i % 8];
+  for (int i = 0; i < GROUP; i++) to[i] = (int8_t)v[i / 8][i % 8];
 #endif
 }
 
-// A group's codes, zeros behind the last up to a multiple of 32, and their sum.
+// A group's codes, zeros behind the last, and their sum.
 INLINE int round_group(const float* x, long count, float inverse, int8_t* codes) {
   const v8 magic = splat(0x1.8p23f);   // beside it floats are integers: the sum rounds to nearest, ties to even
-  i8x sums = {}, v[BLOCK / 8];
-  for (long i = 0; i < count; i += BLOCK) {
-    UNROLL for (int j = 0; j < BLOCK / 8; j++) {
-      long at = i + 8 * j, left = count - at;
-      v8 some = left >= 8 ? load(x + at) : left > 0 ? load_part(x + at, left) : splat(0);
-      v[j] = (i8x)(some * splat(inverse) + magic) - (i8x)magic;
-      sums += v[j];
-    }
-    put_bytes(codes + i, v);
+  i8x sums = {}, v[GROUP / 8];
+  UNROLL for (int j = 0; j < GROUP / 8; j++) {
+    long left = count - 8 * j;
+    v8 some = left >= 8 ? load(x + 8 * j) : left > 0 ? load_part(x + 8 * j, left) : splat(0);
+    v[j] = (i8x)(some * splat(inverse) + magic) - (i8x)magic;
+    sums += v[j];
   }
+  put_bytes(codes, v);
   int sum = 0;
   for (int i = 0; i < 8; i++) sum += sums[i];
   return sum;
@@ -353,12 +342,13 @@ long arranged_integer(const Matrix& a) { return padded(a) / 2 + 4 * groups_of_x(
 
 void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
   Row to(a, out);
-  each_group(a, [&](long k, long end, long g, long) {
-    float most = largest(x + k, end - k);
+  for (long k = 0, g = 0; k < a.k; k += GROUP, g++) {
+    long count = a.k - k < GROUP ? a.k - k : GROUP;
+    float most = largest(x + k, count);
     bool none = most < 0x1p-100f;   // less would have no inverse
     to.scales[g] = none ? 0 : most / 127;
-    to.sums[g] = round_group(x + k, end - k, none ? 0 : 127 / most, to.codes + k);
-  });
+    to.sums[g] = round_group(x + k, count, none ? 0 : 127 / most, to.codes + k);
+  }
 }
 
 void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,

@@ -1,4 +1,4 @@
-// Products of rows of x, rounded to INT8 by groups, with INT8 and INT4 matrices; see integer.cpp.
+// Products of rows of x, rounded to INT8 by groups of 32, with INT8 and INT4 matrices; see integer.cpp.
 #pragma once
 #include "matrix.h"
 

@@ -24,7 +24,7 @@ thread_local Scratch scratch, prepared;
 
 // A coded tile as float32 rows: one look-up serves all rows of x.
 void tile_coded(const Matrix& a, long n, int count, const float* const* x, long rows, float* const* y) {
-  Matrix wide = {FP32, 0, count, a.k, a.k, 0, {}, {}, {}, {}};
+  Matrix wide = {FP32, 0, count, a.k, a.k, {}, {}, {}, {}};
   float* decoded = (float*)scratch.of(count * a.k * 4);
   wide.values.at = (const uint8_t*)decoded;
   for (int j = 0; j < count; j++) decode_coded(a, n + j, decoded + j * a.k);

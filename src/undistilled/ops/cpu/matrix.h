@@ -33,7 +33,6 @@ struct Tiling {          // how a CODED matrix lies
 struct Matrix {          // [n, k], row-major
   int kind, rounds;      // rounds: the Rounding of x in its products
   long n, k, group;      // group: elements along k that share a scale
-  long shared;           // elements of x that share a scale where it is rounded to INT8
   Part values;           // but for CODED
   Part scales;           // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]; coded: of tiling.format
   Part mins;             // int4, coded: f16 [n, g], or null for symmetric schemes
@@ -196,7 +195,7 @@ static void add_tile(const Matrix& a, long n, int count, const float* const* x, 
 // int4's offsets as a second product: its mins (or scales) with the sums of x over groups.
 INLINE bool has_offsets(const Matrix& a) { return a.kind == INT4; }
 INLINE Matrix offsets(const Matrix& a) {
-  return {FP16, 0, a.n, a.groups(), a.groups(), 0, a.mins.at ? a.mins : a.scales, {}, {}, {}};
+  return {FP16, 0, a.n, a.groups(), a.groups(), a.mins.at ? a.mins : a.scales, {}, {}, {}};
 }
 
 // sums[g] = the sum of x over group g, times the factor of offsets()' weights.

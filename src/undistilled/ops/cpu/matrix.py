@@ -65,7 +65,7 @@ class _Tiling(ctypes.Structure):
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
-        *(("kind", _I), ("rounds", _I), ("n", _L), ("k", _L), ("group", _L), ("shared", _L)),
+        *(("kind", _I), ("rounds", _I), ("n", _L), ("k", _L), ("group", _L)),
         *(("values", _Part), ("scales", _Part), ("mins", _Part), ("tiling", _Tiling)),
     ]
 
@@ -80,11 +80,11 @@ class Matrix:
 
     def __init__(self, kind: int, n: int, k: int, group: int, products: str | None, experts: int | None):
         check(products != "bfloat16" or kind > KIND["fp16"], "products: not bfloat16 for fp32 and fp16")
-        integer = products == "int8"
-        check(not integer or kind in (KIND["int8"], KIND["int4"]), "products: int8 for int8 and int4 alone")
-        shared = integers.shared(group) if integer else k
+        if products == "int8":
+            check(kind in (KIND["int8"], KIND["int4"]), "products: int8 for int8 and int4 alone")
+            check(group % integers.GROUP == 0, f"group: products of int8 want a multiple of {integers.GROUP}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
-        self.struct = _Matrix(kind=kind, rounds=ROUNDS[products], n=n, k=k, group=group or k, shared=shared)
+        self.struct = _Matrix(kind=kind, rounds=ROUNDS[products], n=n, k=k, group=group or k)
         self.pointer = ctypes.addressof(self.struct)
         self.held: list[Tensor] = []  # keeps the storage alive
 
