@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/gpu_kernels.py [--schemes int8 fp8_block int4 nl3-g32 mix64] [--json OUT]
 
-mix32, mix64 and mix128 are dynamic blocks of so many columns, their tiles in 2 to 5 bits as MIX says.
+mix32, mix64 and mix128 are dynamic blocks of so many columns, see random_weights.py.
 
 A time is that of one call in a CUDA graph of many calls on different weights (or experts), so that neither the cache
 nor launches take part; the median of 9 replays, with the least and most. "of bandwidth" compares the bytes of weights
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from undistilled import scheme as schemes
+from random_weights import random_weight
 from undistilled.ops import triton as cuda
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply
@@ -29,39 +29,6 @@ from undistilled.scheme import Stored
 SHAPES = ((7168, 2048), (18432, 7168), (7168, 18432), (576, 7168), (1536, 7168), (24576, 1536))  # outputs, inputs
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 7168, 2048, 256, 8
 REPLAYS = 9
-MIX = {2: 0.25, 3: 0.45, 4: 0.25, 5: 0.05}  # of tiles; values take 3.1 bits on average
-
-
-def scheme_for(name: str, inputs: int) -> str:
-    """The scheme's name, where it is `mix` that for so many inputs."""
-    if not name.startswith("mix"):
-        return name
-    cols = int(name[3:])
-    counts = {bits: round(share * inputs / cols) for bits, share in MIX.items()}
-    counts[3] += inputs // cols - sum(counts.values())
-    return f"tiles16x{cols}" + "".join(f"-{bits}x{count}" for bits, count in counts.items() if count)
-
-
-def random_weight(name: str, *shape: int) -> Stored:
-    """Random bytes and scales, in place: no dense copy is ever made."""
-    scheme = schemes.get(scheme_for(name, shape[-1]))
-    parts = {}
-    for part, spec in schemes.parts_of(scheme, shape).items():
-        t = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cuda")
-        if part == "order":
-            t.copy_(torch.rand(spec.shape, device="cuda").argsort(-1))
-        elif part.startswith("values"):
-            codes = t.view(torch.uint8).random_(0, 256)
-            if t.dtype is torch.float8_e4m3fn:
-                codes.bitwise_and_(0xF7)  # no NaN
-        elif t.dtype is torch.uint8:
-            t.random_(118, 122)
-        elif part == "minimums":
-            t.uniform_(-0.02, 0.0)
-        else:
-            t.copy_(torch.empty(spec.shape, device="cuda").uniform_(0.5, 1.5) * (1 if "float8" in spec.dtype else 0.01))
-        parts[part] = t
-    return Stored(scheme, shape, parts)
 
 
 def graph_times(calls: list[Callable[[], object]]) -> dict[str, float]:

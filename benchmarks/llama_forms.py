@@ -33,7 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from cpu_peers import write_gguf
+from peers.ggufs import write_gguf
 from quality import run
 from undistilled import show_quality
 from undistilled.checkpoint.gguf import GGUFFile

@@ -19,22 +19,6 @@ INLINE float bf16_to_float(uint16_t h) {
   return f;
 }
 
-// The i-th scale of a row as it is stored, i counted by section and place.
-INLINE float scale_of(const Matrix& a, long row, long i) {
-  const Tiling& t = a.tiling;
-  long at = (row / t.height * t.factors + i) * t.height + row % t.height;
-  float f = 0;
-  switch (t.format) {
-    case SCALES_F16: f = half_to_float(((const uint16_t*)a.scales.at)[at]); break;
-    case SCALES_E4M3: f = half_to_float((uint16_t)((int8_t)a.scales.at[at] * 128 & 0xbfff)) * 256; break;
-    case SCALES_E8M0: {
-      uint32_t code = a.scales.at[at], bits = code ? code << 23 : 1 << 22;
-      memcpy(&f, &bits, 4);
-    }
-  }
-  return t.multipliers.at ? f * bf16_to_float(((const uint16_t*)t.multipliers.at)[row]) : f;
-}
-
 // Calls f with the number of bits as a type.
 template <class F> INLINE void with_bits(int bits, F f) {
   switch (bits) {

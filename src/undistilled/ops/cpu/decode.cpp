@@ -3,41 +3,181 @@
 
 namespace {
 
-constexpr long LEAST = 16;   // inputs of the smallest group: each has whole multiples of them
+#if HAS_AVX2
 
-// out[0..32) = levels of the codes at w.
-template <int BITS> void decode_block(const uint8_t* w, const float* levels, float* out) {
-  constexpr int REST = BITS - MAIN[BITS];
-  uint8_t codes[QUANTUM];
-  auto plane = [&](int bits, int up) {
-    for (int j = 0; j < 8 / bits; j++)
-      for (int i = 0; i < 4 * bits; i++) {
-        uint8_t piece = (w[i] >> (bits * j) & ((1 << bits) - 1)) << up;
-        codes[j * 4 * bits + i] = up ? codes[j * 4 * bits + i] | piece : piece;
-      }
-    w += 4 * bits;
-  };
-  plane(MAIN[BITS], 0);
-  if (REST) plane(REST ? REST : 1, MAIN[BITS]);
-  for (int i = 0; i < QUANTUM; i++) out[i] = levels[codes[i]];
+// Bytes shifted right by 0, STEP, 2 * STEP ... in turn, those of a copy of the plane each.
+template <int BITS> INLINE __m256i plane(const uint8_t* w) {
+  const __m256i few = _mm256_set1_epi8((1 << BITS) - 1);
+  if constexpr (BITS == 4) {
+    __m128i both = _mm_loadu_si128((const __m128i*)w);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), few);
+  } else if constexpr (BITS == 2) {
+    int64_t eight;
+    memcpy(&eight, w, 8);
+    return _mm256_and_si256(_mm256_srlv_epi64(_mm256_set1_epi64x(eight), _mm256_setr_epi64x(0, 2, 4, 6)), few);
+  } else {
+    int32_t four;
+    memcpy(&four, w, 4);
+    const __m256i by = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), by), few);
+  }
 }
+
+// Levels, which BF16 holds, as the two bytes of each: a look-up in registers finds one of 16 for 32 codes.
+template <int BITS> struct Levels {
+  static constexpr int REST = BITS - MAIN[BITS], TABLES = BITS > 4 ? 1 << (BITS - 4) : 1;
+  __m256i low[TABLES], high[TABLES];
+
+  explicit Levels(const float* levels) {
+    uint8_t bytes[2][16 * TABLES] = {};
+    for (int i = 0; i < 1 << BITS; i++) {
+      uint32_t bits;
+      memcpy(&bits, levels + i, 4);
+      bytes[0][i] = bits >> 16;
+      bytes[1][i] = bits >> 24;
+    }
+    for (int t = 0; t < TABLES; t++) {
+      low[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[0] + t));
+      high[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1] + t));
+    }
+  }
+  INLINE __m256i look_up(const __m256i* table, __m256i codes) {
+    __m256i found = _mm256_shuffle_epi8(table[0], codes);
+    if constexpr (TABLES == 2) return _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table[1], codes), sign(codes, 3));
+    if constexpr (TABLES == 4) {
+      __m256i odd = sign(codes, 3);
+      found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table[1], codes), odd);
+      __m256i above = _mm256_shuffle_epi8(table[2], codes);
+      above = _mm256_blendv_epi8(above, _mm256_shuffle_epi8(table[3], codes), odd);
+      return _mm256_blendv_epi8(found, above, sign(codes, 2));
+    }
+    return found;
+  }
+  INLINE __m256i sign(__m256i codes, int up) { return _mm256_slli_epi16(codes, up); }
+  // w[i] = levels of the codes 8i..8i + 8 of a block.
+  __attribute__((always_inline)) void load(const uint8_t* at, v8* w) const {
+    __m256i codes = plane<MAIN[BITS]>(at);
+    if constexpr (REST)
+      codes = _mm256_or_si256(codes, _mm256_slli_epi16(plane<REST ? REST : 1>(at + 4 * MAIN[BITS]), MAIN[BITS]));
+    __m256i bytes[2] = {look_up(low, codes), look_up(high, codes)}, zero = _mm256_setzero_si256();
+    for (int i = 0; i < 2; i++) {
+      __m256i words = i ? _mm256_unpackhi_epi8(bytes[0], bytes[1]) : _mm256_unpacklo_epi8(bytes[0], bytes[1]);
+      __m256i a = _mm256_unpacklo_epi16(zero, words), b = _mm256_unpackhi_epi16(zero, words);
+      w[i] = (v8)_mm256_permute2x128_si256(a, b, 0x20);
+      w[i + 2] = (v8)_mm256_permute2x128_si256(a, b, 0x31);
+    }
+  }
+};
+
+#else
+
+template <int BITS> struct Levels {
+  static constexpr int REST = BITS - MAIN[BITS];
+  const float* levels;
+
+  explicit Levels(const float* levels) : levels(levels) {}
+  void load(const uint8_t* w, v8* out) const {
+    uint8_t codes[QUANTUM];
+    auto plane = [&](int bits, int up) {
+      for (int j = 0; j < 8 / bits; j++)
+        for (int i = 0; i < 4 * bits; i++) {
+          uint8_t piece = (w[i] >> (bits * j) & ((1 << bits) - 1)) << up;
+          codes[j * 4 * bits + i] = up ? codes[j * 4 * bits + i] | piece : piece;
+        }
+      w += 4 * bits;
+    };
+    plane(MAIN[BITS], 0);
+    if (REST) plane(REST ? REST : 1, MAIN[BITS]);
+    for (int i = 0; i < QUANTUM; i++) out[i / 8][i % 8] = levels[codes[i]];
+  }
+};
+
+#endif
+
+// Made where the levels are others than the last time.
+template <int BITS> const Levels<BITS>& levels_of(const float* levels) {
+  static thread_local Levels<BITS> kept(levels);
+  static thread_local const float* made = levels;
+  if (made != levels) kept = Levels<BITS>(made = levels);
+  return kept;
+}
+
+// A row's place in its block, which is worked out once.
+struct Row {
+  const Matrix& a;
+  const Tiling& t;
+  const long row, block, inside, by_tile;   // by_tile: scales of a tile
+  const long ahead;                         // blocks to the one that is asked for
+  const float multiplier;
+
+  Row(const Matrix& a, long row)
+      : a(a), t(a.tiling), row(row), block(row / t.height), inside(row % t.height), by_tile(t.cols / a.group),
+        ahead(blocks_ahead()), multiplier(t.multipliers.at ? bf16_to_float(((const uint16_t*)t.multipliers.at)[row]) : 1) {}
+  long blocks_ahead() const {
+    long bytes = 0;
+    for (int w = 0; w < t.widths; w++) bytes += t.codes[w].block;
+    return ahead_of(bytes, t.height, row, a.n) / bytes;
+  }
+  // The i-th scale of the row as it is stored, i counted by section and place.
+  float scale(long i) const {
+    long at = (block * t.factors + i) * t.height + inside;
+    if (t.format == SCALES_F16) return half_to_float(((const uint16_t*)a.scales.at)[at]) * multiplier;
+    uint32_t code = a.scales.at[at], bits = code ? code << 23 : 1 << 22;
+    if (t.format == SCALES_E4M3) return half_to_float((uint16_t)((int8_t)code * 128 & 0xbfff)) * 256 * multiplier;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f * multiplier;
+  }
+  float low(long i) const { return a.mins.at ? half_to_float(((const uint16_t*)a.mins.at)[row * t.factors + i]) : 0; }
+
+  // out[k..) = the values of the i-th tile, whose codes lie at w and whose first input is k.
+  template <int BITS> void tile(const Levels<BITS>& levels, const uint8_t* w, long i, long k, float* out) const {
+    const bool halves = a.group < QUANTUM;   // of a block have scales of their own
+    long end = k + t.cols < a.k ? k + t.cols : a.k, next = k, factor = i * by_tile;
+    v8 f[2] = {splat(0), splat(0)}, low[2] = {splat(0), splat(0)};
+    for (; k < end; k += QUANTUM, w += 4 * BITS) {
+      if (k == next) {
+        for (int h = 0; h < 2; h++) {
+          long at = factor + (halves && k + QUANTUM / 2 < end ? h : 0);
+          f[h] = splat(scale(at));
+          low[h] = splat(this->low(at));
+        }
+        factor += halves ? 2 : 1;
+        next += halves ? QUANTUM : a.group;
+      }
+      v8 v[4];
+      levels.load(w, v);
+      UNROLL for (int j = 0; j < 4; j++) v[j] = v[j] * f[j / 2] + low[j / 2];
+      if (end - k >= QUANTUM)
+        UNROLL for (int j = 0; j < 4; j++) store(out + k + 8 * j, v[j]);
+      else
+        memcpy(out + k, v, (end - k) * 4);
+    }
+  }
+  static void ask(const uint8_t* w, long bytes) {
+    for (long o = 0; o < bytes; o += LINE) __builtin_prefetch(w + o, 0, 2);
+  }
+  // The tiles of a width, the first of which is the first-th of a section.
+  template <int BITS> void width(const Codes& c, long first, float* out) const {
+    const Levels<BITS> levels = levels_of<BITS>(c.levels);
+    const int16_t* order = (const int16_t*)t.order.at;
+    long bytes = t.cols / 8 * BITS;
+    const uint8_t* w = c.values.at + block * c.block + inside * bytes;
+    for (long s = 0; s < t.sections; s++)
+      for (long i = s * t.tiles + first, last = i + c.count; i < last; i++, w += t.height * bytes) {
+        long place = order ? s * t.tiles + order[block * t.sections * t.tiles + i] : i;
+        if (ahead) ask(w + ahead * c.block, bytes);
+        tile<BITS>(levels, w, i, place * t.cols, out);
+      }
+  }
+};
 
 }  // namespace
 
 void decode_coded(const Matrix& a, long row, float* out) {
-  const Tiling& t = a.tiling;
-  each_tile(t, [&](const Codes& c, long q, long i) {
-    const uint8_t* w = tile_at(t, c, row, q);
-    long first = place_of(t, row / t.height, i) * t.cols;
-    for (long k = 0; k < t.cols && first + k < a.k; k += QUANTUM, w += 4 * c.bits) {
-      float block[QUANTUM];
-      with_bits(c.bits, [&](auto bits) { decode_block<decltype(bits)::value>(w, c.levels, block); });
-      for (long j = 0; j < QUANTUM && first + k + j < a.k; j += LEAST) {
-        long at = first + k + j, count = a.k - at < LEAST ? a.k - at : LEAST, g = t.order.at ? i : at / a.group;
-        float scale = scale_of(a, row, g), low = 0;
-        if (a.mins.at) low = half_to_float(((const uint16_t*)a.mins.at)[row * t.factors + g]);
-        for (long e = 0; e < count; e++) out[at + e] = block[j + e] * scale + low;
-      }
-    }
-  });
+  const Row r(a, row);
+  for (long w = 0, first = 0; w < a.tiling.widths; first += a.tiling.codes[w++].count)
+    with_bits(a.tiling.codes[w].bits, [&](auto bits) {
+      r.width<decltype(bits)::value>(a.tiling.codes[w], first, out);
+    });
 }

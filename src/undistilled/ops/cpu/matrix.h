@@ -49,6 +49,17 @@ constexpr long PANEL = 1024;   // elements of k that are worked on at a time
 constexpr int TILE = 16;      // rows of a matrix that are worked on at a time
 constexpr long SERIAL = 1 << 15;   // below this many multiplications a team of threads costs more
 constexpr int ROWS = 32;      // rows of x for which a weight is read once
+constexpr long LINE = 64;     // bytes of memory that come together
+constexpr long SPAN = 256;    // inputs between two looks ahead
+
+// Bytes of weights that are asked for before they are needed: a busy memory answers late, and short rows are no stream
+// that the processor would foresee.
+constexpr long AHEAD = 1 << 16;
+// Whole blocks of `rows` rows from row n on, in bytes; 0 where they end behind `last`.
+INLINE long ahead_of(long block, long rows, long n, long last) {
+  long blocks = (AHEAD + block - 1) / block;
+  return n + blocks * rows < last ? blocks * block : 0;
+}
 
 // Panels end on multiples of the group, or lie inside one group.
 INLINE long panel_end(const Matrix& a, long k) {
@@ -130,12 +141,18 @@ INLINE void dots(const uint8_t* const* w, const float* const* x, long k0, long k
   }
 }
 
+// Asks for what lies `ahead` bytes behind the lines of memory that begin within k0..k1 of each row.
+template <class L, int NR> INLINE void ask(const uint8_t* const* w, long k0, long k1, long ahead) {
+  for (long line = (at<L>(k0) + LINE - 1) / LINE * LINE; line < at<L>(k1); line += LINE)
+    UNROLL for (int j = 0; j < NR; j++) __builtin_prefetch(w[j] + line + ahead, 0, 2);
+}
+
 typedef v8 Totals[TILE];
 
-// total[m][j] += the panel k0..k1, each group's sum times its scale.
+// total[m][j] += the panel k0..k1, each group's sum times its scale. ahead: where the next weights lie, or 0.
 template <class L, int MR, int NR>
 static void panel(const uint8_t* const* w, const float* const* x, const float (*scales)[PANEL],
-                  long group, long k0, long k1, Totals* total) {
+                  long group, long k0, long k1, Totals* total, long ahead) {
   v8 t[MR][NR];
   UNROLL for (int m = 0; m < MR; m++)
     UNROLL for (int j = 0; j < NR; j++) t[m][j] = total[m][j];
@@ -143,7 +160,11 @@ static void panel(const uint8_t* const* w, const float* const* x, const float (*
     v8 acc[MR][NR];
     UNROLL for (int m = 0; m < MR; m++)
       UNROLL for (int j = 0; j < NR; j++) acc[m][j] = splat(0);
-    dots<L, MR, NR>(w, x, k, k1 - k < group ? k1 : k + group, acc);
+    for (long from = k, end = k1 - k < group ? k1 : k + group, to; from < end; from = to) {
+      to = ahead && from + SPAN < end ? from + SPAN : end;
+      if (ahead) ask<L, NR>(w, from, to, ahead);
+      dots<L, MR, NR>(w, x, from, to, acc);
+    }
     UNROLL for (int j = 0; j < NR; j++)
       UNROLL for (int m = 0; m < MR; m++) t[m][j] = fma(acc[m][j], splat(scales[j][g]), t[m][j]);
   }
@@ -153,7 +174,8 @@ static void panel(const uint8_t* const* w, const float* const* x, const float (*
 
 // total[m][j] += the panel k0..k1 of rows n.. of a, NR of them, times `rows` rows of x.
 template <class L, int NR>
-static void add_panel(const Matrix& a, long n, const float* const* x, long rows, long k0, long k1, Totals* total) {
+static void add_panel(const Matrix& a, long n, const float* const* x, long rows, long k0, long k1, Totals* total,
+                      long ahead) {
   float scales[NR][PANEL], decoded[NR][PANEL];
   const uint8_t* w[NR];
   const float* xs[ROWS];
@@ -165,9 +187,9 @@ static void add_panel(const Matrix& a, long n, const float* const* x, long rows,
   auto add = [&](auto loader) {
     typedef decltype(loader) B;
     long m = 0;
-    for (; m + 3 <= rows && rows - m != 4; m += 3) panel<B, 3, NR>(w, x + m, scales, group, k0, k1, total + m);
-    for (; m + 2 <= rows; m += 2) panel<B, 2, NR>(w, x + m, scales, group, k0, k1, total + m);
-    if (m < rows) panel<B, 1, NR>(w, x + m, scales, group, k0, k1, total + m);
+    for (; m + 3 <= rows && rows - m != 4; m += 3) panel<B, 3, NR>(w, x + m, scales, group, k0, k1, total + m, 0);
+    for (; m + 2 <= rows; m += 2) panel<B, 2, NR>(w, x + m, scales, group, k0, k1, total + m, rows == 2 ? ahead : 0);
+    if (m < rows) panel<B, 1, NR>(w, x + m, scales, group, k0, k1, total + m, rows == 1 ? ahead : 0);
   };
   if (L::BYTES == 4 || rows <= 2) return add(L());
   for (long m = 0; m < rows; m++) xs[m] = x[m] + k0;
@@ -184,11 +206,12 @@ static void add_panel(const Matrix& a, long n, const float* const* x, long rows,
 // total[m][j] += x[m] . row n + j of a, for rows <= ROWS and count <= TILE.
 template <class L>
 static void add_tile(const Matrix& a, long n, int count, const float* const* x, long rows, Totals* total) {
+  long ahead = ahead_of(4 * a.row_bytes(), 4, n, a.n);
   for (long k0 = 0, k1; k0 < a.k; k0 = k1) {
     k1 = panel_end(a, k0);
     int j = 0;
-    for (; j + 4 <= count; j += 4) add_panel<L, 4>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j));
-    for (; j < count; j++) add_panel<L, 1>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j));
+    for (; j + 4 <= count; j += 4) add_panel<L, 4>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j), ahead);
+    for (; j < count; j++) add_panel<L, 1>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j), ahead);
   }
 }
 

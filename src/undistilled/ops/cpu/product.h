@@ -9,15 +9,6 @@
 #define HAS_PRODUCTS 0
 #endif
 
-// Bytes of weights that are asked for before they are needed: a busy memory answers late, and short rows are no stream
-// that the processor would foresee.
-constexpr long AHEAD = 1 << 16;
-// Whole blocks of `rows` rows from row n on, in bytes; 0 where they end behind `last`.
-INLINE long ahead_of(long block, long rows, long n, long last) {
-  long blocks = (AHEAD + block - 1) / block;
-  return n + blocks * rows < last ? blocks * block : 0;
-}
-
 constexpr long PART = 192;   // rows of x that a core multiplies with a panel of weights at a time
 
 // A row of x as product() takes it, rounded to nearest, ties to even: how many uint16, and these. As product() they

@@ -62,6 +62,9 @@ INLINE float sum(v8 v) {
 
 // float16 bits to float32, exact for every finite value.
 INLINE float half_to_float(uint16_t h) {
+#if HAS_AVX2
+  return _cvtsh_ss(h);
+#else
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
   float f;
   memcpy(&f, &bits, 4);
@@ -71,6 +74,7 @@ INLINE float half_to_float(uint16_t h) {
   bits |= sign;
   memcpy(&f, &bits, 4);
   return f;
+#endif
 }
 
 // Loaders. BYTES per weight; load(p) gives STEP / 8 vectors in the order of the row.
