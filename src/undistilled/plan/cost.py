@@ -12,7 +12,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import products_of
+from .recipes import MIXED, products_of, scheme_of
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -185,18 +185,24 @@ def activation_bytes(
     heads = 2 * spec.heads * (spec.mla.qk_head_dim + spec.mla.v_head_dim if spec.mla else 2 * spec.head_dim)
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
-    dense = 0 if scheme == "fp32" else _largest_linear(spec, kind) * width
+    dense = 0 if scheme == "fp32" else _largest_linear(spec, kind, scheme) * width
     # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. INT8 rows with
     # their scales are smaller, and float32's dense copy is there for weights that have no integers
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
     return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", "int8") else 0)
 
 
-def _largest_linear(spec: ModelSpec, kind: str) -> int:
-    # on a GPU the reference also makes the head dense; the CPU's kernels for few rows do not
-    return max(
-        w.shape[0] * w.shape[1] for w in weights(spec) if w.is_linear or (kind != "cpu" and w.role in ("head", "embed"))
-    )
+def _largest_linear(spec: ModelSpec, kind: str, scheme: str) -> int:
+    """Elements of the largest weight that is made dense. On a GPU the reference also makes the head dense, but nothing
+    that is stored as it is multiplied; the CPU's kernels for few rows leave a head as it is."""
+
+    def made(w: Weight) -> bool:
+        if kind == "cpu":
+            return w.is_linear
+        plain = scheme != MIXED and scheme_of(w, spec, scheme) in PLAIN
+        return not plain and (w.is_linear or w.role in ("head", "embed"))
+
+    return max((w.shape[0] * w.shape[1] for w in weights(spec) if made(w)), default=0)
 
 
 def layer_share(placed: list[Placed]) -> dict[str, float]:
