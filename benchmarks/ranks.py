@@ -54,7 +54,8 @@ def options(layout: str) -> list[str]:
 
 def memory(model: str, args: argparse.Namespace) -> None:
     for layout in args.layouts:
-        common = ["--device", "cpu", "--batch", str(args.batch), "--microbatches", str(args.microbatches)]
+        common = ["--device", "cpu", "--batch", str(args.batch)]
+        common += ["--microbatches", str(args.microbatches)] if "pp" in layout else []
         common += ["--scheme", args.scheme] if args.scheme else []
         run = ["bench", model, *options(layout), *common, "--prompt-tokens", "512", "--new-tokens", "16"]
         found = json.loads(undistilled(*run, "--repeat", "2", "--json"))

@@ -26,7 +26,7 @@ from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
 
 # bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
 RANK_RUNTIME = {"cpu": 262_000_000, "cuda": 600_000_000}
-GROUPS = {"cpu": 15_000_000, "cuda": 300_000_000}
+GROUPS = {"cpu": 40_000_000, "cuda": 300_000_000}
 
 
 @dataclass(frozen=True)
