@@ -29,8 +29,9 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: pyproject.toml setup.py src/undistilled/ops/cpu/builds.py $(wildcard src/undistilled/ops/cpu/*.cpp src/undistilled/ops/cpu/*.h) | $(VENV)/bin/python
 	$(BIN)/pip install -q 'torch>=2.11,<2.14'
-	$(BIN)/pip install -q -e .
-	$(BIN)/pip install -q -e '.[tasks]' || echo 'reasoning-gym could not be built: reasoning questions are left out'
+	@echo 'installing; compiling the kernels for three kinds of processor takes a minute or two'
+	$(BIN)/pip install -q -e '.[tasks]' || { $(BIN)/pip install -q -e . && \
+		echo 'reasoning-gym could not be built: reasoning questions are left out'; }
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -39,6 +39,12 @@ class CannotBind(UndistilledError):
     exit_code = 5
 
 
+class Interrupted(UndistilledError):
+    """A person ended what can be gone on with."""
+
+    exit_code = 130
+
+
 class RankLost(UndistilledError):
     """One of the processes that share a model died, stopped or stalled: the others cannot go on."""
 

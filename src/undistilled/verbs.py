@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import show, show_quality
-from .errors import UsageError
+from .errors import Interrupted, UsageError
 from .options import DEVICE, JSON, MODEL, SCHEME
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -64,8 +64,11 @@ def quantize(
     own = tokens // 2 if traces is None else min(traces, tokens)
     bytes_ = size(size_) if size_ else None
     request = Request(scheme, bits, bytes_, solver, tokens, own, text_, questions_, kept, _home(device))
-    with show.steps() as say:
-        done = run(find(model), out, request, say)
+    try:
+        with show.steps() as say:
+            done = run(find(model), out, request, say)
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted; {out}.partial has what is done.", "The same command goes on there.") from None
     if as_json:
         print(json.dumps(done, indent=1))
     else:

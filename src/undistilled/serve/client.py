@@ -127,7 +127,7 @@ class EngineClient:
     @property
     def trouble(self) -> str:
         """Why there are no answers; "" while there are."""
-        return "" if self._died is None else "The engine has ended."
+        return "" if self._died is None else f"The engine has ended: {self._died}"
 
     @property
     def in_flight(self) -> int:

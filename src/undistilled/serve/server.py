@@ -155,14 +155,15 @@ async def _end_with(client: EngineClient | Again, server: Server, linger: float 
     """A server whose engine died says so for two seconds, then ends, so that its supervisor starts a new one."""
     while not client.over:
         await asyncio.sleep(0.2)
-    logging.getLogger("undistilled.serve").error("The engine has ended; so will the server.")
+    logging.getLogger("undistilled.serve").error("%s The server ends too.", client.trouble)
     await asyncio.sleep(linger)
     server.should_exit = True
 
 
 def show_progress(done: int, total: int, name: str) -> None:
     share = f"{done / total:4.0%}" if total else ""
-    print(f"loading {share} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    print(f"loading {share} {done / unit:.1f} of {total / unit:.1f} {name}", file=sys.stderr, flush=True)
 
 
 def announce(client: EngineClient | Again, bound: socket.socket, api_key: str | None) -> None:
