@@ -31,7 +31,8 @@ class Submitted:
 
 def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache], comm: Comm | None) -> Graphs | Programs | None:
     """What runs decode passes again by one call, where something does."""
-    if capturable(decoder):
+    captured = capturable(decoder)
+    if comm.agreed(captured) if comm else captured:
         return Graphs(decoder, caches)
     if recordable(decoder) and comm is None:
         blocks = -(-plan.limits.context // plan.kv.block_size)

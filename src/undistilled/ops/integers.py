@@ -9,7 +9,7 @@ import torch
 
 from ..scheme import Scheme, grouped, int8
 
-GROUP = 32  # inputs that share a scale; a weight's own groups are multiples of it
+GROUP = int8.ACTIVATIONS
 LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
 
 

@@ -63,12 +63,24 @@ class Comm:
         """Memory that a stage's GPUs share, where they can; said aloud where not."""
         if self.device.type == "cpu" or self.stage is None:
             return None
+        made, why = None, "of another rank"
         try:
-            return OneShot(name, self.stage, self.device, ONE_SHOT)
+            made = OneShot(name, self.stage, self.device, ONE_SHOT)
         except (RuntimeError, ImportError, AttributeError) as error:
-            emit("comm.no_symmetric_memory", rank=self.rank, why=str(error))
-            print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({error}).", file=sys.stderr)
-            return None
+            why = str(error)
+        if self.agreed(made is not None):
+            return made
+        emit("comm.no_symmetric_memory", rank=self.rank, why=why)
+        print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({why}).", file=sys.stderr)
+        return None
+
+    def agreed(self, yes: bool) -> bool:
+        """Whether all ranks of the stage say yes: what only some of them do would leave the others waiting."""
+        if self.stage is None:
+            return yes
+        flag = torch.tensor([int(yes)], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.stage)
+        return bool(flag.item())
 
     def progress(self) -> None:
         """A layer is done: computing is no stall."""

@@ -30,6 +30,7 @@ LOADING = 48  # bytes of copies for each of them while they are turned into anot
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8, "experts": 0}
 OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "experts": 5}
 PLAIN = ("bf16", "fp16", "fp32")
+SLOW = ("nl5", "nl6")  # families that a GPU has no kernels for
 REPLAY_S = {"cuda": 5e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
 
 
@@ -62,9 +63,13 @@ def decode_bytes(placed: list[Placed], spec: ModelSpec, batch: int, context: int
     return read
 
 
-def ours(placed: list[Placed], kind: str) -> bool:
-    """Whether kernels of ours run a pass, which is recorded then: always on a CPU, on a GPU for experts in few bits."""
-    return kind == "cpu" or not any(p.weight.experts and p.row.scheme in PLAIN for p in placed)
+def ours(placed: list[Placed], kind: str, compute: str) -> bool:
+    """Whether kernels of ours run a pass, which is recorded then: always on a CPU; on a GPU in BF16, where each scheme
+    has one, and experts are in few bits."""
+    if kind == "cpu":
+        return True
+    served = not any(p.row.scheme.startswith(SLOW) or (p.weight.experts and p.row.scheme in PLAIN) for p in placed)
+    return served and compute == "bfloat16"
 
 
 def operations(spec: ModelSpec, tokens: int, native: bool) -> float:
@@ -78,9 +83,11 @@ def operations(spec: ModelSpec, tokens: int, native: bool) -> float:
     return found
 
 
-def small_seconds(placed: list[Placed], spec: ModelSpec, device: Device, tokens: int, recorded: bool) -> float:
+def small_seconds(
+    placed: list[Placed], spec: ModelSpec, device: Device, tokens: int, compute: str, recorded: bool
+) -> float:
     """Seconds of a pass that are not its bytes' nor its products'; a decode pass is `recorded` where it can be."""
-    native = ours(placed, device.kind)
+    native = ours(placed, device.kind, compute)
     each = REPLAY_S[device.kind] if native and recorded else device.ceilings.launch_s
     return operations(spec, tokens, native) * each
 
@@ -106,24 +113,31 @@ def seconds(
     compute: str,
 ) -> tuple[float, float]:
     """(prefill, decode) in tokens a second; devices work one after another, as one request's layers do."""
-    step = max(small_seconds(placed, spec, device, batch, True) for device in devices.values())
+    step = max(small_seconds(placed, spec, device, batch, compute, True) for device in devices.values())
     for name, read in decode_bytes(placed, spec, batch, context, kv_bytes).items():
         step += read / devices[name].ceilings.read_bytes_per_s
     flops = prefill_flops(spec, active, context)
     prompt = 0.0
     for name, device in devices.items():
-        for products, share in _flop_shares(placed, spec, name, compute).items():
-            prompt += share * flops * chunk / rate(device, products)
+        prompt += product_seconds(placed, spec, name, device, compute, flops * chunk)
         prompt += unpacked_seconds(placed, spec, name, device, chunk, compute)
-    prompt += max(small_seconds(placed, spec, device, chunk, False) for device in devices.values())
+    prompt += max(small_seconds(placed, spec, device, chunk, compute, False) for device in devices.values())
     return chunk / prompt, batch / step
+
+
+def product_seconds(
+    placed: list[Placed], spec: ModelSpec, home: str, device: Device, compute: str, flops: float
+) -> float:
+    """Seconds of what a home has of a prompt's `flops`, by the dtype of its products."""
+    shares = _flop_shares(placed, spec, home, compute)
+    return sum(share * flops / rate(device, products) for products, share in shares.items())
 
 
 def unpacked_seconds(
     placed: list[Placed], spec: ModelSpec, home: str, device: Device, chunk: int, compute: str
 ) -> float:
     """Seconds of `unpack_bytes`."""
-    native = compute == "int8" or (device.bf16_products and compute == "bfloat16")
+    native = device.kind == "cuda" or compute == "int8" or (device.bf16_products and compute == "bfloat16")
     moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32")
     return moved / device.ceilings.read_bytes_per_s
 
@@ -158,7 +172,7 @@ def unpack_bytes(placed: list[Placed], spec: ModelSpec, home: str, kind: str, ch
     Products of rounded activations unpack a weight in the caches, and so do a GPU's kernels for experts.
     """
     width, moved = 2 * WIDTH["float32" if kind == "cpu" else "bfloat16"], 0.0
-    native = ours(placed, kind)
+    native = ours(placed, kind, compute)
     for p in placed:
         if p.row.compute == home and p.weight.is_linear:
             inside = (p.weight.experts and native) if kind == "cuda" else _rounded(p, compute)

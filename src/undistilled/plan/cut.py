@@ -16,9 +16,11 @@ from .. import scheme as schemes
 from ..errors import BadArtefact, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
+from ..scheme import int8
 from ..scheme.base import quantum
 from .copies import MOST
 from .mesh import Mesh, even, ranges
+from .recipes import products_of
 
 # role -> (the axis that is cut, what the axis counts)
 CUT = {
@@ -59,8 +61,8 @@ class Cuts:
     UsageError names the weight that the mesh would cut within a quantum.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, stored: Mapping[str, str]) -> None:
-        self.spec, self.mesh, self.stored = spec, mesh, stored
+    def __init__(self, spec: ModelSpec, mesh: Mesh, stored: Mapping[str, str], compute: str = "float32") -> None:
+        self.spec, self.mesh, self.stored, self.compute = spec, mesh, stored, compute
         self.weights = {w.name: w for w in weights(spec)}
         if mesh.stages[-1][1] != spec.layers:
             raise UsageError(f"The stages end at layer {mesh.stages[-1][1]} of {spec.layers}.")
@@ -109,7 +111,7 @@ class Cuts:
             axis, counted = CUT.get(weight.role, ("", ""))
             if counted in ((kind, "kv_heads") if kind == "heads" else (kind,)) and weight.name in self.stored:
                 size = weight.shape[0 if axis == "out" else 1]
-                need = quantum(schemes.get(self.stored[weight.name]), axis)
+                need = self._quantum(weight, axis)
                 grown = math.lcm(together, need // math.gcd(need, size // units))
                 if grown > together:
                     together, culprit = grown, weight.name
@@ -191,9 +193,16 @@ class Cuts:
         self._check_quanta(weight, axis, start, stop)
         return Slice(axis, start, stop, experts)
 
+    def _quantum(self, weight: Weight, axis: str) -> int:
+        """What is never cut: a scheme's quanta, and inputs whose activations share a scale in products of integers."""
+        scheme = self.stored[weight.name]
+        found = quantum(schemes.get(scheme), axis)
+        integers = axis == "in" and products_of(weight.role, scheme, "cpu", self.compute) == "int8"
+        return math.lcm(found, int8.ACTIVATIONS) if integers else found
+
     def _check_quanta(self, weight: Weight, axis: str, start: int, stop: int) -> None:
         scheme, size = self.stored[weight.name], weight.shape[0 if axis == "out" else 1]
-        together = quantum(schemes.get(scheme), axis)
+        together = self._quantum(weight, axis)
         if start % together or (stop % together and stop != size):
             raise UsageError(
                 f"{self.mesh.inner} ranks would cut {weight.name} at {start} to {stop}, within the {together} that "

@@ -161,7 +161,8 @@ def layouts_of(plan: Plan, spec: ModelSpec, links: Sequence[Link] = ()) -> Layou
 def cuts_of(plan: Plan, spec: ModelSpec) -> Cuts:
     """What each rank of a plan holds."""
     assert plan.mesh is not None
-    return Cuts(spec, plan.mesh, {row.name: row.scheme for row in plan.rows if row.store != "unloaded"})
+    stored = {row.name: row.scheme for row in plan.rows if row.store != "unloaded"}
+    return Cuts(spec, plan.mesh, stored, plan.compute_dtype)
 
 
 class RankLayouts(Layouts):
@@ -183,7 +184,7 @@ class RankLayouts(Layouts):
         super().__init__(spec, loaded, free, scheme=scheme, compute=compute, cache=cache, block=block)
         self.mesh, self.links = mesh, Links(links)
         self.kind = "cuda" if mesh.devices[0] != "cpu" else "cpu"
-        self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded})
+        self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded}, compute)
         self._weights = [self._held(rank) for rank in range(mesh.size)]
 
     def _held(self, rank: int) -> int:
@@ -267,13 +268,13 @@ def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) 
         read = sum(p.row.nbytes * cost.touched(p.weight, spec, limits.batch) for p in own)
         read += part * layout.kv.bytes_per_token * limits.context * limits.batch
         small, launched = (
-            part * cost.small_seconds(own, spec, device, tokens, recorded)
+            part * cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
             for tokens, recorded in ((limits.batch, device.kind == "cuda"), (limits.chunk, False))
         )
         decode += read / mesh.inner * shared / device.ceilings.read_bytes_per_s
         decode += small + layouts.talk(rank, limits.batch)
-        rate = cost.rate(device, layouts.compute)
-        flops = part * cost.prefill_flops(spec, active, limits.context) * limits.chunk
+        flops = cost.prefill_flops(spec, active, limits.context) * limits.chunk
+        products = cost.product_seconds(met, spec, f"stage:{stage}", device, layouts.compute, flops)
         unpacked = cost.unpacked_seconds(own, spec, f"stage:{stage}", device, limits.chunk, layouts.compute)
-        prefill += (flops / rate + unpacked) / mesh.inner * shared + launched + layouts.talk(rank, limits.chunk)
+        prefill += (products + unpacked) / mesh.inner * shared + launched + layouts.talk(rank, limits.chunk)
     return limits.chunk / prefill, limits.batch / decode

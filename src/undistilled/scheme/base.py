@@ -76,6 +76,12 @@ class Scheme(Protocol):
         ...
 
 
+def _extent(dim: Dim, sizes: dict[str, int]) -> int:
+    if dim.axis is None:
+        return dim.size
+    return -(-sizes[dim.axis] // (dim.quantum or sizes[dim.axis] or 1))  # a rank may hold nothing of a weight
+
+
 def parts_of(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, PartSpec]:
     """The parts of a weight of logical shape (out, in), (expert, out, in) or, for vectors, (in,)."""
     sizes = dict(zip(("expert", "out", "in")[-len(shape) :], shape, strict=True))
@@ -84,7 +90,7 @@ def parts_of(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         own = tuple(d for d in dims if d.axis is None or d.axis in sizes)
         if "expert" in sizes:
             own = (Dim("expert"), *own)
-        extent = tuple(d.size if d.axis is None else -(-sizes[d.axis] // (d.quantum or sizes[d.axis])) for d in own)
+        extent = tuple(_extent(d, sizes) for d in own)
         specs[name] = PartSpec(dtype, own, extent)
     return specs
 

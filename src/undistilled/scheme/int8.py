@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .base import Dim
 
+ACTIVATIONS = 32  # inputs whose activations share a scale in products of integers; weights' groups are multiples of it
+
 
 def grouped(w, group: int):
     """[..., in] -> [..., groups, group], padded with zeros; group 0 is the whole row."""

@@ -11,7 +11,6 @@ from time import monotonic
 from typing import Any
 
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import UndistilledError
 from ..events import emit
 from ..schedule.request import Request
 from .client import EngineClient
@@ -87,9 +86,9 @@ class Again:
         why = self._client.trouble
         emit("engine.restart", why=why, times=len(self._times))
         log.error("%s It is started again, for the %d. of %d times.", why, len(self._times), MOST)
-        await self._client.close()
         try:
+            await self._client.close()
             self._client = await self._start()
             log.info("The engine is back.")
-        except UndistilledError as error:
-            log.error("It did not start: %s", error)
+        except Exception as error:  # of whatever kind: the next try, or the end, comes from here alone
+            log.error("It did not start: %s: %s", type(error).__name__, error)
