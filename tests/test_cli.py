@@ -100,3 +100,28 @@ def test_a_build_of_the_kernels_is_chosen_by_name():
 def test_reference_can_be_forced():
     kernels = json.loads(run("doctor", "--json", UNDISTILLED_REFERENCE="1").stdout)["kernels"]
     assert {row["kernel"] for row in kernels} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["plan", "r1-nano", "--scheme", "nl2"], 2, ["nl2-g64", "experts-int4"]),
+        (["plan", "r1-nano", "-o", "{}/nowhere/plan.json"], 2, ["no folder"]),
+        (["plan", "{}/gpt2"], 3, ["(gpt2) is not supported"]),
+        (["compare", "{}/text.txt"], 3, ["is no receipt", "prove MODEL -o"]),
+        (["compare", "{}/text.txt", "-o", "{}/q.txt"], 2, [".png or .svg"]),
+        (["generate", "r1-nano", "--prompt", "x", "--plan", "{}/text.txt"], 3, ["is no plan", "plan MODEL -o"]),
+        (["quantize", "r1-nano", "{}/out", "--bytes", "900GB"], 2, ["as it is", "--bytes below"]),
+        (["quantize", "r1-nano", "{}/out", "--bytes", "4"], 4, ["Give --bytes"]),
+        (["quantize", "r1-nano", "{}/out", "--bits", "4", "--scheme", "int4"], 2, ["not both"]),
+    ],
+)
+def test_messages_name_the_way_out(arguments, code, said, tmp_path):
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "text.txt").write_text("words")
+    done = run(*(argument.format(tmp_path) for argument in arguments))
+    told = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == code and "Traceback" not in told
+    assert all(words in told for words in said)
+    assert "written to" not in told

@@ -71,16 +71,19 @@ def plan(
     from .checkpoint.resolve import find
     from .parallel.places import machine_of
     from .plan.hardware import load_machine
+    from .plan.plan import check_folder
     from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
 
+    if output:
+        check_folder(output)
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(ranks))
     known = machine_of(ranks["cluster"]) if ranks["cluster"] else load_machine(machine)
     made = solve(found.name, found.config, found.spec, known, ask)
-    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if output:
         made.write(output)
+    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
     if not made.fits:
         from .errors import DoesNotFit
 

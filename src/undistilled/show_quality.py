@@ -63,7 +63,7 @@ def _suite(s: dict[str, Any]) -> None:
 def quantized(done: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in done["schemes"].items())
     show.out.print(
-        f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} files, "
+        f"{escape(done['out'])}: {size(done['bytes'])} in {done['files']} file{'s' * (done['files'] != 1)}, "
         f"{done['bits_per_weight']:.2f} bits a weight, {done['seconds']:.0f} s\n[dim]{kinds}[/]"
     )
 

@@ -144,8 +144,10 @@ def compare(
     as_json: JSON = False,
 ) -> None:
     """Quality over bytes of several receipts of one model, as a table and a picture."""
-    from .prove.compare import draw, rows
+    from .prove.compare import check_picture, draw, rows
 
+    if picture:
+        check_picture(picture)
     found = rows(receipts)
     if picture:
         draw(found, picture)

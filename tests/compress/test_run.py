@@ -192,7 +192,7 @@ def test_another_request_does_not_go_on_with_this_ones_files(tmp_path, monkeypat
         patch.setattr(writer.os, "fsync", full)
         quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
     assert len(list((tmp_path / "out.partial").glob("*.safetensors*"))) == 1
-    with pytest.raises(UsageError, match="another request: scheme was int8"):
+    with pytest.raises(UsageError, match="another request, made with --scheme int8 --solver rtn"):
         quantize(model, tmp_path / "out", Request(scheme="int4", solver="rtn", shard=200_000))
     quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn", shard=200_000))
 

@@ -64,7 +64,7 @@ def form_of(scheme: Scheme) -> Form | None:
 class CompressedTensors:
     """See held.Format."""
 
-    way_out = "`quantize --scheme int4-g32-sym,head=bf16` (or int8, or fp8_block) makes what can be exported."
+    way_out = "`quantize --scheme int4-g32-sym,head=bf16` (or int8) makes what can be exported."
 
     def __init__(self, model: Model) -> None:
         pass

@@ -126,7 +126,8 @@ def check(request: Request) -> None:
 def budget(model: Model, request: Request) -> int | None:
     """Bytes to share out over the matrices that a budget is for; None where a scheme was asked for.
 
-    DoesNotFit, before anything is read, where not even the smallest schemes take so little.
+    Before anything is read: DoesNotFit where not even the smallest schemes take so little, UsageError where the model
+    is smaller as it is.
     """
     if request.scheme is not None:
         return None
@@ -135,11 +136,19 @@ def budget(model: Model, request: Request) -> int | None:
     rest = sum(_bytes(w, scheme_of(w, model.spec, REST)) for w in every if w.name not in names)
     least = rest + sum(min(_bytes(w, name) for name in smallest(w)) for w in shared)
     params, asked = sum(w.params for w in every), size(model, request)
+    own = sum(_bytes(w, scheme_of(w, model.spec, model.spec.native)) for w in every)
+    if request.bytes is not None and asked > own:
+        raise UsageError(
+            f"{model.name} takes {own / 1e6:,.1f} MB as it is, less than the {asked / 1e6:,.1f} MB asked for.",
+            f"Give --bytes below {math.floor(own / 1e6)}MB, or run the model as it is.",
+        )
     if asked < least:
         raise DoesNotFit(
             f"The smallest form of {model.name} takes {least / 1e6:,.1f} MB, {8 * least / params:.2f} bits a weight; "
             f"asked for are {asked / 1e6:,.1f} MB.",
-            f"Give --bits {math.ceil(80 * least / params) / 10} or more.",
+            f"Give --bits {math.ceil(80 * least / params) / 10} or more."
+            if request.bytes is None
+            else f"Give --bytes {math.ceil(least / 1e6)}MB or more.",
         )
     return asked - rest
 

@@ -31,6 +31,7 @@ from . import material
 from .choose import CALIBRATION, FACTORS, UNCALIBRATED, Choice, at_once, budget, check, choose
 from .files import LOCK, alone, keep, kept
 
+SIZES = ("scheme", "bits", "bytes")  # the options that say how small
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
 NOTHING = {"request.json", LOCK}  # what a run leaves that ended before it had made anything
 Say = Callable[[str], None]
@@ -60,8 +61,11 @@ class Request:
 
 def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: None) -> dict:
     """Write `model` to `out` as asked; what was done, for people and scripts."""
-    if (request.scheme is None) + (request.bits is None) + (request.bytes is None) != 2:
+    given = [f"--{key}" for key in SIZES if getattr(request, key) is not None]
+    if not given:
         raise UsageError("Say how small: one of --scheme, --bits and --bytes.")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} each say how small.", "Give one of them, not both.")
     check(request)
     budget(model, request)
     if out.exists():
@@ -136,9 +140,15 @@ def _open(folder: Path, model: Model, request: Request) -> None:
     if other and {f.name for f in folder.iterdir()} <= NOTHING:
         keep(file, said)
     elif other:
-        raise UsageError(
-            f"{folder} is of another request: {other} was {before.get(other)}.", "Remove it, or give another OUT."
-        )
+        what = "of another model" if other == "model" else f"of another request, made with {_options(before, other)}"
+        raise UsageError(f"{folder} is {what}.", "Remove it, or give another OUT.")
+
+
+def _options(before: dict, other: str) -> str:
+    """What a request said, as options: how small, by which solver, and `other`."""
+    said = {key: before.get(key) for key in dict.fromkeys((*SIZES, "solver", other))}
+    given = " ".join(f"--{key} {value}" for key, value in said.items() if value is not None)
+    return given + (f" and no --{other}" if said[other] is None and other not in SIZES else "")
 
 
 def _files(model: Model, table: dict[str, str], room: int) -> list[list[tuple[Weight, int]]]:

@@ -283,7 +283,11 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         if "auto_map" in config:
             raise BadArtefact("config.json asks for code of its own (auto_map).", "Code from checkpoints is never run.")
-        raise bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
+        if not isinstance(kind, str):
+            raise bad(config, "model_type", f"one of {', '.join(ARCHITECTURES)}")
+        raise BadArtefact(
+            f"This architecture ({kind:.80}) is not supported.", f"Supported model_types: {', '.join(ARCHITECTURES)}."
+        )
     try:
         spec = ARCHITECTURES[kind](config)
         if is_packed(config):

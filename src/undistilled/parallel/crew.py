@@ -22,6 +22,7 @@ from ..wire import Wire, bounded
 from .messages import (
     COMPUTING,
     IDLE,
+    JOINING,
     Beat,
     Broke,
     Command,
@@ -43,6 +44,11 @@ BLAME = 2.0  # seconds in which it shows that another rank is at fault for the d
 SIGN = 0.5  # seconds between the driver's own signs of life
 PATIENCE = 10.0  # seconds, at least, that a rank goes on without one
 STARTED = 300.0  # seconds for a process to give its first sign of life
+
+
+def _said(doing: str) -> str:
+    """For "it was ...": collectives are what a rank is in."""
+    return doing if doing in (IDLE, COMPUTING, JOINING) else f"in {doing}"
 
 
 class Crew:
@@ -202,10 +208,12 @@ class Crew:
 
     def _died(self, rank: int) -> RankLost:
         code = self.processes[rank].poll()
-        doing = self.beats[rank].doing if rank in self.beats else "starting"
         how = f"was killed by signal {-code}" if code and code < 0 else f"ended with code {code}"
         how = "is gone, and its host with it" if code == LOST else how
-        return RankLost(f"{self._name(rank)} {how}; it was {doing}.", "The run is over: start it again.")
+        return RankLost(f"{self._name(rank)} {how}; it was {self._doing(rank)}.", "The run is over: start it again.")
+
+    def _doing(self, rank: int) -> str:
+        return _said(self.beats[rank].doing) if rank in self.beats else "starting"
 
     def _name(self, rank: int) -> str:
         where = self.processes[rank].where if rank else ""
@@ -216,9 +224,8 @@ class Crew:
         found = next((r for r, heard in self._heard.items() if now - heard > self.watchdog), None)
         if found is None:
             return None
-        doing = self.beats[found].doing if found in self.beats else "starting"
         return RankLost(
-            f"{self._name(found)} has given no sign of life for {self.watchdog:.0f} s; it was {doing}.",
+            f"{self._name(found)} has given no sign of life for {self.watchdog:.0f} s; it was {self._doing(found)}.",
             "Its process hangs or was stopped. Start the run again.",
         )
 
@@ -232,7 +239,7 @@ class Crew:
         late = [b for b in beats if b.doing == COMPUTING]
         found = max(late, key=lambda b: b.seconds) if late else min(beats, key=lambda b: b.entered)
         others = next((b.doing for b in beats if b is not found and b.doing != COMPUTING), "")
-        doing = found.doing if found.doing == COMPUTING else f"in {found.doing}"
+        doing = _said(found.doing)
         return RankLost(
             f"{self._name(found.rank)} has been {doing} for {found.seconds:.0f} s"
             + (f", and others wait for it in {others}." if others else "."),

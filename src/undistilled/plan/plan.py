@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import BadArtefact, UsageError
 from .mesh import Mesh
 
+MAKE = "Make one with `undistilled plan MODEL -o FILE`."
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -136,6 +138,12 @@ class Plan(Frozen):
         write_text(file, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
+def check_folder(file: Path) -> None:
+    """UsageError, before any work, where `file` would have no folder."""
+    if not file.parent.is_dir():
+        raise UsageError(f"Cannot write {file}: there is no folder {file.parent}.", "Make it first.")
+
+
 def write_text(file: Path, text: str) -> None:
     """Write, so that the name is only ever that of a whole file."""
     part = file.with_name(file.name + ".part")
@@ -156,8 +164,10 @@ def read_plan(file: Path) -> Plan:
     try:
         return Plan.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise BadArtefact(f"{file}: {error.strerror}.", "Make one with `undistilled plan MODEL -o FILE`.") from None
+        raise BadArtefact(f"{file}: {error.strerror}.", MAKE) from None
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise BadArtefact(f"{file} is no plan: it is not JSON.", MAKE) from None
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BadArtefact(f"{file}: {where}: {first['msg']}.", "Was the plan edited?") from None

@@ -54,8 +54,15 @@ def parse(asked: str) -> tuple[str, Mapping[str, str]]:
         schemes.get(scheme)
         roles[role] = scheme
     if base != MIXED:
-        schemes.get(base)
+        _check(base)
     return base, roles
+
+
+def _check(base: str) -> None:
+    try:
+        schemes.get(base)
+    except UsageError as error:
+        raise UsageError(error.message, f"{error.hint} Recipes: {', '.join(RECIPES)}.") from None
 
 
 def scheme_of(weight: Weight, spec: ModelSpec, asked: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import BadArtefact, UsageError
 from .receipt import verify_receipt
 
+PICTURES = (".png", ".svg")
+PROVE = "Make one with `undistilled prove MODEL -o FILE`."
 SAME = ("text", "tasks asked", "reasoning questions", "original")  # what must be one for figures to be compared
 
 
@@ -18,11 +20,11 @@ def read(file: Path) -> dict[str, Any]:
     try:
         receipt = json.loads(file.read_text())
     except OSError as error:
-        raise BadArtefact(f"{file}: {error.strerror}.", "Make one with `undistilled prove MODEL -o FILE`.") from None
-    except ValueError as error:
-        raise BadArtefact(f"{file} is no receipt: {error}.") from None
+        raise BadArtefact(f"{file}: {error.strerror}.", PROVE) from None
+    except ValueError:
+        raise BadArtefact(f"{file} is no receipt: it is not JSON.", PROVE) from None
     if not verify_receipt(receipt):
-        raise BadArtefact(f"{file} is no receipt, or was edited since it was made.")
+        raise BadArtefact(f"{file} is no receipt, or was edited since it was made.", PROVE)
     return receipt
 
 
@@ -61,6 +63,12 @@ def _row(file: Path, receipt: dict[str, Any]) -> dict[str, Any]:
         "suite_original": suite["mean"]["original"] if suite else None,
         "decode_tokens_per_s": speed and speed["decode_tokens_per_s"]["median"],
     }
+
+
+def check_picture(to: Path) -> None:
+    """UsageError where `draw` could not write it for its name."""
+    if to.suffix.lower() not in PICTURES:
+        raise UsageError(f"{to} is no name of a picture.", f"End it in {' or '.join(PICTURES)}.")
 
 
 def draw(found: list[dict[str, Any]], to: Path) -> None:

@@ -42,9 +42,10 @@ class Suite:
 
 
 def wanted(suite: bool, names: Sequence[str], thinking: bool) -> Wanted | None:
-    """What the options ask for; None without --suite, UsageError where others then make no sense."""
-    if not suite and (names or not thinking):
-        raise UsageError("--suite-task and --no-thinking are about the reasoning suite.", "Add --suite.")
+    """What the options ask for, a task naming the suite too; None without, UsageError where others make no sense."""
+    suite = suite or bool(names)
+    if not suite and not thinking:
+        raise UsageError("--no-thinking is about the reasoning suite.", "Add --suite.")
     return Wanted(tuple(names), thinking) if suite else None
 
 

@@ -14,7 +14,8 @@ def get(name: str) -> Scheme:
     """The scheme of that name; UsageError names the known ones."""
     found = SCHEMES.get(name) or tiles.parse(name)
     if found is None:
-        known = ", ".join(dict.fromkeys(known.split("-")[0] for known in SCHEMES))
+        families = dict.fromkeys(known.split("-")[0] for known in SCHEMES)
+        known = ", ".join(family if family in SCHEMES else f"{family}-g64" for family in families)
         raise UsageError(
             f"Unknown scheme {name!r:.80}.",
             f"Known: {known}; some also by groups (int4-g32, -g64), without minimums (int4-sym), and dynamic blocks "
