@@ -86,11 +86,11 @@ def test_advice_names_a_scheme_where_the_weights_do_not_fit(smollm2):
     assert set(found) == {"scheme"} and make(smollm2, desk(0.5), context=64, **found).fits
 
 
-def test_the_smallest_form_is_named_only_where_its_weights_do_not_fit(r1, smollm2):
-    assert "smallest form here, int4-sym," in make(r1, "laptop-16gb").advice
-    for gigabytes, named in ((0.3, False), (0.05, True)):  # int4-sym is 82 MB, the libraries 277 MB
+def test_a_context_is_named_only_where_the_weights_fit(r1, smollm2):
+    assert "In int4-sym it takes" in make(r1, "laptop-16gb").advice
+    for gigabytes, named in ((0.3, True), (0.05, False)):  # int4-sym is 82 MB, the libraries 277 MB
         plan = make(smollm2, desk(gigabytes))
-        assert not plan.fits and ("smallest form" in plan.advice) is named
+        assert not plan.fits and ("at --context" in plan.advice) is named
 
 
 @pytest.mark.parametrize(

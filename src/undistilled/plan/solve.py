@@ -220,12 +220,12 @@ def _advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     if isinstance(least, RankLayouts):
         used = {name: layouts.free[name] for name in least.mesh.devices}
         return (
-            f"Even {least.scheme} at --context {BLOCK} takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
+            f"In {least.scheme} at --context {BLOCK} it takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
             f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all. More ranks hold more: --tp, --pp."
         )
-    form = f"Its smallest form here, {least.scheme}," if weighs > free else f"Even {least.scheme} at --context {BLOCK}"
+    form = f"In {least.scheme}" if weighs > free else f"In {least.scheme} at --context {BLOCK}"
     return (
-        f"{form} takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "
+        f"{form} it takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "
         f"{free / 1e9:.1f} GB free in all. See `undistilled doctor` for machines to plan for with --machine."
     )
 
