@@ -148,7 +148,7 @@ def write_text(file: Path, text: str) -> None:
     """Write, so that the name is only ever that of a whole file."""
     part = file.with_name(file.name + ".part")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, file)
     except OSError as error:
         raise UsageError(f"Cannot write {file}: {error.strerror}.", "Does the folder exist?") from None

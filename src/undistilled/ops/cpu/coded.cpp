@@ -116,14 +116,6 @@ void outputs(const W& w, const Strip& s, long count, const uint16_t* const* x, f
   for (; r < count; r++) multiply<W, MR, 1>(w, s, r, x, totals);
 }
 
-// A decoder for these levels, made where they are others than the last time.
-template <int BITS> const Decoder<BITS>& decoder_of(const float* levels) {
-  static thread_local Decoder<BITS> kept(levels);
-  static thread_local const float* made = levels;
-  if (made != levels) kept = Decoder<BITS>(made = levels);
-  return kept;
-}
-
 // What the tiles of a panel of up to OUTPUTS rows need beside their codes: places and factors as float32.
 struct Panel {
   const Matrix& a;
@@ -194,7 +186,7 @@ struct Panel {
   void width(const Codes& c, long first, const uint16_t* const* x, long rows, uint16_t* unpacked) {
     const Tiling& t = a.tiling;
     long tile = t.cols / 8 * c.bits, row = t.height > 1 ? tile : c.block, tiles = t.sections * c.count;
-    AsStored<BITS> w = {decoder_of<BITS>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, 0};
+    AsStored<BITS> w = {made_of<Decoder<BITS>>(c.levels), tile_at(t, c, n, 0), row, tile * t.height, 0};
     w.ahead = t.height > 1 ? ahead_of(c.block, t.height, n, last) : ahead_of(8 * row, 8, n, last);
     long all = t.order.at ? tiles * t.cols / QUANTUM : t.padded / QUANTUM, blocks = t.cols / QUANTUM;
     Strip s = {tiles, blocks, all, at + first, scales + first * by_tile, by_row, by_tile, a.group < QUANTUM};

@@ -19,6 +19,14 @@ INLINE float bf16_to_float(uint16_t h) {
   return f;
 }
 
+// A T of these levels, made where they are others than this thread's last time.
+template <class T> const T& made_of(const float* levels) {
+  static thread_local T kept(levels);
+  static thread_local const float* made = levels;
+  if (made != levels) kept = T(made = levels);
+  return kept;
+}
+
 // Calls f with the number of bits as a type.
 template <class F> INLINE void with_bits(int bits, F f) {
   switch (bits) {

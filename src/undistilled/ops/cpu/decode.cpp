@@ -94,14 +94,6 @@ template <int BITS> struct Levels {
 
 #endif
 
-// Made where the levels are others than the last time.
-template <int BITS> const Levels<BITS>& levels_of(const float* levels) {
-  static thread_local Levels<BITS> kept(levels);
-  static thread_local const float* made = levels;
-  if (made != levels) kept = Levels<BITS>(made = levels);
-  return kept;
-}
-
 // A row's place in its block, which is worked out once.
 struct Row {
   const Matrix& a;
@@ -159,7 +151,7 @@ struct Row {
   }
   // The tiles of a width, the first of which is the first-th of a section.
   template <int BITS> void width(const Codes& c, long first, float* out) const {
-    const Levels<BITS> levels = levels_of<BITS>(c.levels);
+    const Levels<BITS> levels = made_of<Levels<BITS>>(c.levels);
     const int16_t* order = (const int16_t*)t.order.at;
     long bytes = t.cols / 8 * BITS;
     const uint8_t* w = c.values.at + block * c.block + inside * bytes;
