@@ -76,7 +76,7 @@ def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
 
 def test_an_error_of_the_driver_within_a_pass_ends_the_run(folder):
     """The others are in a pass that it left: their next sums would be of different passes."""
-    with Running(options(folder, tp=2, raises="yes"), factory="faulty_ranks:open_engine") as running:
+    with Running(options(folder, tp=2, raises="yes", watchdog=1.0), factory="faulty_ranks:open_engine") as running:
         pids = rank_pids(running)
         assert ask(running, 60).status_code in (500, 503)
         until = time.monotonic() + 10

@@ -60,6 +60,7 @@ class Crew:
         self.beats: dict[int, Beat] = {}
         self.moves: dict[int, list[Handed]] = {}  # of ranks that `watch` asked for them
         self._step: Callable[[], Beat] | None = None  # while the driver is in a step
+        self._left = False  # a pass by the driver, whose error explains that the others wait
         self._heard = dict.fromkeys(range(1, place.size), time.monotonic() + STARTED)
         self._ready: set[int] = set()
         self._lock, self._saying = threading.Lock(), threading.Lock()
@@ -115,7 +116,7 @@ class Crew:
         try:
             yield
         except Exception as error:
-            self._step = None
+            self._step, self._left = None, True
             until = time.monotonic() + BLAME
             while self.fault is None and time.monotonic() < until:
                 time.sleep(0.02)
@@ -231,6 +232,8 @@ class Crew:
 
     def _stalled(self) -> RankLost | None:
         """A rank waits in a collective for too long: the one that is behind is at fault."""
+        if self._left:
+            return None
         step = self._step
         beats = [b for b in (*([step()] if step else []), *self.beats.values()) if b.doing != IDLE]
         if not beats or min(b.seconds for b in beats) <= self.watchdog:
