@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 CPU = "src/undistilled/ops/cpu"
 TABLE = runpy.run_path(f"{CPU}/builds.py")
@@ -28,6 +29,10 @@ class BuildKernels(build_ext):
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, ext):
+        kept = os.path.join("src", self.get_ext_filename(ext.name))
+        if not self.force and not newer_group(ext.depends + ext.sources, kept):
+            self.copy_file(kept, self.get_ext_fullpath(ext.name))  # pip builds in a folder that it forgets
+            return
         one = copy.copy(self)  # builds go on side by side: each has its object files to itself
         one.build_temp = os.path.join(self.build_temp, ext.name)
         super(BuildKernels, one).build_extension(ext)
@@ -37,7 +42,7 @@ def kernels(build):
     return Extension(
         f"undistilled.ops.cpu.{build.file.removesuffix('.so')}",
         sources=sorted(glob(f"{CPU}/*.cpp")),
-        depends=sorted(glob(f"{CPU}/*.h")),
+        depends=["setup.py", f"{CPU}/builds.py", *sorted(glob(f"{CPU}/*.h"))],
         language="c++",
         optional=True,
         extra_link_args=["-pthread"],
