@@ -1,5 +1,6 @@
 """Shared fixtures; tests/ is on the path so that `tiny` and friends import."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(config, items):
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu") and not (interpreting and item.get_closest_marker("interpreted")):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -13,7 +13,7 @@ from ...scheme.grouped import NORMAL
 from ...scheme.packing import PLANES
 from ...scheme.tiles import WIDTHS, Tiles
 from .decode import e4m3
-from .described import COUNTS, MULTIPLIERS, ORDER, SCALES, SECTIONS, TILES, described
+from .described import MULTIPLIERS, ORDER, RUN, RUNS, SCALES, SECTIONS, TILES, described
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def first_plane(bits):
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def _dense(out, weight, levels, N, K, COLS: tl.constexpr, SET: tl.constexpr, AT_ONCE: tl.constexpr):
+def _dense(out, weight, levels, N, K, COLS: tl.constexpr, AT_ONCE: tl.constexpr):
     """AT_ONCE tiles of a section of a block of rows. levels: int8 [64] for each width from 2 bits on."""
     block, section = tl.program_id(1).to(tl.int64), tl.program_id(2)
     sections = tl.load(weight + SECTIONS).to(tl.int32)
@@ -45,16 +45,16 @@ def _dense(out, weight, levels, N, K, COLS: tl.constexpr, SET: tl.constexpr, AT_
     first = tl.program_id(0) * AT_ONCE
     for place in range(first, tl.minimum(first + AT_ONCE, tiles)):
         level = tl.zeros([16, COLS], tl.float32)
-        before = 0
-        for i in tl.static_range(5):
-            if (SET >> (i + 2)) & 1:
-                count = tl.load(weight + COUNTS + i).to(tl.int32)
-                if (place >= before) & (place < before + count):
-                    run = tl.load(weight + i).to(tl.pointer_type(tl.uint8))
-                    byte = run + ((at * count + place - before) * 16 + r) * (COLS // 8 * (i + 2))
-                    code = _code(byte + c // 32 * (4 * (i + 2)), c % 32, i + 2, first_plane(i + 2))
-                    level = tl.load(levels + i * 64 + code).to(tl.float32)
-                before += count
+        run = weight + RUNS
+        while place >= tl.load(run + RUN + 3):  # tiles before the next run
+            run += RUN
+        bits = tl.load(run).to(tl.int32)
+        tile = at * tl.load(run + 2) + place - tl.load(run + 3)
+        row_bytes = tl.load(run + 1).to(tl.pointer_type(tl.uint8)) + (tile * 16 + r) * (COLS // 8 * bits)
+        for BITS in tl.static_range(2, 7):
+            if bits == BITS:
+                code = _code(row_bytes + c // 32 * (4 * BITS), c % 32, BITS, first_plane(BITS))
+                level = tl.load(levels + (BITS - 2) * 64 + code).to(tl.float32)
         scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8))
         scale = e4m3(tl.load(scales + (at * tiles + place) * 16 + r))
         order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16))
@@ -70,7 +70,7 @@ def dense(weight: Stored) -> torch.Tensor:
     out = torch.empty(N, K, dtype=torch.bfloat16, device=weight.device)
     at_once = 512 // scheme.cols or 1
     grid = (-(-len(scheme.widths) // at_once), -(-N // 16), weight.parts["order"].shape[-2])
-    _dense[grid](out, d.row, levels(weight.device), N, K, COLS=scheme.cols, SET=d.set, AT_ONCE=at_once, num_warps=2)
+    _dense[grid](out, d.row, levels(weight.device), N, K, COLS=scheme.cols, AT_ONCE=at_once, num_warps=2)
     return out
 
 

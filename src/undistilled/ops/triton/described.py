@@ -10,8 +10,11 @@ import triton.language as tl
 from ...scheme import Stored
 from ...scheme.tiles import WIDTHS, Tiles
 
-# places in the row after the five widths' values; counts from 8 on
-ORDER, SCALES, MULTIPLIERS, COUNTS, SECTIONS, TILES, LOG = tl.constexpr(5), *map(tl.constexpr, (6, 7, 8, 13, 14, 15))
+# places in the row
+ORDER, SCALES, MULTIPLIERS, SECTIONS, TILES, LOG, RUNS = map(tl.constexpr, range(7))
+RUN = tl.constexpr(5)  # numbers of a run: bits, address, tiles, tiles before them, and `late`
+ENDS = 2  # runs of no bits and no tiles behind the others: kernels read two ahead
+PROGRAMS = 132 * 20  # that a split of a linear's inputs aims at
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Described:
 
     row: torch.Tensor
     parts: list[torch.Tensor]
-    set: int  # bit b: there are tiles of b bits
     stride: int  # inputs with the padding of sections
+    split: int  # programs that share a block of 16 rows; 1 for stacked experts
 
 
 def described(weight: Stored) -> Described:
@@ -30,14 +33,33 @@ def described(weight: Stored) -> Described:
 
 
 def _described(weight: Stored) -> Described:
-    scheme, parts = weight.scheme, weight.parts
+    scheme = weight.scheme
     assert isinstance(scheme, Tiles)
-    counts = dict(scheme.counts)
-    names = [*(f"values{bits}" for bits in WIDTHS), "order", "scales", "multipliers"]
-    nothing = torch.zeros(16 * 6 * scheme.cols, dtype=torch.uint8, device=weight.device)  # read, where a run is empty
-    kept = [parts[name].detach() if name in parts else nothing for name in names]
+    parts = {name: part.detach() for name, part in weight.parts.items()}
+    nothing = torch.zeros(16 * WIDTHS[-1] * scheme.cols, dtype=torch.uint8, device=weight.device)  # read at the ends
     sections = parts["order"].shape[-2]
-    numbers = [counts.get(bits, 0) for bits in WIDTHS]
-    rest = (sections, len(scheme.widths), (scheme.cols // 32).bit_length() - 1)
-    row = torch.tensor([*(part.data_ptr() for part in kept), *numbers, *rest], device=weight.device)
-    return Described(row, kept, sum(1 << bits for bits in counts), sections * scheme.section)
+    stride = sections * scheme.section
+    split = 1
+    if len(weight.shape) == 2:
+        split = max(1, min(PROGRAMS // -(-weight.shape[0] // 16), stride // 256))
+    log = (scheme.cols // 32).bit_length() - 1
+    kept = [parts["order"], parts["scales"], parts["multipliers"]]
+    row = [*(part.data_ptr() for part in kept), sections, len(scheme.widths), log]
+    for run in _runs(scheme, split):
+        values = parts.get(f"values{run[0]}", nothing)
+        kept.append(values)
+        row += [run[0], values.data_ptr(), *run[1:]]
+    return Described(torch.tensor(row, device=weight.device), kept, stride, split)
+
+
+def _runs(scheme: Tiles, split: int) -> list[tuple[int, int, int, int]]:
+    """(bits, tiles, tiles before them, how many steps late part 0 begins) of each width that there is, and of the ends.
+
+    Steps of 4 quanta go round the parts, over all widths of a section, so that parts differ by a step at most.
+    """
+    runs, tiles, steps = [], 0, 0
+    for bits, count in (*scheme.counts, *[(0, 0)] * ENDS):
+        runs.append((bits, count, tiles, -steps % split))
+        tiles += count
+        steps += -(-count * (scheme.cols // 32) // 4)
+    return runs

@@ -11,6 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SOME = tl.constexpr(
+    "{ .reg .pred e, o, p, q; .reg .b32 w; and.b32 w, $7, 1; setp.eq.b32 e, w, 0; setp.ne.b32 o, w, 0;"
+    " setp.gt.and.s32 p, $7, 2, e; setp.gt.and.s32 q, $7, 4, e;"
+    " mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0;"
+    " @e ld.global.L1::evict_first.v2.b32 {$0, $1}, [$6];"
+    " @p ld.global.L1::evict_first.v2.b32 {$2, $3}, [$6 + 8];"
+    " @q ld.global.L1::evict_first.v2.b32 {$4, $5}, [$6 + 16];"
+    " setp.gt.and.s32 p, $7, 4, o;"
+    " @o ld.global.L1::evict_first.b32 $0, [$6]; @o ld.global.L1::evict_first.b32 $1, [$6 + 4];"
+    " @o ld.global.L1::evict_first.b32 $2, [$6 + 8];"
+    " @p ld.global.L1::evict_first.b32 $3, [$6 + 12]; @p ld.global.L1::evict_first.b32 $4, [$6 + 16]; }"
+)
 MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
     " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
@@ -46,6 +58,22 @@ def kept4(p):
 
 
 @triton.jit
+def kept_byte(p, there):
+    """The byte at p, zero where `there` is; as `kept_short`, in assembly for the compiler's sake: Triton's pass over
+    loads looks at the whole kernel for each of its own."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [$1]; }",
+        "=&r,l,r", [p.to(tl.int64), there], tl.int32, True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def kept_short(p):
+    """The int16 at p."""
+    return tl.inline_asm_elementwise("ld.global.nc.s16 $0, [$1];", "=r,l", [p.to(tl.int64)], tl.int32, True, 1)
+
+
+@triton.jit
 def settled(lane):
     """Loads above are issued here, not where they are needed: ptxas moves them down to save registers."""
     tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [lane], tl.int32, False, 1)
@@ -54,7 +82,9 @@ def settled(lane):
 @triton.jit
 def passing1(p):
     """A word at p that is read once."""
-    return tl.load(p, eviction_policy="evict_first")
+    return tl.inline_asm_elementwise(
+        "ld.global.L1::evict_first.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], tl.int32, False, 1
+    )
 
 
 @triton.jit
@@ -88,3 +118,11 @@ def passing(p, COUNT: tl.constexpr):
         for i in tl.static_range(COUNT):
             found += (passing1(p + i),)
         return found
+
+
+@triton.jit
+def passing_some(p, count):
+    """Six words: `count` at p, a multiple of so many words, and zeros; two where `count` is 0."""
+    return tl.inline_asm_elementwise(
+        SOME, "=&r,=&r,=&r,=&r,=&r,=&r,l,r", [p.to(tl.int64), count], (tl.int32,) * 6, False, 1
+    )

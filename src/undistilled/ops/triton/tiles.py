@@ -6,7 +6,9 @@ its tile row's FP8 scale has 11 bits, so it is exact in float16, and so are acti
 (halves.py, which also puts them in the order that codes come in). Only the sums round, in float32, and in an order
 that the weight's shape alone decides: a row has the same bits in any company.
 
-How many tiles of each width there are, a kernel reads; it is compiled for the set of widths.
+Which widths there are and how many tiles of each, a kernel reads (described.py): its code has a loop for every width,
+branch-free inside, and passes by those that a weight lacks. So one kernel serves every weight, and what is compiled
+does not depend on how a model spends its bits.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import triton.language as tl
 from ...scheme import Stored
 from . import experts as routed
 from .blocks_dense import dense
-from .described import COUNTS, LOG, MULTIPLIERS, ORDER, SCALES, SECTIONS, TILES, described
+from .described import LOG, MULTIPLIERS, ORDER, RUN, RUNS, SCALES, SECTIONS, TILES, described
 from .halves import COLUMNS, begun, halves
-from .lanes import kept4, mma, passing, settled
+from .lanes import kept4, kept_byte, kept_short, mma, passing, passing_some, settled
 from .levels import eight, scale_pair
 from .linear import counters
 
@@ -29,28 +31,45 @@ LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose ro
 FEW = 64  # tokens; above, a product on a dense copy is faster
 MANY = 32  # pairs that a program of many takes; 64 took twice as long to compile
 REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
-PROGRAMS = 132 * 20  # that a split aims at
+
+
+@triton.jit
+def _run(weight, i, at, log, part, SPLIT):
+    """The i-th run of tiles of one width, of a section of a block: bits, first word, quanta, tiles before it, and the
+    part's first step."""
+    entry = weight + RUNS + i * RUN
+    bits = tl.load(entry).to(tl.int32)
+    count = tl.load(entry + 2).to(tl.int32)
+    words = tl.load(entry + 1).to(tl.pointer_type(tl.int32)) + at * count * (16 * bits << log)
+    first = part + tl.load(entry + 4).to(tl.int32)
+    first -= tl.where(first >= SPLIT, SPLIT, 0)
+    return bits, words, count << log, tl.load(entry + 3).to(tl.int32), first
 
 
 @triton.jit
 def _fetched(run, step, order, scales, tiles, log, g, t, BITS: tl.constexpr):
     """What does not depend on activations of a thread's quantum: words of both rows, tile, scales of both rows.
 
-    Past the end of the run it is the last one with scales of zero.
+    Past the end of the run it is the last one with scales of zero. BITS: 0 for a width that only the run knows, whose
+    words are then six.
     """
-    values, count, place, _, _ = run
+    bits, values, quanta, place, _ = run
     wanted = 4 * step + t
-    at = tl.maximum(tl.minimum(wanted, (count << log) - 1), 0)
+    at = tl.maximum(tl.minimum(wanted, quanta - 1), 0)
     tile, inside = at >> log, at & ((1 << log) - 1)
-    row = BITS << log  # words
-    words = values + ((tile * 16 + g) * row + inside * BITS)
-    there = wanted < (count << log)
+    if BITS:
+        row = BITS << log  # words
+        words = values + ((tile * 16 + g) * row + inside * BITS)
+        first, second = passing(words, BITS), passing(words + 8 * row, BITS)
+    else:
+        row = bits << log
+        words = values + ((tile * 16 + g) * row + inside * bits)
+        first, second = passing_some(words, bits), passing_some(words + 8 * row, bits)
+    there = (wanted < quanta).to(tl.int32)
     place = tl.minimum(place + tile, tiles - 1)
     scale = scales + place * 16 + g
-    quantum = (tl.load(order + place).to(tl.int32) << log) + inside
-    first = tl.load(scale, mask=there, other=0).to(tl.int32)
-    second = tl.load(scale + 8, mask=there, other=0).to(tl.int32)
-    found = (passing(words, BITS), passing(words + 8 * row, BITS), quantum, first, second)
+    quantum = (kept_short(order + place) << log) + inside
+    found = (first, second, quantum, kept_byte(scale, there), kept_byte(scale + 8, there))
     settled(t)
     return found
 
@@ -74,55 +93,37 @@ def _multiplied(acc, x, rows, fetched, BITS: tl.constexpr):
     return acc
 
 
-@triton.constexpr_function
-def following(set_, bits):
-    """The next width of a set of widths; 0 after the last."""
-    return next((b for b in range(bits + 1, 7) if set_ >> b & 1), 0)
-
-
 @triton.jit
-def _section(acc, x, rows, weight, at, part, SPLIT, g, t, SET: tl.constexpr):
-    """acc + the part's share of a section of a block's tiles; a step's bytes are asked for a step before."""
+def _section(acc, x, rows, weight, at, part, SPLIT, g, t):
+    """acc + the part's share of a section of a block's tiles; a step's bytes are asked for a step before, and what
+    says where a run lies a run before."""
     log = tl.load(weight + LOG).to(tl.int32)
     tiles = tl.load(weight + TILES).to(tl.int32)
     order = tl.load(weight + ORDER).to(tl.pointer_type(tl.int16)) + at * tiles
     scales = tl.load(weight + SCALES).to(tl.pointer_type(tl.uint8)) + at * tiles * 16
-    place = 0
-    before = 0
-    runs: tl.tuple = ()
-    for i in tl.static_range(5):
-        count = 0
-        steps = 0
-        values = tl.load(weight + i).to(tl.pointer_type(tl.int32))
-        if (SET >> (i + 2)) & 1:
-            count = tl.load(weight + COUNTS + i).to(tl.int32)
-            values += at * count * (16 * (i + 2) << log)
-            steps = ((count << log) + 3) // 4
-        first = (part + SPLIT - before % SPLIT) % SPLIT  # so that parts differ by a step at most
-        runs += ((values, count, place, first, steps),)
-        place += count
-        before += steps
-    head: tl.constexpr = following(SET, 0)
-    now = _fetched(runs[head - 2], runs[head - 2][3], order, scales, tiles, log, g, t, head)
-    for i in tl.static_range(5):
-        if (SET >> (i + 2)) & 1:
-            run = runs[i]
-            after = now
-            if following(SET, i + 2):
-                other = runs[following(SET, i + 2) - 2]
-                after = _fetched(other, other[3], order, scales, tiles, log, g, t, following(SET, i + 2))
-            for step in range(run[3], run[4], SPLIT):
-                ahead = _fetched(run, step + SPLIT, order, scales, tiles, log, g, t, i + 2)
-                acc = _multiplied(acc, x, rows, now, i + 2)
-                now = ahead
+    run = _run(weight, 0, at, log, part, SPLIT)
+    coming = _run(weight, 1, at, log, part, SPLIT)
+    now = _fetched(run, run[4], order, scales, tiles, log, g, t, 0)
+    i = 1
+    for BITS in tl.static_range(2, 7):
+        if run[0] == BITS:
+            i += 1
+            after = _fetched(coming, coming[4], order, scales, tiles, log, g, t, 0)
+            mine = (now[0][:BITS], now[1][:BITS], now[2], now[3], now[4])
+            for step in range(run[4], (run[2] + 3) // 4, SPLIT):
+                ahead = _fetched(run, step + SPLIT, order, scales, tiles, log, g, t, BITS)
+                acc = _multiplied(acc, x, rows, mine, BITS)
+                mine = ahead
             now = after
+            run = coming
+            coming = _run(weight, i, at, log, part, SPLIT)
     return acc
 
 
 @triton.jit(do_not_specialize=["N", "T", "STRIDE", "SPLIT", "k_each", "each"])
 def _product(
     x, factors, y, parts, counters, weight, other, pairs, shares, T, N, STRIDE, SPLIT, k_each, each,
-    STAGE: tl.constexpr, SET: tl.constexpr, GROUPS: tl.constexpr,
+    STAGE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One block of 16 rows times up to 8 GROUPS tokens or pairs.
 
@@ -160,7 +161,7 @@ def _product(
     at = (blocks.to(tl.int64) * expert + block) * sections
     for s in range(sections):
         inputs = tl.load(weight + TILES).to(tl.int32) << tl.load(weight + LOG).to(tl.int32)  # quanta of a section
-        acc = _section(acc, x + s * inputs * 16, rows, weight, at + s, part, SPLIT, g, t, SET)
+        acc = _section(acc, x + s * inputs * 16, rows, weight, at + s, part, SPLIT, g, t)
     if SPLIT > 1:
         mine = parts + (block * 4 * GROUPS) * 32 + lane
         step = blocks * (4 * GROUPS) * 32
@@ -211,12 +212,11 @@ def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     d = described(weight)
     x, factors = halves(x_TK, None, d.stride)
     blocks, groups = -(-N // 16), groups_for(T)
-    split = max(1, min(PROGRAMS // blocks, d.stride // 256))
-    parts = torch.empty(blocks * split * groups * 128 if split > 1 else 0, dtype=torch.float32, device=y.device)
-    _product[(blocks, split)](
+    parts = torch.empty(blocks * d.split * groups * 128 if d.split > 1 else 0, dtype=torch.float32, device=y.device)
+    _product[(blocks, d.split)](
         x.view(torch.int32), factors, y, parts, counters(y.device, blocks), d.row, d.row, counters(y.device, blocks),
-        factors, T, N, d.stride // 2, split, 1, 0,
-        STAGE=LINEAR.value, SET=d.set, GROUPS=groups, num_warps=1, maxnreg=REGISTERS.get(groups),
+        factors, T, N, d.stride // 2, d.split, 1, 0,
+        STAGE=LINEAR.value, GROUPS=groups, num_warps=1, maxnreg=REGISTERS.get(groups),
     )  # fmt: skip
     return y
 
@@ -250,12 +250,12 @@ def experts(
         half, factors = halves(x, None, stride)
     _product[(-(-W // 16), slots, 2)](
         half.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
-        0, W, stride // 2, 1, k, pairs, STAGE=UP.value, SET=a.set | b.set, **settings,
+        0, W, stride // 2, 1, k, pairs, STAGE=UP.value, **settings,
     )  # fmt: skip
     half, factors = halves(middle[0], middle[1], c.stride)
     _product[(-(-D // 16), slots)](
         half.view(torch.int32), factors, y, none, none, c.row, c.row, made, shares,
-        0, D, c.stride // 2, 1, k, pairs, STAGE=DOWN.value, SET=c.set, **settings,
+        0, D, c.stride // 2, 1, k, pairs, STAGE=DOWN.value, **settings,
     )  # fmt: skip
     routed.summed(y, ids, out, E)
     return out
