@@ -23,6 +23,7 @@ from random_weights import random_weight
 from undistilled.ops.cpu import native
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply
+from undistilled.plan.recipes import INTEGERS, products_of
 from undistilled.scheme import Stored
 
 SHAPES = ((7168, 2048), (2048, 7168), (7168, 18432), (18432, 7168), (7168, 7168))  # outputs, inputs
@@ -109,21 +110,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(dict.fromkeys(LINEARS + BANKS)), help="schemes")
     parser.add_argument("--what", nargs="*", choices=("linears", "experts"), default=["linears", "experts"])
-    parser.add_argument("--products", choices=("float32", "bfloat16", "int8"), help="default: what this processor has")
+    kinds = ("float32", "bfloat16", *INTEGERS)
+    parser.add_argument("--products", choices=kinds, help="default: what the processor has fast ones of")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     build = native.build()
     assert build, native.why_missing()
-    wanted = args.products or ("bfloat16" if native.rounds() else "float32")
-    products = None if wanted == "float32" else wanted
+    wanted = args.products or ("bfloat16" if native.rounds() else "int16")
     torch.set_num_threads(args.threads)
     memory = torch.ones(max(512 << 20, 4 * cache_bytes()) // native.PIECE * native.PIECE // 4)
-    print(f"kernels built for {build.name}, {wanted} products, {args.threads} threads", flush=True)
+    print(f"kernels built for {build.name}, {wanted} products if a scheme has them, {args.threads} threads", flush=True)
     cells = []
     with torch.inference_mode():
         for scheme in args.only:
+            products = products_of("mlp.down", scheme, "cpu", wanted)
             if scheme in LINEARS and "linears" in args.what:
                 cells += [show(linear(scheme, *shape, products, memory, args.rounds)) for shape in SHAPES]
             if scheme in BANKS and "experts" in args.what:

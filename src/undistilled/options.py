@@ -53,7 +53,8 @@ RANKS: dict[str, Any] = {
 }
 MTP = Annotated[bool, typer.Option("--mtp", help="Load the multi-token-prediction layer too.")]
 DTYPE = Annotated[
-    str | None, typer.Option("--dtype", help="Of products: float32, bfloat16, int8 or auto, which the device decides.")
+    str | None,
+    typer.Option("--dtype", help="Of products: float32, bfloat16, int16, int8 or auto: what is fast there."),
 ]
 
 

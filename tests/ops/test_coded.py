@@ -9,6 +9,7 @@ from test_native import _restore_threads, routed  # noqa: F401
 
 from undistilled import scheme as schemes
 from undistilled.errors import BadArtefact
+from undistilled.ops import integers
 from undistilled.ops import linear as ops
 from undistilled.ops.cpu import matrix, native
 from undistilled.ops.experts import experts
@@ -22,7 +23,8 @@ TILES = [
     *("tiles32x32-4x3", "tiles5x32-2x1-6x2", "tiles1x64-3x1-4x1"),
 ]
 CODED = [*(name for name, scheme in schemes.SCHEMES.items() if isinstance(scheme, Grouped)), *TILES]
-PRODUCTS = ["bfloat16"] if native.rounds() else []
+PRODUCTS = [*(["bfloat16"] if native.rounds() else []), *integers.LARGEST]
+KERNELS = {None: "native", "bfloat16": "native bf16"} | dict.fromkeys(integers.LARGEST, "native integers")
 ROWS = (1, 2, 3, 4, 31, 100)
 sizes = st.one_of(st.integers(1, 70), st.integers(500, 700))
 
@@ -38,6 +40,8 @@ def make(name, shape, products=None, seed=0):
 
 
 def rows_of(x, products):
+    if products in integers.LARGEST:
+        return integers.rounded(x, products).double()
     return (x.to(getattr(torch, products)) if products else x).double()
 
 
@@ -48,7 +52,7 @@ def rows_of(x, products):
 def test_products_are_what_float64_says_of_what_is_stored(name, products, n, k, m, seed):
     stored, exact = make(name, (n, k), products, seed)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed + 1))
-    assert ops.linear.resolve(stored, x.dtype).name == ("native bf16" if products else "native")
+    assert ops.linear.resolve(stored, x.dtype).name == KERNELS[products]
     y = ops.apply(x, stored)
     x = rows_of(x, products)
     size = x.abs() @ (exact.abs() + 2 * offsets(stored)).T
@@ -56,11 +60,12 @@ def test_products_are_what_float64_says_of_what_is_stored(name, products, n, k, 
 
 
 def offsets(stored):
-    """What is added up apart from the levels that it cancels, [N, K]: its rounding counts too. The kernel for INT4 on
-    float32 activations takes even a symmetric code as 0 to 15 less 8."""
-    plain = stored.products is None and stored.scheme.name.startswith("int4")
+    """What is added up apart from the levels that it cancels, [N, K]: its rounding counts too. The kernels for INT4 on
+    float32 activations and for integers take even a symmetric code as it counts from 0, less what it counts from."""
+    counted = stored.scheme.name.startswith("int") and stored.products != "bfloat16"
+    counted &= stored.products is not None or stored.scheme.name.startswith("int4")
     parts = [stored.parts["minimums"].double()] if "minimums" in stored.parts else []
-    parts += [8 * stored.parts["scales"].double()] if plain and not parts else []
+    parts += [-min(stored.scheme.levels) * stored.parts["scales"].double()] if counted and not parts else []
     each = [part.abs().repeat_interleave(stored.scheme.group, 1)[:, : stored.shape[1]] for part in parts]
     return sum(each, torch.zeros(stored.shape).double())
 
@@ -137,7 +142,7 @@ def test_a_slice_along_the_inputs_is_not_read_in_place():
 
 
 def test_scales_of_a_power_of_two_reach_both_ends():
-    stored, _ = make("mxfp4", (16, 64), *PRODUCTS)
+    stored, _ = make("mxfp4", (16, 64), "bfloat16" if native.rounds() else None)
     for code in (0, 1, 30, 250):
         stored.parts["scales"].fill_(code)
         want = stored.dense(torch.float32)

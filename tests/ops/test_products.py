@@ -1,4 +1,4 @@
-"""Products of activations rounded to BF16 or INT8: against float64, a row's bits in any company, greedy tokens."""
+"""Products of rounded activations: against float64, a row's bits in any company, greedy tokens."""
 
 from functools import partial
 
@@ -22,12 +22,13 @@ from undistilled.plan.solve import Ask, solve
 
 needs_products = pytest.mark.skipif(not native.rounds(), reason="needs AVX512_BF16, here and in the build")
 needs_kernels = pytest.mark.skipif(native.library() is None, reason=native.why_missing())
-KINDS = {"bfloat16": [kind for kind in STORED if kind not in ("fp32", "fp16")], "int8": ["int8", "int4"]}
-PRODUCTS = ["bfloat16", "int8"] if native.rounds() else ["int8"]
+INTEGERS = list(integers.LARGEST)
+KINDS = {p: ["int8", "int4"] for p in INTEGERS} | {"bfloat16": [k for k in STORED if k not in ("fp32", "fp16")]}
+PRODUCTS = ["bfloat16", *INTEGERS] if native.rounds() else INTEGERS
 
 
 def fits(products, case):
-    groups = products != "int8" or case["kind"] != "int8" or case["any"] in (32, None)
+    groups = products == "bfloat16" or case["kind"] != "int8" or case["any"] in (32, None)
     return case["kind"] in KINDS[products] and groups
 
 
@@ -50,7 +51,7 @@ def product(x, products, kind, *weight):
 
 
 def rounded(x, products):
-    return (integers.rounded(x) if products == "int8" else x.bfloat16()).double()
+    return (integers.rounded(x, products) if products in INTEGERS else x.bfloat16()).double()
 
 
 @needs_kernels
@@ -89,39 +90,41 @@ def test_activations_round_to_nearest_even():
 
 
 @needs_kernels
+@pytest.mark.parametrize("products", INTEGERS)
 @pytest.mark.parametrize("group", [32, 96, 128, 0])
-def test_activations_round_to_int8_by_groups(group):
+def test_activations_round_to_integers_by_groups(products, group):
     """Against codes in float64, and by hand where they are ties, through a kernel whose weights are one at a time 1."""
-    share, k = integers.GROUP, 300
+    share, k, limit = integers.GROUP, 300, integers.LARGEST[products]
     x = torch.randn(9, k) * torch.logspace(-30, 30, 9)[:, None]
     x[1, :share], x[2], x[3, 5], x[4], x[5] = 0, 0, float("nan"), 1e-37, 0
-    x[5, :5] = torch.tensor([127.0, 0.5, 1.5, -2.5, 63.49])
-    assert torch.equal(integers.rounded(x)[5, :5], torch.tensor([127.0, 0, 2, -2, 63]))
+    x[5, :5] = torch.tensor([limit, 0.5, 1.5, -2.5, 63.49])
+    assert torch.equal(integers.rounded(x, products)[5, :5], torch.tensor([limit, 0, 2, -2, 63]))
     groups = torch.nn.functional.pad(x.double(), (0, -k % share)).unflatten(-1, (-1, share))
     most = groups.abs().amax(-1, keepdim=True)
-    exact = (groups / most * 127).round() * most / 127
+    exact = (groups / most * limit).round() * most / limit
     exact = exact.where(most > integers.LEAST, torch.zeros(())).flatten(-2)[:, :k].float()
     ones, scales = torch.eye(k, dtype=torch.int8), torch.ones(k, -(-k // (group or k)))
-    got = product(x, "int8", KIND["int8"], ones, scales, None, k, k, group)
+    got = product(x, products, KIND["int8"], ones, scales, None, k, k, group)
     finite = torch.arange(9) != 3
     assert torch.allclose(got[finite], exact[finite], rtol=1e-6, atol=0)
-    assert torch.equal(got[finite], integers.rounded(x)[finite])
+    assert torch.equal(got[finite], integers.rounded(x, products)[finite])
     assert got[3, 5].isnan()
 
 
 @needs_kernels
-def test_codes_at_their_limits_do_not_overflow():
-    """-128 and 127 beside 127 and -127, in every place of a group."""
-    k = 256
-    x = torch.where(torch.rand(40, k) < 0.5, 127.0, -127.0)
+@pytest.mark.parametrize("products", INTEGERS)
+def test_codes_at_their_limits_do_not_overflow(products):
+    """-128 and 127 beside the largest codes of both signs, in every place of a group."""
+    k, largest = 256, integers.LARGEST[products]
+    x = torch.where(torch.rand(40, k) < 0.5, 1.0, -1.0) * largest
     values = torch.where(torch.rand(24, k) < 0.5, 127, -128).to(torch.int8)
     values[:2] = torch.tensor([[-128], [127]])
-    x[:2] = torch.tensor([[127.0], [-127.0]])
-    got = product(x, "int8", KIND["int8"], values, torch.ones(24, 2), None, 24, k, 128)
-    assert torch.equal(got, x @ values.float().T)
+    x[:2] = torch.tensor([[largest], [-largest]])
+    got = product(x, products, KIND["int8"], values, torch.ones(24, 2), None, 24, k, 128)
+    assert torch.allclose(got.double(), x.double() @ values.double().T, rtol=1e-6, atol=k * largest * 1.28e-4)
     nibbles = torch.full((24, k // 32, 16), 255, dtype=torch.uint8)
-    got = product(x, "int8", KIND["int4"], nibbles, torch.ones(24, 2).half(), None, 24, k, 128)
-    assert torch.equal(got, x @ torch.full((k, 24), 7.0))
+    got = product(x, products, KIND["int4"], nibbles, torch.ones(24, 2).half(), None, 24, k, 128)
+    assert torch.allclose(got, x @ torch.full((k, 24), 7.0), rtol=1e-6, atol=k * largest * 1.28e-4)
 
 
 @needs_kernels
@@ -165,7 +168,7 @@ def test_experts(products, kind, mins, rows, top, d, inner, seed):
     "products, scheme",
     [
         *(pytest.param("bfloat16", s, marks=needs_products) for s in ("bf16", "int8", "fp8_block", "fp8_channel")),
-        *(("int8", s) for s in ("int8", "int8-g32", "int8-g128", "int4", "int4-sym", "int4-g32", "int4-g32-sym")),
+        *((p, s) for p in INTEGERS for s in ("int8", "int8-g32", "int8-g128", "int4", "int4-sym", "int4-g32")),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 40])
@@ -175,7 +178,7 @@ def test_the_kernel_computes_what_the_reference_says(products, scheme, rows, k):
     parts = found.compress(torch.randn(200, k))
     weight = schemes.Stored(found, (200, k), parts, products)
     x = torch.randn(rows, k)
-    assert ops.linear.resolve(weight, x.dtype).name in ("native bf16", "native by row", "native int8")
+    assert ops.linear.resolve(weight, x.dtype).name in ("native bf16", "native by row", "native integers")
     want = ops.linear.reference.run(x, weight)
     assert (ops.apply(x, weight) - want).norm() <= 1e-6 * want.norm()
     assert weight.narrow("out", 0, 128).products == products
@@ -199,7 +202,7 @@ def test_products_that_a_weight_does_not_have_are_refused():
     with pytest.raises(ValueError, match="products"):
         linear(KIND["bf16"], torch.randn(2, 8), w.bfloat16(), None, None, 4, 8, 8, products="int8")
     with pytest.raises(ValueError, match="group"):
-        linear(KIND["int8"], torch.randn(2, 8), w.to(torch.int8), torch.ones(4, 2), None, 4, 8, 4, products="int8")
+        linear(KIND["int8"], torch.randn(2, 8), w.to(torch.int8), torch.ones(4, 2), None, 4, 8, 4, products="int16")
 
 
 @needs_kernels
@@ -209,6 +212,7 @@ def test_products_that_a_weight_does_not_have_are_refused():
         pytest.param("bfloat16", "bf16", marks=needs_products),
         pytest.param("bfloat16", "int8,expert=nl3-g64,expert.down=int4", marks=needs_products),
         ("int8", "int8,expert=int4"),
+        ("int16", "int8,expert=nl3-g64,expert.down=int4"),
     ],
 )
 def test_r1_nano_writes_the_same_tokens_alone_in_a_batch_and_preempted(products, scheme):

@@ -221,13 +221,13 @@ def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
     for dtype, scheme in (("float8", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")):
         with pytest.raises(UsageError, match=r"float8|float32"):
             make(model, "laptop-16gb", dtype=dtype, scheme=scheme)
-    for scheme in ("bf16", "nl3-g64"):
+    for dtype, scheme in (("int8", "bf16"), ("int16", "fp8_channel"), ("int16", "fp8_block")):
         with pytest.raises(UsageError, match="integers"):
-            make(model, "laptop-16gb", dtype="int8", scheme=scheme)
+            make(model, "laptop-16gb", dtype=dtype, scheme=scheme)
     with pytest.raises(UsageError, match="cuda:0"):
         make(model, "h100", dtype="int8", scheme="int8")
     plan = make(model, "laptop-16gb", scheme="fp16")
-    for dtype in ("float16", "bfloat16", "int8"):
+    for dtype in ("float16", "bfloat16", "int8", "int16"):
         with pytest.raises(BadArtefact, match=r"float32|float16|integers"):
             check(plan.model_copy(update={"compute_dtype": dtype}), model.spec, model.config)
 

@@ -8,7 +8,7 @@ from typing import Any
 from .. import __version__
 from .. import scheme as schemes
 from ..plan.hardware import describe, known_machines, load_machine
-from ..plan.recipes import products_of
+from ..plan.recipes import INTEGERS, products_of
 
 BLOCKS = schemes.get("tiles16x32-2x1-3x1-4x1")  # stands for dynamic blocks of any shape
 
@@ -47,7 +47,7 @@ def examine(
 def kernels(kind: str) -> list[dict[str, str]]:
     """Which kernel each scheme's linears resolve to on a kind of device, asked of the registry itself.
 
-    On a CPU a scheme has a row for products of BF16 and of INT8 too, where it has them; `products` says which.
+    On a CPU a scheme has a row for products of BF16 and of integers too, where it has them; `products` says which.
     """
     import torch
 
@@ -59,7 +59,7 @@ def kernels(kind: str) -> list[dict[str, str]]:
         return []
     rows = []
     dtype = torch.float32 if kind == "cpu" else torch.bfloat16
-    rounding = ("bfloat16", "int8") if native.rounds() else ("int8",)
+    rounding = ("bfloat16", *INTEGERS) if native.rounds() else INTEGERS
     for name, scheme in {**schemes.SCHEMES, "dynamic blocks": BLOCKS}.items():
         parts = {k: v.to(kind) for k, v in scheme.compress(torch.zeros(64, 64)).items()}
         rounded = (products_of("attention.o", scheme.name, kind, to) for to in rounding)

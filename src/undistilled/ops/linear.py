@@ -28,8 +28,8 @@ def rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     """The activations that the weight's products multiply."""
     if weight.products is None:
         return x_TK
-    if weight.products == "int8":
-        return integers.rounded(x_TK)
+    if weight.products in integers.LARGEST:
+        return integers.rounded(x_TK, weight.products)
     return x_TK.to(getattr(torch, weight.products)).to(x_TK.dtype)
 
 
@@ -104,8 +104,8 @@ def rounds_ready(w: Stored, dtype: torch.dtype) -> bool:
 
 
 def integers_ready(w: Stored, dtype: torch.dtype) -> bool:
-    """Whether the C kernels serve this weight's products with activations rounded to INT8."""
-    return w.products == "int8" and integers.serves(w.scheme) and native_reads(w, dtype)
+    """Whether the C kernels serve this weight's products with activations rounded to integers."""
+    return w.products in integers.LARGEST and integers.serves(w.scheme) and native_reads(w, dtype)
 
 
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
@@ -120,7 +120,7 @@ def checked(weight: Stored) -> matrix.Matrix:
     return weight.once("matrix", matrix.of)
 
 
-@linear.register("native int8", integers_ready, "our C kernel: INT8 products by groups, one result whatever the batch")
+@linear.register("native integers", integers_ready, "our C kernel: products of integers, one result whatever the batch")
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear(x_TK.contiguous(), checked(weight))

@@ -11,7 +11,7 @@ from ..model.weights import Weight, counts, weights
 from . import cost
 from .plan import Bytes, ContextPrediction, Plan, Row, config_hash
 from .ranks import RankLayouts, layouts_of, placed_of
-from .recipes import ROUNDED_OFF, label, products_of
+from .recipes import INTEGERS, ROUNDED_OFF, label, products_of
 
 
 def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
@@ -98,8 +98,8 @@ def _check_compute(plan: Plan) -> None:
     said, cpu = plan.compute_dtype, list(plan.predicted.devices) == ["cpu"]
     if cpu and said == "float16":
         raise BadArtefact("The plan computes in float16 on a CPU.", "There, compute_dtype is float32 or bfloat16.")
-    if said == "int8" and not (cpu and any(products_of(r.role, r.scheme, "cpu", said) for r in plan.rows)):
-        raise BadArtefact("The plan computes in int8 where no weight has integers to multiply.", "Was the plan edited?")
+    if said in INTEGERS and not (cpu and any(products_of(r.role, r.scheme, "cpu", said) for r in plan.rows)):
+        raise BadArtefact(f"The plan computes in {said}, but no weight has integers to multiply.", "Was it edited?")
     if said != "float32" and (plan.scheme == "fp32" or (cpu and plan.scheme in ROUNDED_OFF)):
         raise BadArtefact(f"The plan computes in {said}; {plan.scheme} multiplies in float32.", "Was the plan edited?")
 

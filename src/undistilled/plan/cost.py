@@ -12,7 +12,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import MIXED, products_of, scheme_of
+from .recipes import INTEGERS, MIXED, products_of, scheme_of
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RUNTIME = {"cpu": 277_000_000, "cuda": 600_000_000}
 TOKENIZER = 500  # bytes an entry of the vocabulary: SmolLM2's 49,152 take 24 MB, R1's 129,280 take 100 MB
 Dtype = Literal["float32", "bfloat16", "float16"]
-Compute = Literal["float32", "bfloat16", "float16", "int8"]  # of products; int8 on a CPU alone
+Compute = Literal["float32", "bfloat16", "float16", "int8", "int16"]  # of products; integers on a CPU alone
 WIDTH: dict[Compute, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value between layers
 RANGE = 1 << 20  # elements of a tensor that are on their way to their scheme at once (see load/build.py)
 LOADING = 48  # bytes of copies for each of them while they are turned into another scheme
@@ -137,7 +137,7 @@ def unpacked_seconds(
     placed: list[Placed], spec: ModelSpec, home: str, device: Device, chunk: int, compute: str
 ) -> float:
     """Seconds of `unpack_bytes`."""
-    native = device.kind == "cuda" or compute == "int8" or (device.bf16_products and compute == "bfloat16")
+    native = device.kind == "cuda" or compute in INTEGERS or (device.bf16_products and compute == "bfloat16")
     moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32")
     return moved / device.ceilings.read_bytes_per_s
 
@@ -147,7 +147,7 @@ def rate(device: Device, products: str) -> float:
     ceilings = device.ceilings
     if products == "int8":
         return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
-    return ceilings.fp32_flops if products == "float32" else ceilings.bf16_flops
+    return ceilings.fp32_flops if products in ("float32", "int16") else ceilings.bf16_flops
 
 
 def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: str) -> dict[str, float]:
@@ -160,7 +160,7 @@ def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: st
     total, shares = sum(work(p) for p in placed), dict.fromkeys((compute,), 0.0)
     for p in placed:
         if p.row.compute == device:
-            mixed = compute == "int8" and not products_of(p.row.role, p.row.scheme, "cpu", compute)
+            mixed = compute in INTEGERS and not products_of(p.row.role, p.row.scheme, "cpu", compute)
             products = "float32" if mixed else compute
             shares[products] = shares.get(products, 0.0) + work(p) / total
     return shares
@@ -200,10 +200,10 @@ def activation_bytes(
     lifted = context * heads * width  # keys and values of every head, of one prompt in one layer
     logits = batch * spec.vocab * 4 * 3
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind, scheme) * width
-    # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. INT8 rows with
-    # their scales are smaller, and float32's dense copy is there for weights that have no integers
+    # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. rows of
+    # integers with their scales are no larger, and float32's dense copy is there for weights that have no integers
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
-    return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", "int8") else 0)
+    return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", *INTEGERS) else 0)
 
 
 def _largest_linear(spec: ModelSpec, kind: str, scheme: str) -> int:

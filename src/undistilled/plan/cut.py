@@ -194,11 +194,12 @@ class Cuts:
         return Slice(axis, start, stop, experts)
 
     def _quantum(self, weight: Weight, axis: str) -> int:
-        """What is never cut: a scheme's quanta, and inputs whose activations share a scale in products of integers."""
+        """What is never cut: a scheme's quanta, and inputs whose activations share a scale in products of INT8
+        (INT16's move a product by 2e-5 of its size)."""
         scheme = self.stored[weight.name]
         found = quantum(schemes.get(scheme), axis)
-        integers = axis == "in" and products_of(weight.role, scheme, "cpu", self.compute) == "int8"
-        return math.lcm(found, int8.ACTIVATIONS) if integers else found
+        coarse = axis == "in" and products_of(weight.role, scheme, "cpu", self.compute) == "int8"
+        return math.lcm(found, int8.ACTIVATIONS) if coarse else found
 
     def _check_quanta(self, weight: Weight, axis: str, start: int, stop: int) -> None:
         scheme, size = self.stored[weight.name], weight.shape[0 if axis == "out" else 1]

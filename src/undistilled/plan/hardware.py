@@ -51,6 +51,7 @@ class Device(_Frozen):
     numa_nodes: int = Field(default=1, gt=0)
     unified: bool = False
     bf16_products: bool = False  # whether our CPU kernels have products of BF16 activations there
+    int16_products: bool = False  # whether they have fast ones of INT16
     ceilings: Ceilings
     note: str = ""
 

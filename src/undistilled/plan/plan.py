@@ -104,7 +104,7 @@ class Plan(Frozen):
     architecture: str
     machine: str
     scheme: str  # the recipe that every row follows, else MIXED
-    compute_dtype: Literal["float32", "bfloat16", "float16", "int8"]  # of products; activations: below
+    compute_dtype: Literal["float32", "bfloat16", "float16", "int8", "int16"]  # of products; activations: below
     parameters: int
     active_parameters: int
     tensors: int

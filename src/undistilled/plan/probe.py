@@ -66,6 +66,7 @@ def _cpu(total: int, free: int, unified: bool) -> Device:
         numa_nodes=nodes,
         unified=unified,
         bf16_products=bf16_products(fields),
+        int16_products=int16_products(fields),
         ceilings=_estimate(cores, features, nodes),
     )
 
@@ -74,6 +75,12 @@ def bf16_products(fields: dict[str, str]) -> bool:
     """Whether our kernels multiply in BF16 on a processor with these fields of cpuinfo."""
     build = choose(fields)
     return isinstance(build, Build) and build.rounds
+
+
+def int16_products(fields: dict[str, str]) -> bool:
+    """Whether our kernels multiply integers with instructions of their own on such a processor."""
+    build = choose(fields)
+    return isinstance(build, Build) and build.integers
 
 
 def usable_cores() -> int:

@@ -22,7 +22,8 @@ HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp
 WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router take too
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
-INTEGERS = ("int8", "int4")  # families with codes that activations rounded to INT8 are multiplied with
+FLOATS = (*HEAD,)  # families of which no value is an integer times a scale
+INTEGERS = ("int8", "int16")  # what products of the others may round activations to
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {
@@ -97,19 +98,19 @@ def rounds(scheme: str) -> bool:
 def integers(asked: str) -> bool:
     """Whether a scheme, or any part of a recipe, may multiply integers."""
     base, roles = parse(asked)
-    return base == MIXED or any(family(scheme) in INTEGERS for scheme in (base, *roles.values()))
+    return base == MIXED or any(family(scheme) not in FLOATS for scheme in (base, *roles.values()))
 
 
 def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
     """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
 
     A GPU's activations have the plan's dtype already. A router's product decides which experts run. MLA's lift is
-    folded into queries in decoding, where nothing is rounded: its products in a prompt are not rounded to INT8 either.
+    folded into queries in decoding, where nothing is rounded: nor are its products in a prompt, to integers.
     """
     if home != "cpu" or compute == "float32" or role == "router":
         return None
-    if compute == "int8":
-        return compute if family(scheme) in INTEGERS and role != "attention.kv_b" else None
+    if compute in INTEGERS:
+        return compute if family(scheme) not in FLOATS and role != "attention.kv_b" else None
     return compute if rounds(scheme) else None
 
 

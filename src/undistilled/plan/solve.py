@@ -18,7 +18,7 @@ from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
 from .ranks import ONE, Degrees, RankLayouts, layouts_of, mesh_for, speeds
-from .recipes import integers, parse, rounds, scheme_of
+from .recipes import INTEGERS, integers, parse, products_of, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
@@ -35,7 +35,7 @@ class Ask:
     mtp: bool = False
     device: str | None = None  # "cpu" keeps GPUs out
     kv_dtype: Dtype | None = None  # None: float32 where the scheme is fp32, else bfloat16
-    dtype: str = "auto"  # of products: float32, bfloat16, int8, or what the device has its fast ones in
+    dtype: str = "auto"  # of products: one of DTYPES; auto is what the device has its fast ones in
     degrees: Degrees = ONE
 
 
@@ -83,7 +83,7 @@ def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layout
     wanted = [w for w in weights(spec) if ask.mtp or not w.mtp]
     loaded = [Placed(_row(w, spec, scheme, devices[0].name), w) for w in wanted]
     free = {d.name: d.free_bytes for d in devices}
-    compute = _compute(ask, scheme, devices[0])
+    compute = _compute(ask, scheme, devices[0], [p.row for p in loaded])
     cache: Dtype = ask.kv_dtype or ("float32" if scheme == "fp32" else "bfloat16")
     if ask.degrees == ONE:
         return Layouts(spec, loaded, free, scheme=scheme, compute=compute, cache=cache)
@@ -110,7 +110,7 @@ def moved(plan: Plan, mesh: Mesh, spec: ModelSpec, machine: Machine, active: int
     )
 
 
-DTYPES = ("auto", "float32", "bfloat16", "int8")
+DTYPES = ("auto", "float32", "bfloat16", *INTEGERS)
 
 
 def _check_dtype(ask: Ask, scheme: str) -> None:
@@ -118,21 +118,24 @@ def _check_dtype(ask: Ask, scheme: str) -> None:
         raise UsageError(f"--dtype {ask.dtype!r} is not known.", f"Known: {', '.join(DTYPES)}.")
     if ask.dtype == "bfloat16" and not rounds(parse(scheme)[0]):
         raise UsageError(f"{scheme} weights multiply in float32.", "Leave --dtype out, or ask for another --scheme.")
-    if ask.dtype == "int8" and not integers(scheme):
+    if ask.dtype in INTEGERS and not integers(scheme):
         raise UsageError(f"{scheme} weights have no integers to multiply.", "Ask for --scheme int8 or int4.")
 
 
-def _compute(ask: Ask, scheme: str, device: Device) -> Compute:
+def _compute(ask: Ask, scheme: str, device: Device, rows: list[Row]) -> Compute:
     """Of products. A CPU's activations are float32 between them, whatever it is."""
-    if ask.dtype == "int8":
+    if ask.dtype in INTEGERS:
         if device.kind != "cpu":
-            raise UsageError(f"{device.name} has no products of int8 activations.", "Add --device cpu.")
-        return "int8"
+            raise UsageError(f"{device.name} has no products of {ask.dtype} activations.", "Add --device cpu.")
+        return ask.dtype  # type: ignore[return-value]
     if ask.dtype == "float32" or scheme == "fp32":
         return "float32"
     if ask.dtype == "bfloat16" or device.kind != "cpu":
         return "bfloat16"
-    return "bfloat16" if device.bf16_products and rounds(parse(scheme)[0]) else "float32"
+    if device.bf16_products and rounds(parse(scheme)[0]):
+        return "bfloat16"
+    coded = any(products_of(row.role, row.scheme, "cpu", "int16") for row in rows)
+    return "int16" if device.int16_products and coded else "float32"
 
 
 def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> Predicted:

@@ -40,15 +40,15 @@ template <int MR, int NR>
 INLINE void score_tile(const Paged& a, const float* q, const float* const* keys, float* scores) {
   const float* x[MR];
   const uint8_t* w[NR];
-  v8 acc[MR][NR];
+  v8 acc[1][MR][NR];
   UNROLL for (int m = 0; m < MR; m++) {
     x[m] = q + m * a.width;
-    for (int j = 0; j < NR; j++) acc[m][j] = splat(0);
+    for (int j = 0; j < NR; j++) acc[0][m][j] = splat(0);
   }
   for (int j = 0; j < NR; j++) w[j] = (const uint8_t*)keys[j];
-  dots<Fp32, MR, NR>(w, x, 0, a.width, acc);
+  dots<Fp32>(w, x, 0, a.width, acc);
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NR; j++) scores[m * BLOCK + j] = sum(acc[m][j]) * a.scale;
+    for (int j = 0; j < NR; j++) scores[m * BLOCK + j] = sum(acc[0][m][j]) * a.scale;
 }
 
 template <int NR>

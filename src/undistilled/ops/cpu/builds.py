@@ -30,6 +30,11 @@ class Build(NamedTuple):
         """Whether it has products of activations rounded to BF16."""
         return "avx512_bf16" in self.needs
 
+    @property
+    def integers(self) -> bool:
+        """Whether it multiplies integers with instructions of their own."""
+        return "avx2" in self.needs
+
 
 X86 = (  # from what needs most to what needs least
     Build("avx512_bf16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), (*V4, "avx512_vnni", "avx512_bf16")),

@@ -4,7 +4,6 @@
 // with blocks of one row, tiles of one group, or of two with 16 inputs each, and a single section. A row's tiles are
 // counted by width, section and place in it, which is how the tiles of one width lie in memory.
 #pragma once
-#include <type_traits>
 #include "matrix.h"
 
 enum ScaleFormat { SCALES_F16, SCALES_E4M3, SCALES_E8M0 };

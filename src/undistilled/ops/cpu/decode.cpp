@@ -1,98 +1,39 @@
 // Rows of CODED matrices as float32, on any processor.
-#include "coded.h"
+#include "levels.h"
 
 namespace {
 
-#if HAS_AVX2
-
-// Bytes shifted right by 0, STEP, 2 * STEP ... in turn, those of a copy of the plane each.
-template <int BITS> INLINE __m256i plane(const uint8_t* w) {
-  const __m256i few = _mm256_set1_epi8((1 << BITS) - 1);
-  if constexpr (BITS == 4) {
-    __m128i both = _mm_loadu_si128((const __m128i*)w);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), few);
-  } else if constexpr (BITS == 2) {
-    int64_t eight;
-    memcpy(&eight, w, 8);
-    return _mm256_and_si256(_mm256_srlv_epi64(_mm256_set1_epi64x(eight), _mm256_setr_epi64x(0, 2, 4, 6)), few);
-  } else {
-    int32_t four;
-    memcpy(&four, w, 4);
-    const __m256i by = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), by), few);
-  }
-}
-
-// Levels, which BF16 holds, as the two bytes of each: a look-up in registers finds one of 16 for 32 codes.
+// Levels, which BF16 holds, as the two bytes of each.
 template <int BITS> struct Levels {
-  static constexpr int REST = BITS - MAIN[BITS], TABLES = BITS > 4 ? 1 << (BITS - 4) : 1;
-  __m256i low[TABLES], high[TABLES];
+  Lookup<BITS> low, high;
 
   explicit Levels(const float* levels) {
-    uint8_t bytes[2][16 * TABLES] = {};
+    uint8_t bytes[2][1 << BITS];
     for (int i = 0; i < 1 << BITS; i++) {
       uint32_t bits;
       memcpy(&bits, levels + i, 4);
       bytes[0][i] = bits >> 16;
       bytes[1][i] = bits >> 24;
     }
-    for (int t = 0; t < TABLES; t++) {
-      low[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[0] + t));
-      high[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes[1] + t));
-    }
+    low = Lookup<BITS>(bytes[0]);
+    high = Lookup<BITS>(bytes[1]);
   }
-  INLINE __m256i look_up(const __m256i* table, __m256i codes) {
-    __m256i found = _mm256_shuffle_epi8(table[0], codes);
-    if constexpr (TABLES == 2) return _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table[1], codes), sign(codes, 3));
-    if constexpr (TABLES == 4) {
-      __m256i odd = sign(codes, 3);
-      found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table[1], codes), odd);
-      __m256i above = _mm256_shuffle_epi8(table[2], codes);
-      above = _mm256_blendv_epi8(above, _mm256_shuffle_epi8(table[3], codes), odd);
-      return _mm256_blendv_epi8(found, above, sign(codes, 2));
-    }
-    return found;
-  }
-  INLINE __m256i sign(__m256i codes, int up) { return _mm256_slli_epi16(codes, up); }
   // w[i] = levels of the codes 8i..8i + 8 of a block.
   __attribute__((always_inline)) void load(const uint8_t* at, v8* w) const {
-    __m256i codes = plane<MAIN[BITS]>(at);
-    if constexpr (REST)
-      codes = _mm256_or_si256(codes, _mm256_slli_epi16(plane<REST ? REST : 1>(at + 4 * MAIN[BITS]), MAIN[BITS]));
-    __m256i bytes[2] = {look_up(low, codes), look_up(high, codes)}, zero = _mm256_setzero_si256();
+    c32 codes = codes_of<BITS>(at), bytes[2] = {low.find(codes), high.find(codes)};
+#if HAS_AVX2
+    __m256i zero = _mm256_setzero_si256(), l = (__m256i)bytes[0], h = (__m256i)bytes[1];
     for (int i = 0; i < 2; i++) {
-      __m256i words = i ? _mm256_unpackhi_epi8(bytes[0], bytes[1]) : _mm256_unpacklo_epi8(bytes[0], bytes[1]);
+      __m256i words = i ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
       __m256i a = _mm256_unpacklo_epi16(zero, words), b = _mm256_unpackhi_epi16(zero, words);
       w[i] = (v8)_mm256_permute2x128_si256(a, b, 0x20);
       w[i + 2] = (v8)_mm256_permute2x128_si256(a, b, 0x31);
     }
-  }
-};
-
 #else
-
-template <int BITS> struct Levels {
-  static constexpr int REST = BITS - MAIN[BITS];
-  const float* levels;
-
-  explicit Levels(const float* levels) : levels(levels) {}
-  void load(const uint8_t* w, v8* out) const {
-    uint8_t codes[QUANTUM];
-    auto plane = [&](int bits, int up) {
-      for (int j = 0; j < 8 / bits; j++)
-        for (int i = 0; i < 4 * bits; i++) {
-          uint8_t piece = (w[i] >> (bits * j) & ((1 << bits) - 1)) << up;
-          codes[j * 4 * bits + i] = up ? codes[j * 4 * bits + i] | piece : piece;
-        }
-      w += 4 * bits;
-    };
-    plane(MAIN[BITS], 0);
-    if (REST) plane(REST ? REST : 1, MAIN[BITS]);
-    for (int i = 0; i < QUANTUM; i++) out[i / 8][i % 8] = levels[codes[i]];
+    for (int i = 0; i < QUANTUM; i++) w[i / 8][i % 8] = bf16_to_float(bytes[0][i] | bytes[1][i] << 8);
+#endif
   }
 };
-
-#endif
 
 // A row's place in its block, which is worked out once.
 struct Row {

@@ -41,12 +41,11 @@ struct Input {
   }
 };
 
-// y[r] = the rows i.. of `in` times the outputs n..n+width, at most TILE; few rows take narrow tiles.
+// y[r] = the rows i.. of `in` times the outputs n..n+width, at most TILE.
 void wide_tile(const Matrix& a, long n, long width, const Input& in, long i, long rows, float* const* y) {
   const float **x = in.x + i, **sums = in.sums + i;
   if (a.rounds) return product(a, n, width, in.rounded + i, rows, y, a.n);
-  long step = rows <= 2 ? 4 : TILE;
-  for (long j = 0; j < width; j += step) tile(a, n + j, width - j < step ? width - j : step, x, sums, rows, y);
+  tile(a, n, width, x, sums, rows, y);
 }
 
 // The (row, choice) pairs by expert; everything but `place` is indexed by the sorted place of a pair.

@@ -1,297 +1,412 @@
-// Products of rows of x, rounded to INT8 by groups of 32, with INT8 and INT4 matrices.
+// Products of rows of x, rounded to INT8 or INT16 by groups of 32, with INT8 and CODED matrices.
 //
-// A scale of x is a group's largest magnitude by 127. Codes are multiplied and summed as integers within a group, which
-// is exact, and the sum meets both scales in float32, group after group: the same bits with every set of instructions,
-// in a product of one row and of a thousand, on any number of threads. INT4's codes are 0..15; what they are offset by
-// meets the sum of x over the group.
+// A scale of x is a group's largest magnitude by 127 or 32767. Levels of all codes are whole numbers of -128..127 times
+// a power of two: they are multiplied and summed as integers within a group, which is exact, and the sum meets both
+// scales in float32, tile after tile as they are stored. So a row has the same bits with every set of instructions, in a
+// product of one row and of a thousand, on any number of threads.
+// One row of x meets rows of weights one after another, a stream that the processor foresees; more rows meet a slice of
+// 16 unpacked in the first cache.
 #include "integer.h"
+#include "activations.h"
 #include "product.h"
 #include "scratch.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define HAS_VNNI 1
-#else
-#define HAS_VNNI 0
-#endif
-
 namespace {
 
-constexpr long GROUP = 32;     // codes of x that share a scale, and of a vector
-constexpr long LANES = 8;      // outputs of a vector of sums
-constexpr int VECTORS = 2;     // of a panel
-constexpr long OUTPUTS = VECTORS * LANES;
-constexpr int QUADS = GROUP / 4;
-constexpr int SOME = HAS_VNNI ? 6 : 4;   // rows of x whose sums the registers hold
+constexpr long GROUP = QUANTUM;   // codes of x that share a scale
+constexpr long LANES = 8;
+constexpr long OUTPUTS = TILE;    // of a panel
+constexpr long SLICE = 512;       // inputs whose codes are unpacked at a time
 
-typedef uint8_t c32 __attribute__((vector_size(32)));   // codes, whatever their sign
+long lanes(long count) { return (count + LANES - 1) / LANES * LANES; }
+long padded(const Matrix& a) { return a.kind == CODED ? a.tiling.padded : (a.k + GROUP - 1) / GROUP * GROUP; }
 
-INLINE c32 codes_at(const void* p) { c32 v; memcpy(&v, p, 32); return v; }
-INLINE c32 quad(const int8_t* x) {                       // four codes of x in every lane
-  int32_t four;
-  memcpy(&four, x, 4);
-  return (c32)(i8x{four, four, four, four, four, four, four, four});
+// Sums of x that its product may need: over groups of codes that count from their least level, or have minimums.
+long summed(const Matrix& a) {
+  return a.kind == CODED && !a.tiling.order.at && a.group >= GROUP ? lanes(a.groups()) : 0;
 }
 
-// Loaders: 32 codes of a row from k on, of which `left` belong to it.
-struct Bytes {
-  static constexpr bool SMALL = false;
-  static constexpr int OFFSET = HAS_VNNI ? 128 : 0;   // VNNI's codes of w are 0..255
-  INLINE c32 load(const uint8_t* row, long k, long left) {
-    if (left >= GROUP) return codes_at(row + k) + (uint8_t)OFFSET;
-    uint8_t padded[GROUP] = {0};
-    memcpy(padded, row + k, left);
-    return codes_at(padded) + (uint8_t)OFFSET;
-  }
-};
+template <class X> struct Row {   // of x, rounded
+  const typename X::Code* codes;
+  const float *scales, *sums;     // of its groups; of x over the matrix' groups
 
-struct Nibbles {
-  static constexpr bool SMALL = true;   // codes of 0..15
-  static constexpr int OFFSET = 0;
-  INLINE c32 load(const uint8_t* row, long k, long) {
-#if HAS_AVX2
-    __m128i both = _mm_loadu_si128((const __m128i*)(row + (k >> 1)));
-    __m256i pair = _mm256_set_m128i(_mm_srli_epi16(both, 4), both);
-    return (c32)_mm256_and_si256(pair, _mm256_set1_epi8(15));
-#else
-    uint8_t codes[GROUP];
-    for (int i = 0; i < 16; i++) {
-      codes[i] = row[k / 2 + i] & 15;
-      codes[i + 16] = row[k / 2 + i] >> 4;
-    }
-    return codes_at(codes);
-#endif
-  }
-};
-
-// Sums of four neighbours' products in each of 8 lanes, of up to 8 add()s: w of -128..127 or, where SMALL, 0..15, with
-// VNNI 0..255, and x of -127..127. AVX2 multiplies a byte of w without its sign by x with it.
-template <bool SMALL> struct Dot {
-#if HAS_VNNI
-  __m256i total = _mm256_setzero_si256();
-  __attribute__((always_inline)) void add(c32 w, c32 x) {
-    total = _mm256_dpbusd_epi32(total, (__m256i)w, (__m256i)x);
-  }
-  __attribute__((always_inline)) i8x sum() const { return (i8x)total; }
-#elif HAS_AVX2
-  __m256i total = _mm256_setzero_si256();   // of pairs in 16 bits where SMALL: 8 x 2 x 15 x 127 fits
-  INLINE __m256i wide(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-  __attribute__((always_inline)) void add(c32 w, c32 x) {
-    if (SMALL) {
-      total = _mm256_add_epi16(total, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
-    } else {
-      __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
-      total = _mm256_add_epi32(total, wide(pairs));
-    }
-    asm("" : "+x"(total));   // summed now: the compiler would keep all products for a tree of sums
-  }
-  __attribute__((always_inline)) i8x sum() const { return (i8x)(SMALL ? wide(total) : total); }
-#else
-  i8x total = {};
-  void add(c32 w, c32 x) {
-    for (int i = 0; i < 32; i++) total[i / 4] += (int8_t)w[i] * (int8_t)x[i];
-  }
-  i8x sum() const { return total; }
-#endif
-};
-
-// The sums over each of eight vectors.
-INLINE i8x folded(const i8x* v) {
-#if HAS_AVX2
-  auto pairs = [](__m256i a, __m256i b) { return _mm256_hadd_epi32(a, b); };
-  __m256i low = pairs(pairs((__m256i)v[0], (__m256i)v[1]), pairs((__m256i)v[2], (__m256i)v[3]));
-  __m256i high = pairs(pairs((__m256i)v[4], (__m256i)v[5]), pairs((__m256i)v[6], (__m256i)v[7]));
-  return (i8x)_mm256_permute2x128_si256(low, high, 0x20) + (i8x)_mm256_permute2x128_si256(low, high, 0x31);
-#else
-  i8x sums = {};
-  for (int j = 0; j < 8; j++)
-    for (int i = 0; i < 8; i++) sums[j] += v[j][i];
-  return sums;
-#endif
-}
-
-// Eight rows of eight lanes of 32 bits become columns.
-INLINE void transpose(v8* v) {
-#if HAS_AVX2
-  v8 t[8], u[8];
-  UNROLL for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  UNROLL for (int i = 0; i < 8; i += 4) {
-    UNROLL for (int j = 0; j < 2; j++) {
-      u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-      u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-    }
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    v[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
-#else
-  for (int i = 0; i < 8; i++)
-    for (int j = 0; j < i; j++) {
-      float kept = v[i][j];
-      v[i][j] = v[j][i];
-      v[j][i] = kept;
-    }
-#endif
-}
-
-long groups_of_x(const Matrix& a) { return (a.k + GROUP - 1) / GROUP; }
-long padded(const Matrix& a) { return groups_of_x(a) * GROUP; }
-
-struct Row {                   // of x, rounded
-  int8_t* codes;
-  float* scales;               // of the groups
-  int32_t* sums;               // of their codes
-
+  Row() {}
   Row(const Matrix& a, const void* at)
-      : codes((int8_t*)at), scales((float*)(codes + padded(a))), sums((int32_t*)(scales + groups_of_x(a))) {}
+      : codes((const typename X::Code*)at), scales((const float*)(codes + padded(a))),
+        sums(scales + padded(a) / GROUP) {}
 };
 
-struct Panel {                 // some rows of a matrix, `count` of OUTPUTS
-  const Matrix& a;
-  long groups, n, count;       // groups: of the matrix
-  const float *factors, *lows; // [VECTORS][groups][LANES]
-  const uint8_t* codes;        // [k / 4][VECTORS][LANES][4]
-
-  const uint8_t* row(long i) const { return a.row(n + (i < count ? i : 0)); }
+// Decoders: 32 codes at w as bytes, and the first `some` of them, zeros behind; values are (bytes + least) times `unit`.
+// Where bytes are SMALL they are no more than 127 and not negative.
+struct Plain {
+  static constexpr long BLOCK = GROUP;
+  static constexpr bool SMALL = false;
+  static constexpr float unit = 1, least = 0;
+  INLINE c32 load(const uint8_t* w) { return codes_at(w); }
+  INLINE c32 load_part(const uint8_t* w, long some) {
+    uint8_t padded[GROUP] = {0};
+    memcpy(padded, w, some);
+    return codes_at(padded);
+  }
 };
 
-// out[g][j] = the g-th of the floats in row j of a table [n, groups], times `times`.
-template <class L> void columns(const Panel& p, const uint8_t* table, float times, int vector, float* out) {
-  long bytes = p.groups * L::BYTES;
-  const uint8_t* last = table + p.a.n * bytes - LANES * L::BYTES;   // up to it a row's end may be read past
-  for (long g = 0; g < p.groups; g += LANES) {
-    v8 v[LANES];
-    long some = p.groups - g < LANES ? p.groups - g : LANES;
-    for (long j = 0; j < LANES; j++) {
-      long i = vector * LANES + j;
-      const uint8_t* from = table + (p.n + (i < p.count ? i : 0)) * bytes + g * L::BYTES;
-      from <= last ? L::load(from, v + j) : load_tail<L>(from, some, v + j);
-    }
-    transpose(v);
-    for (long i = 0; i < some; i++) store(out + (g + i) * LANES, v[i] * splat(times));
+template <int BITS> struct Decoded {   // levels that are looked up
+  static constexpr long BLOCK = 4 * BITS;
+  static constexpr bool SMALL = false;
+  static constexpr float least = 0;
+  Lookup<BITS> lookup;
+  float unit = 1;
+
+  explicit Decoded(const float* levels) {
+    uint8_t bytes[1 << BITS];
+    auto whole = [&](int i) { return levels[i] / unit == (float)(int)(levels[i] / unit); };
+    for (int i = 0; i < 1 << BITS; i++)
+      while (!whole(i)) unit /= 2;
+    for (int i = 0; i < 1 << BITS; i++) bytes[i] = (uint8_t)(int)(levels[i] / unit);
+    lookup = Lookup<BITS>(bytes);
   }
-}
+  __attribute__((always_inline)) c32 load(const uint8_t* w) const { return lookup.find(codes_of<BITS>(w)); }
+  __attribute__((always_inline)) c32 load_part(const uint8_t* w, long) const { return load(w); }   // whole as stored
+};
 
-void prepare(const Panel& p, float* factors, float* lows) {
-  const Matrix& a = p.a;
-  for (int v = 0; v * LANES < p.count; v++, factors += p.groups * LANES, lows += p.groups * LANES) {
-    if (a.kind == INT8) columns<Fp32>(p, a.scales.at, 1, v, factors);
-    else columns<Fp16>(p, a.scales.at, 1, v, factors);
-    if (a.kind == INT4) columns<Fp16>(p, (a.mins.at ? a.mins : a.scales).at, a.mins.at ? 1 : -8, v, lows);
+template <int BITS> struct Counted {   // levels one apart: codes are multiplied as they are
+  static constexpr long BLOCK = 4 * BITS;
+  static constexpr bool SMALL = true;
+  static constexpr float unit = 1;
+  float least;
+
+  explicit Counted(const float* levels) : least(levels[0]) {}
+  INLINE bool suits(const float* levels) {
+    for (int i = 0; i < 1 << BITS; i++)
+      if (levels[i] != levels[0] + i) return false;
+    return true;
   }
+  INLINE c32 load(const uint8_t* w) { return codes_of<BITS>(w); }
+  INLINE c32 load_part(const uint8_t* w, long) { return load(w); }
+};
+
+// Codes that are unpacked already.
+template <class X> struct Unpacked {
+  static constexpr long BLOCK = sizeof(typename X::Wide);
+};
+
+// How rows of x meet blocks of a decoder.
+template <class X, class W> struct Wide {
+  INLINE typename X::Wide at(const W& w, const uint8_t* from) { return X::template wide<W::SMALL>(w.load(from)); }
+  INLINE typename X::Wide part(const W& w, const uint8_t* from, long some) { return X::template wide<W::SMALL>(w.load_part(from, some)); }
+};
+template <class X> struct Wide<X, Unpacked<X>> {
+  INLINE typename X::Wide at(const Unpacked<X>&, const uint8_t* from) { return *(const typename X::Wide*)from; }
+  INLINE typename X::Wide part(const Unpacked<X>& w, const uint8_t* from, long) { return at(w, from); }
+};
+
+// Consecutive tiles of one width: groups of a row, or tiles of a block of rows.
+struct Strip {
+  const uint8_t* first;
+  long row, tile;                 // bytes to the next row, to the next tile
+  long tiles, blocks, all;        // blocks of 32 codes in a tile, and in all of a row's that are stored
+  const int32_t* at;              // each tile's first input
+  const float* scales;
+  long by_row, by_tile;           // floats between scales
+  long k, ahead;                  // inputs of the matrix; bytes to what is asked for
+  bool rows_apart, halves;        // whether a row's tiles follow each other; whether a block has two scales
+  long whole;                     // tiles of which each code belongs to the row, or is stored and meets zeros
+
+  long blocks_of(long t) const { return all - t * blocks < blocks ? all - t * blocks : blocks; }
+  void skip(long count) {
+    first += count * tile, at += count, scales += count * by_tile, all -= count * blocks;
+    whole = whole > count ? whole - count : 0;
+  }
+};
+
+// A tile's inputs of MR rows of x.
+template <class X, int MR> struct Inputs {
+  const typename X::Code* codes[MR];
+  const float* scales[MR];
+
+  INLINE void at(const Row<X>* x, long k, Inputs* in) {
+    UNROLL for (int m = 0; m < MR; m++) in->codes[m] = x[m].codes + k, in->scales[m] = x[m].scales + (k >> 5);
+  }
+};
+
+// total[m] += a row's codes of a tile at `from` times x[m]: BLOCKS blocks, or where that is 0 `blocks` of which `left`
+// codes belong to the row.
+template <class X, int MR, int BLOCKS, class W>
+INLINE void add(const W& w, const Strip& s, const uint8_t* from, const Inputs<X, MR>& x, const float* scale, long blocks,
+                long left, v8* total) {
+  v8 acc[MR];
+  UNROLL for (int m = 0; m < MR; m++) acc[m] = splat(0);
+  auto meet = [&](const typename X::Wide& block, long b) {
+    UNROLL for (int m = 0; m < MR; m++)
+      acc[m] = fma(__builtin_convertvector(X::dot(block, x.codes[m] + b * GROUP), v8), splat(x.scales[m][b]), acc[m]);
+  };
+  UNROLL for (long b = 0; b < BLOCKS; b++) meet(Wide<X, W>::at(w, from + b * W::BLOCK), b);
+  for (long b = 0; !BLOCKS && b < blocks; b++, from += W::BLOCK, left -= GROUP)
+    meet(left >= GROUP ? Wide<X, W>::at(w, from) : Wide<X, W>::part(w, from, left), b);
+  v8 f = splat(*scale);
+  // the halves of a block lie in a vector's first and last four lanes
+  if (!BLOCKS && s.halves) f = v8{f[0], f[0], f[0], f[0], scale[1], scale[1], scale[1], scale[1]};
+  UNROLL for (int m = 0; m < MR; m++) total[m] = fma(acc[m], f, total[m]);
 }
 
-template <class C> void pack(const Panel& p, uint8_t* codes) {
-  for (long k = 0; k < p.a.k; k += GROUP, codes += GROUP * OUTPUTS)
-    for (int v = 0; v < VECTORS; v++) {
-      v8 r[LANES];
-      for (int j = 0; j < LANES; j++) r[j] = (v8)C::load(p.row(v * LANES + j), k, p.a.k - k);
-      transpose(r);
-      for (int q = 0; q < QUADS; q++) store((float*)(codes + (q * VECTORS + v) * GROUP), r[q]);
+// totals[r] += the strip times a row of x, in the order in which its bytes lie.
+template <class X, int BLOCKS, class W>
+__attribute__((noinline)) void straight(const W& from, const Strip& strip, long count, const Row<X>* x, v8* totals) {
+  const W w = from;
+  const Strip s = strip;
+  Inputs<X, 1> in;
+  v8 total;
+  auto some = [&](auto blocks, long r, long t) {
+    const uint8_t* at = s.first + r * s.row + t * s.tile;
+    UNROLL for (long o = 0; o < (BLOCKS ? BLOCKS : 1) * W::BLOCK; o += LINE) __builtin_prefetch(at + s.ahead + o, 0, 2);
+    const float* scale = s.scales + r * s.by_row + t * s.by_tile;
+    add<X, 1, decltype(blocks)::value>(w, s, at, in, scale, s.blocks_of(t), s.k - s.at[t], &total);
+  };
+  constexpr auto whole = std::integral_constant<int, BLOCKS>(), rest = std::integral_constant<int, 0>();
+  if (s.rows_apart)
+    for (long r = 0; r < count; r++) {
+      total = totals[r];
+      for (long t = 0; t < s.whole; t++) Inputs<X, 1>::at(x, s.at[t], &in), some(whole, r, t);
+      for (long t = s.whole; t < s.tiles; t++) Inputs<X, 1>::at(x, s.at[t], &in), some(rest, r, t);
+      totals[r] = total;
     }
-}
-
-// Calls each(k, w) for every group of x, which begins at k and lies in the matrix' group w.
-template <class F> INLINE void each_group(const Matrix& a, F each) {
-  for (long from = 0, w = 0; from < a.k; from += a.group, w++)
-    for (long end = a.k - from < a.group ? a.k : from + a.group, k = from; k < end; k += GROUP) each(k, w);
-}
-
-// A group's sums meet the scales of both and, of INT4, what its codes are offset by.
-template <class C> INLINE v8 scaled(v8 total, i8x sums, v8 factor, const float* low, const Row& x, long g) {
-  sums -= C::OFFSET * x.sums[g];
-  total = fma(__builtin_convertvector(sums, v8), factor * splat(x.scales[g]), total);
-  return C::SMALL ? fma(load(low), splat(x.scales[g] * x.sums[g]), total) : total;
-}
-
-INLINE void put(const Panel& p, int vector, v8 total, float* y) {
-  long left = p.count - vector * LANES;
-  store_part(y + p.n + vector * LANES, total, left < LANES ? left : LANES);
-}
-
-// y[m][n..n+count) = x[m] . the panel's outputs, from packed codes.
-template <class C, int MR> __attribute__((noinline)) void block(const Panel& p, const Row* x, float* const* y) {
-  v8 total[MR][VECTORS];
-  UNROLL for (int m = 0; m < MR; m++)
-    UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = splat(0);
-  each_group(p.a, [&](long k, long w) {
-    Dot<C::SMALL> dot[MR][VECTORS];
-    const uint8_t* codes = p.codes + k * OUTPUTS;
-    UNROLL for (int q = 0; q < QUADS; q++)
-      UNROLL for (int m = 0; m < MR; m++) {
-        c32 four = quad(x[m].codes + k + 4 * q);
-        UNROLL for (int v = 0; v < VECTORS; v++) dot[m][v].add(codes_at(codes + (q * VECTORS + v) * GROUP), four);
+  else
+    for (long t = 0; t < s.tiles; t++) {
+      Inputs<X, 1>::at(x, s.at[t], &in);
+      for (long r = 0; r < count; r++) {
+        total = totals[r];
+        some(whole, r, t);
+        totals[r] = total;
       }
-    UNROLL for (int v = 0; v < VECTORS; v++) {
-      long at = (v * p.groups + w) * LANES;
-      v8 factor = load(p.factors + at);
-      UNROLL for (int m = 0; m < MR; m++)
-        total[m][v] = scaled<C>(total[m][v], dot[m][v].sum(), factor, p.lows + at, x[m], k / GROUP);
     }
-  });
-  UNROLL for (int m = 0; m < MR; m++)
-    for (int v = 0; v * LANES < p.count; v++) put(p, v, total[m][v], y[m]);
 }
 
-// block() straight from the stored rows, for so few rows of x that packed codes would be read once.
-template <class C, int MR>
-__attribute__((noinline)) void straight(const Panel& p, const Row* x, float* const* y, long ahead) {
-  for (int v = 0; v * LANES < p.count; v++) {
+// totals[m][r] += unpacked tiles [tile][r][block] times MR rows of x.
+template <class X, int MR, int BLOCKS>
+__attribute__((noinline)) void slice(const typename X::Wide* codes, const Strip& strip, long count, const Row<X>* x,
+                                     v8* totals) {
+  const Strip s = strip;
+  Inputs<X, MR> in;
+  for (long r = 0; r < count; r++) {
     v8 total[MR];
-    UNROLL for (int m = 0; m < MR; m++) total[m] = splat(0);
-    const uint8_t* rows[LANES];
-    for (int j = 0; j < LANES; j++) rows[j] = p.row(v * LANES + j);
-    const char* next = (const char*)rows[0] + ahead;
-    each_group(p.a, [&](long k, long w) {
-      constexpr long BYTES = LANES * GROUP / (C::SMALL ? 2 : 1);
-      UNROLL for (long i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
-      next += BYTES;
-      i8x sums[MR][LANES];
-      c32 with[MR];
-      UNROLL for (int m = 0; m < MR; m++) with[m] = codes_at(x[m].codes + k);
-      UNROLL for (int j = 0; j < LANES; j++) {
-        c32 codes = C::load(rows[j], k, p.a.k - k);
-        UNROLL for (int m = 0; m < MR; m++) {
-          Dot<C::SMALL> dot;
-          dot.add(codes, with[m]);
-          sums[m][j] = dot.sum();
-        }
-      }
-      long at = (v * p.groups + w) * LANES;
-      UNROLL for (int m = 0; m < MR; m++)
-        total[m] = scaled<C>(total[m], folded(sums[m]), load(p.factors + at), p.lows + at, x[m], k / GROUP);
-    });
-    UNROLL for (int m = 0; m < MR; m++) put(p, v, total[m], y[m]);
+    UNROLL for (int m = 0; m < MR; m++) total[m] = totals[m * OUTPUTS + r];
+    auto some = [&](auto blocks, long t) {
+      Inputs<X, MR>::at(x, s.at[t], &in);
+      const uint8_t* from = (const uint8_t*)(codes + (t * OUTPUTS + r) * s.blocks);
+      const float* scale = s.scales + r * s.by_row + t * s.by_tile;
+      add<X, MR, decltype(blocks)::value>(Unpacked<X>(), s, from, in, scale, s.blocks_of(t), s.k, total);
+    };
+    long whole = s.whole < s.tiles ? s.whole : s.tiles;
+    for (long t = 0; t < whole; t++) some(std::integral_constant<int, BLOCKS>(), t);
+    for (long t = whole; t < s.tiles; t++) some(std::integral_constant<int, 0>(), t);
+    UNROLL for (int m = 0; m < MR; m++) totals[m * OUTPUTS + r] = total[m];
   }
 }
 
-// Rows of x in blocks as large as the registers hold sums.
-template <class C, int MR> void blocks(const Panel& p, const Row* x, long rows, float* const* y) {
-  for (; rows >= MR; rows -= MR, x += MR, y += MR) block<C, MR>(p, x, y);
+template <class X, int BLOCKS, int MR>
+void some_rows(const typename X::Wide* codes, const Strip& s, long count, const Row<X>* x, long rows, v8* totals) {
+  for (; rows >= MR; rows -= MR, x += MR, totals += MR * OUTPUTS) slice<X, MR, BLOCKS>(codes, s, count, x, totals);
   if constexpr (MR > 1)
-    if (rows) blocks<C, MR - 1>(p, x, rows, y);
+    if (rows) some_rows<X, BLOCKS, MR - 1>(codes, s, count, x, rows, totals);
 }
 
-thread_local Scratch scratch;
+template <class X, class W> void unpack(const W& w, const Strip& s, long count, typename X::Wide* codes) {
+  for (long t = 0; t < s.tiles; t++)
+    for (long r = 0; r < count; r++) {
+      const uint8_t* from = s.first + r * s.row + t * s.tile;
+      for (long b = 0, left = s.k - s.at[t]; b < s.blocks_of(t); b++, from += W::BLOCK, left -= GROUP)
+        codes[(t * OUTPUTS + r) * s.blocks + b] =
+            left >= GROUP ? Wide<X, W>::at(w, from) : Wide<X, W>::part(w, from, left);
+    }
+}
 
-template <class C>
-void product_of(const Matrix& a, long n, long count, const Row* x, long rows, float* const* y, long last) {
-  bool few = rows <= 2;
-  long groups = a.groups(), factors = VECTORS * groups * LANES;
-  float* scales = (float*)scratch.of(factors * 8 + (few ? 0 : padded(a) * OUTPUTS));
-  uint8_t* codes = (uint8_t*)(scales + 2 * factors);
-  for (long end = n + count; n < end; n += OUTPUTS) {
-    Panel p = {a, groups, n, end - n < OUTPUTS ? end - n : OUTPUTS, scales, scales + factors, codes};
-    prepare(p, scales, scales + factors);
-    long ahead = ahead_of(OUTPUTS * a.row_bytes(), OUTPUTS, n, last);
-    if (rows == 1) straight<C, 1>(p, x, y, ahead);
-    if (rows == 2) straight<C, 2>(p, x, y, ahead);
-    if (few) continue;
-    pack<C>(p, codes);
-    blocks<C, SOME>(p, x, rows, y);
+template <class X, class W>
+void multiply(const W& w, Strip s, long count, const Row<X>* x, long rows, typename X::Wide* codes, v8* totals) {
+  auto by_blocks = [&](auto run) {   // a tile's loop is unrolled where it is short
+    if (s.blocks == 4) return run(std::integral_constant<int, 4>());
+    if (s.blocks == 2) return run(std::integral_constant<int, 2>());
+    return run(std::integral_constant<int, 0>());
+  };
+  if (rows == 1) return by_blocks([&](auto n) { straight<X, decltype(n)::value>(w, s, count, x, totals); });
+  long some = s.blocks * GROUP < SLICE ? SLICE / (s.blocks * GROUP) : 1;
+  for (long tiles = s.tiles; tiles > 0; tiles -= some) {
+    s.tiles = tiles < some ? tiles : some;
+    unpack<X>(w, s, count, codes);
+    by_blocks([&](auto n) { some_rows<X, decltype(n)::value, 4>(codes, s, count, x, rows, totals); });
+    s.skip(some);
+  }
+}
+
+// Up to 8 scales or minimums from the i-th stored number on, of which `some` are there.
+enum { SCALES_F32 = SCALES_E8M0 + 1 };
+INLINE v8 factors_at(int format, const uint8_t* from, long i, long some) {
+  v8 v = splat(0);
+  auto by = [&](auto loader) {
+    typedef decltype(loader) L;
+    some < LANES ? load_tail<L>(from + i * L::BYTES, some, &v) : L::load(from + i * L::BYTES, &v);
+  };
+  if (format == SCALES_F32) by(Fp32());
+  if (format == SCALES_F16) by(Fp16());
+  if (format == SCALES_E4M3) by(Fp8()), v = v * splat(256);
+  if (format == SCALES_E8M0)
+    for (long j = 0; j < LANES; j++) {
+      uint32_t code = j < some ? from[i + j] : 0, bits = code ? code << 23 : 1 << 22;
+      float f;
+      memcpy(&f, &bits, 4);
+      v[j] = f;
+    }
+  return v;
+}
+
+// How a matrix' codes, scales and minimums lie, INT8's among them: as groups of a row, cut where they are long.
+struct Lying {
+  Tiling tiling;
+  long by_tile;                   // scales of a tile
+
+  explicit Lying(const Matrix& a) : tiling(a.tiling), by_tile(0) {
+    if (a.kind == CODED) {
+      by_tile = tiling.cols / a.group;
+      return;
+    }
+    Tiling& t = tiling = {};
+    bool whole = a.group >= a.k;   // one scale a row
+    t.height = 1, t.sections = 1, t.widths = 1;
+    t.cols = whole ? 4 * GROUP : a.group;
+    t.tiles = (a.k + t.cols - 1) / t.cols;
+    t.factors = whole ? 1 : t.tiles;
+    t.padded = padded(a);
+    by_tile = whole ? 0 : 1;
+    t.codes[0] = {8, t.tiles, a.k, a.values, nullptr};
+  }
+};
+
+// Calls f with the decoder of a width.
+template <class F> INLINE void with_decoder(const Matrix& a, const Codes& c, F f) {
+  if (a.kind == INT8) return f(Plain());
+  with_bits(c.bits, [&](auto bits) {
+    constexpr int BITS = decltype(bits)::value;
+    Counted<BITS>::suits(c.levels) ? f(Counted<BITS>(c.levels)) : f(made_of<Decoded<BITS>>(c.levels));
+  });
+}
+
+struct Panel {                    // up to OUTPUTS rows of a matrix: places and factors of its tiles
+  const Matrix& a;
+  const Lying& lying;
+  long n, count, last;
+  int32_t* at;
+  float *scales, *mins;
+  v8* totals;
+  float units[5];                 // of the widths
+  float least;                    // of a matrix in groups: the level of code 0
+  long by_row, by_tile;
+
+  void by_rows(int format, const Part& from, const Part& multipliers, float unit, float* out) {
+    long factors = lying.tiling.factors;
+    for (long r = 0; r < count; r++) {
+      v8 f = splat(multipliers.at ? unit * bf16_to_float(((const uint16_t*)multipliers.at)[n + r]) : unit);
+      for (long i = 0; i < factors; i += LANES)
+        store(out + r * by_row + i, factors_at(format, from.at, (n + r) * factors + i, factors - i) * f);
+    }
+  }
+  void by_tiles() {
+    const Tiling& t = lying.tiling;
+    long block = n / t.height, inside = n % t.height, to = 0;
+    each_tile(t, [&](const Codes& c, long, long i) {
+      at[to] = place_of(t, block, i) * t.cols;
+      for (long r = 0; r < count; r += LANES) {
+        long some = count - r;
+        v8 f = factors_at(t.format, a.scales.at, (block * t.factors + i) * t.height + inside + r, some), by;
+        const uint8_t* multipliers = t.multipliers.at + 2 * (n + r);
+        some < LANES ? load_tail<Bf16>(multipliers, some, &by) : Bf16::load(multipliers, &by);
+        store(scales + to * OUTPUTS + r, f * by * splat(units[&c - t.codes]));
+      }
+      to++;
+    });
+  }
+  // Asks for the next panel's scales: they are no stream that the processor would foresee.
+  void ask() {
+    const Tiling& t = lying.tiling;
+    auto lines = [&](const Part& part, long from, long bytes) {
+      for (long o = 0; part.at && o < bytes; o += LINE) __builtin_prefetch(part.at + from + bytes + o, 0, 2);
+    };
+    long each = a.kind == INT8 ? 4 : t.format == SCALES_F16 ? 2 : 1, row = t.factors * each;
+    if (t.order.at) {
+      lines(a.scales, n / t.height * t.height * row, t.height * row);
+      lines(t.order, n / t.height * t.sections * t.tiles * 2, t.sections * t.tiles * 2);
+    } else {
+      lines(a.scales, n * row, count * row);
+      lines(a.mins, n * t.factors * 2, count * t.factors * 2);
+    }
+  }
+  void prepare() {
+    const Tiling& t = lying.tiling;
+    for (long w = 0; w < t.widths; w++)
+      with_decoder(a, t.codes[w], [&](const auto& d) { units[w] = d.unit, least = d.least; });
+    if (t.order.at) {
+      by_row = 1, by_tile = OUTPUTS;
+      return by_tiles();
+    }
+    by_row = lanes(t.factors), by_tile = lying.by_tile;
+    for (long i = 0; i < t.tiles; i++) at[i] = i * t.cols;
+    by_rows(a.kind == CODED ? t.format : (int)SCALES_F32, a.scales, t.multipliers, units[0], scales);
+    if (a.mins.at) by_rows(SCALES_F16, a.mins, {}, 1, mins);
+    for (long i = 0; least && i < count * by_row; i += LANES)
+      store(mins + i, fma(load(scales + i), splat(least), a.mins.at ? load(mins + i) : splat(0)));
+  }
+  // Totals begin with the minimums times the sums of x.
+  template <class X> void begin(const Row<X>* x, long rows) {
+    for (long m = 0; m < rows; m++)
+      for (long r = 0; r < count; r++) {
+        v8 total = splat(0);
+        for (long i = 0; (a.mins.at || least) && i < by_row; i += LANES)
+          total = fma(load(mins + r * by_row + i), load(x[m].sums + i), total);
+        totals[m * OUTPUTS + r] = total;
+      }
+  }
+  void put(long rows, float* const* y) {
+    for (long m = 0; m < rows; m++)
+      for (long r = 0; r < count; r++) y[m][n + r] = sum(totals[m * OUTPUTS + r]);
+  }
+  template <class X, class W>
+  void width(const W& w, const Codes& c, long first, const Row<X>* x, long rows, typename X::Wide* codes) {
+    const Tiling& t = lying.tiling;
+    bool apart = !t.order.at;
+    long blocks = t.cols / GROUP, tile = blocks * W::BLOCK, tiles = t.sections * c.count;
+    long row = apart ? c.block : tile, all = apart ? t.padded / GROUP : tiles * blocks;
+    long ahead = apart ? (n + count + NEAR / row < last ? NEAR : 0) : ahead_of(c.block, t.height, n, last);
+    long whole = (a.kind == CODED ? all : a.k / GROUP) / blocks;
+    Strip s = {tile_at(t, c, n, 0), row, tile * t.height, tiles, blocks, all, at + first, scales + first * by_tile,
+               by_row, by_tile, a.k, ahead, apart, a.group < GROUP, blocks == 4 || blocks == 2 ? whole : 0};
+    multiply<X>(w, s, count, x, rows, codes, totals);
+  }
+};
+
+thread_local Scratch scratch, kept;
+
+template <class X>
+void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
+  const Lying lying(a);
+  const Tiling& t = lying.tiling;
+  Row<X>* r = (Row<X>*)kept.of(rows * sizeof(Row<X>));
+  for (long m = 0; m < rows; m++) r[m] = Row<X>(a, x[m]);
+  long tiles = t.sections * t.tiles, most = OUTPUTS * lanes(t.order.at ? tiles : t.factors);
+  long slice = rows > 1 ? OUTPUTS * (t.cols > SLICE ? t.cols : SLICE) / GROUP : 0;
+  Cutter cut = {(char*)scratch.of(rows * OUTPUTS * 32 + slice * sizeof(typename X::Wide) + most * 8 + tiles * 4 + 320)};
+  v8* totals = cut.take<v8>(rows * OUTPUTS);
+  typename X::Wide* codes = cut.take<typename X::Wide>(slice);
+  float *scales = cut.take<float>(most), *mins = cut.take<float>(most);
+  int32_t* at = cut.take<int32_t>(tiles);
+  for (long end = n + count, next; n < end; n = next) {
+    next = (n / OUTPUTS + 1) * OUTPUTS;
+    if (t.order.at && next > (n / t.height + 1) * t.height) next = (n / t.height + 1) * t.height;
+    if (next > end) next = end;
+    Panel p = {a, lying, n, next - n, last, at, scales, mins, totals, {}, 0, 0, 0};
+    p.prepare();
+    p.ask();
+    p.begin(r, rows);
+    for (long w = 0, first = 0; w < t.widths; first += t.sections * t.codes[w++].count)
+      with_decoder(a, t.codes[w], [&](const auto& decoder) { p.width<X>(decoder, t.codes[w], first, r, rows, codes); });
+    p.put(rows, y);
   }
 }
 
@@ -309,19 +424,8 @@ INLINE float largest(const float* x, long count) {
   return f;
 }
 
-// 32 numbers of -128..127 as bytes.
-INLINE void put_bytes(int8_t* to, const i8x* v) {
-#if HAS_AVX2
-  __m256i ab = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), cd = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
-#else
-  for (int i = 0; i < GROUP; i++) to[i] = (int8_t)v[i / 8][i % 8];
-#endif
-}
-
 // A group's codes, zeros behind the last, and their sum.
-INLINE int round_group(const float* x, long count, float inverse, int8_t* codes) {
+template <class X> INLINE int round_group(const float* x, long count, float inverse, typename X::Code* codes) {
   const v8 magic = splat(0x1.8p23f);   // beside it floats are integers: the sum rounds to nearest, ties to even
   i8x sums = {}, v[GROUP / 8];
   UNROLL for (int j = 0; j < GROUP / 8; j++) {
@@ -330,31 +434,39 @@ INLINE int round_group(const float* x, long count, float inverse, int8_t* codes)
     v[j] = (i8x)(some * splat(inverse) + magic) - (i8x)magic;
     sums += v[j];
   }
-  put_bytes(codes, v);
+  X::put(v, codes);
   int sum = 0;
   for (int i = 0; i < 8; i++) sum += sums[i];
   return sum;
 }
 
-}  // namespace
-
-long arranged_integer(const Matrix& a) { return padded(a) / 2 + 4 * groups_of_x(a); }
-
-void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
-  Row to(a, out);
-  for (long k = 0, g = 0; k < a.k; k += GROUP, g++) {
-    long count = a.k - k < GROUP ? a.k - k : GROUP;
+template <class X> void arrange_row(const Matrix& a, const float* x, uint16_t* out) {
+  Row<X> to(a, out);
+  typename X::Code* codes = (typename X::Code*)to.codes;
+  float *scales = (float*)to.scales, *sums = (float*)to.sums;
+  if (summed(a)) memset(sums, 0, summed(a) * 4);
+  for (long k = 0, g = 0; k < padded(a); k += GROUP, g++) {
+    long left = a.k - k, count = left >= GROUP ? GROUP : left > 0 ? left : 0;
     float most = largest(x + k, count);
     bool none = most < 0x1p-100f;   // less would have no inverse
-    to.scales[g] = none ? 0 : most / 127;
-    to.sums[g] = round_group(x + k, count, none ? 0 : 127 / most, to.codes + k);
+    scales[g] = none ? 0 : most / X::LARGEST;
+    int sum = round_group<X>(x + k, count, none ? 0 : X::LARGEST / most, codes + k);
+    if (summed(a) && k < a.k) sums[k / a.group] += scales[g] * sum;
   }
+}
+
+}  // namespace
+
+long arranged_integer(const Matrix& a) {
+  long codes = a.rounds == TO_INT8 ? padded(a) / 2 : padded(a);
+  return codes + 2 * (padded(a) / GROUP) + 2 * summed(a);
+}
+
+void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
+  (a.rounds == TO_INT8 ? arrange_row<ToInt8> : arrange_row<ToInt16>)(a, x, out);
 }
 
 void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
                      long last) {
-  static thread_local Scratch kept;
-  Row* r = (Row*)kept.of(rows * sizeof(Row));
-  for (long m = 0; m < rows; m++) r[m] = Row(a, x[m]);
-  (a.kind == INT8 ? product_of<Bytes> : product_of<Nibbles>)(a, n, count, r, rows, y, last);
+  (a.rounds == TO_INT8 ? product_of<ToInt8> : product_of<ToInt16>)(a, n, count, x, rows, y, last);
 }

@@ -112,10 +112,9 @@ struct Linear : Kernel<Linear> {
       if (has_offsets(a)) group_sums(a, r.x[i], r.buffer + i * a.groups());
     };
     each_row(team, own(), m, prepare);
-    long width = m <= 2 ? 4 : TILE, tiles = (a.n + width - 1) / width;   // wide tiles read x less, narrow ones stream
-    team.share(tiles, [&](long at) {
-      long n = at * width;
-      tile(a, n, a.n - n < width ? a.n - n : width, r.x, r.sums, m, r.y);
+    team.share((a.n + TILE - 1) / TILE, [&](long at) {
+      long n = at * TILE;
+      tile(a, n, a.n - n < TILE ? a.n - n : TILE, r.x, r.sums, m, r.y);
     });
   }
 };
@@ -128,7 +127,7 @@ struct Rounded : Kernel<Rounded> {
 
   Rounded(const Matrix& a, const float* x, float* y, long m)
       : a(a), x(x), y(y), m(m), row((arranged(a) + 31) / 32 * 32) {
-    name = a.rounds == TO_INT8 ? "linear int8" : "linear bf16";
+    name = a.rounds == TO_INT8 ? "linear int8" : a.rounds == TO_INT16 ? "linear int16" : "linear bf16";
     weights = bytes_of(a);
     small = m * a.n * a.k <= SERIAL;
     shared = !own();

@@ -1,9 +1,10 @@
 // A stored weight matrix, and rows of x times a tile of its rows.
 #pragma once
+#include <type_traits>
 #include "simd.h"
 
 enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED };
-enum Rounding { TO_NOTHING, TO_BF16, TO_INT8 };
+enum Rounding { TO_NOTHING, TO_BF16, TO_INT8, TO_INT16 };
 
 struct Part {            // of a weight, for its first expert
   const uint8_t* at;
@@ -55,6 +56,7 @@ constexpr long SPAN = 256;    // inputs between two looks ahead
 // Bytes of weights that are asked for before they are needed: a busy memory answers late, and short rows are no stream
 // that the processor would foresee.
 constexpr long AHEAD = 1 << 16;
+constexpr long NEAR = 1 << 12;   // the same in one stream of rows
 // Whole blocks of `rows` rows from row n on, in bytes; 0 where they end behind `last`.
 INLINE long ahead_of(long block, long rows, long n, long last) {
   long blocks = (AHEAD + block - 1) / block;
@@ -75,7 +77,7 @@ template <class F> INLINE void with_loader(int kind, F f) {
     case FP32: return f(Fp32());
     case FP16: return f(Fp16());
     case BF16: return f(Bf16());
-    case FP8_BLOCK: return f(Fp8());
+    case FP8_BLOCK: return f(Fp8Pair());
     case INT8: return f(Int8());
     default: return f(Int4());
   }
@@ -108,65 +110,70 @@ INLINE void panel_scales(const Matrix& a, long n, long k0, long k1, float* out) 
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// acc[m][j] += x[m][k0..k1) * w[j][k0..k1), lane by lane, in one order for every MR and NR.
-template <class L, int MR, int NR>
-INLINE void dots(const uint8_t* const* w, const float* const* x, long k0, long k1, v8 (&acc)[MR][NR]) {
-  constexpr int V = L::STEP / 8;
+// acc[.][m][j] += x[m][k0..k1) * w[j][k0..k1), lane by lane, in one order for every MR and NR; k0 begins a group, or
+// lies a multiple of SPAN behind its beginning. CHAINS: sums of eight inputs in turn, or a row's wait for each other.
+template <class L, int CHAINS, int MR, int NR>
+INLINE void dots(const uint8_t* const* w, const float* const* x, long k0, long k1, v8 (&acc)[CHAINS][MR][NR]) {
+  constexpr int V = L::STEP / 8, EACH = V > CHAINS ? V : CHAINS;   // vectors of a turn
   long k = k0;
-  for (; k + L::STEP <= k1; k += L::STEP) {
-    v8 xs[MR], q[V];
-    UNROLL for (int m = 0; m < (V == 1 ? MR : 0); m++) {
-      xs[m] = load(x[m] + k);
+  for (; k + 8 * EACH <= k1; k += 8 * EACH) {
+    UNROLL for (int i = 0; i < EACH; i += V) {
+      v8 xs[V][MR], q[V];
+      UNROLL for (int v = 0; v < V; v++)
+        UNROLL for (int m = 0; m < MR; m++) {
+          xs[v][m] = load(x[m] + k + 8 * (i + v));
 #if HAS_AVX2
-      if (MR > 1) asm("" : "+x"(xs[m]));   // one load for NR products
+          if (MR > 1) asm("" : "+x"(xs[v][m]));   // one load for NR products
 #endif
+        }
+      UNROLL for (int j = 0; j < NR; j++) {
+        L::load(w[j] + at<L>(k + 8 * i), q);
+        UNROLL for (int v = 0; v < V; v++)
+          UNROLL for (int m = 0; m < MR; m++)
+            acc[(i + v) % CHAINS][m][j] = fma(q[v], xs[v][m], acc[(i + v) % CHAINS][m][j]);
+      }
     }
+  }
+  for (int chain = 0; k < k1; k += L::STEP) {
+    bool whole = k + L::STEP <= k1;
     UNROLL for (int j = 0; j < NR; j++) {
-      L::load(w[j] + at<L>(k), q);
-      UNROLL for (int i = 0; i < V; i++)
-        UNROLL for (int m = 0; m < MR; m++)
-          acc[m][j] = fma(q[i], V == 1 ? xs[m] : load(x[m] + k + 8 * i), acc[m][j]);
+      v8 q[V];
+      whole ? L::load(w[j] + at<L>(k), q) : load_tail<L>(w[j] + at<L>(k), k1 - k, q);
+      for (int v = 0; v < V && k + 8 * v < k1; v++) {
+        long left = k1 - k - 8 * v;
+        UNROLL for (int m = 0; m < MR; m++) {
+          v8 some = left >= 8 ? load(x[m] + k + 8 * v) : load_part(x[m] + k + 8 * v, left);
+          v8& sum = acc[(chain + v) % CHAINS][m][j];
+          sum = fma(q[v], some, sum);
+        }
+      }
     }
+    chain += V;
   }
-  if (k >= k1) return;
-  UNROLL for (int j = 0; j < NR; j++) {
-    v8 q[V];
-    load_tail<L>(w[j] + at<L>(k), k1 - k, q);
-    UNROLL for (int i = 0; i < V; i++) {
-      long left = k1 - k - 8 * i;
-      if (left <= 0) break;
-      UNROLL for (int m = 0; m < MR; m++)
-        acc[m][j] = fma(q[i], load_part(x[m] + k + 8 * i, left < 8 ? left : 8), acc[m][j]);
-    }
-  }
-}
-
-// Asks for what lies `ahead` bytes behind the lines of memory that begin within k0..k1 of each row.
-template <class L, int NR> INLINE void ask(const uint8_t* const* w, long k0, long k1, long ahead) {
-  for (long line = (at<L>(k0) + LINE - 1) / LINE * LINE; line < at<L>(k1); line += LINE)
-    UNROLL for (int j = 0; j < NR; j++) __builtin_prefetch(w[j] + line + ahead, 0, 2);
 }
 
 typedef v8 Totals[TILE];
 
-// total[m][j] += the panel k0..k1, each group's sum times its scale. ahead: where the next weights lie, or 0.
-template <class L, int MR, int NR>
+// total[m][j] += the panel k0..k1, each group's sum times its scale. STREAM: what lies NEAR behind is asked for.
+template <class L, int MR, int NR, bool STREAM>
 static void panel(const uint8_t* const* w, const float* const* x, const float (*scales)[PANEL],
-                  long group, long k0, long k1, Totals* total, long ahead) {
+                  long group, long k0, long k1, Totals* total) {
   v8 t[MR][NR];
   UNROLL for (int m = 0; m < MR; m++)
     UNROLL for (int j = 0; j < NR; j++) t[m][j] = total[m][j];
   for (long k = k0, g = 0; k < k1; k += group, g++) {
-    v8 acc[MR][NR];
-    UNROLL for (int m = 0; m < MR; m++)
-      UNROLL for (int j = 0; j < NR; j++) acc[m][j] = splat(0);
+    v8 acc[2][MR][NR];
+    UNROLL for (auto& chain : acc)
+      UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int j = 0; j < NR; j++) chain[m][j] = splat(0);
     for (long from = k, end = k1 - k < group ? k1 : k + group, to; from < end; from = to) {
-      to = ahead && from + SPAN < end ? from + SPAN : end;
-      if (ahead) ask<L, NR>(w, from, to, ahead);
-      dots<L, MR, NR>(w, x, from, to, acc);
+      to = STREAM && from + SPAN < end ? from + SPAN : end;
+      for (long line = STREAM ? at<L>(from) : at<L>(to); line < at<L>(to); line += LINE)
+        __builtin_prefetch(w[0] + line + NEAR, 0, 2);
+      dots<L>(w, x, from, to, acc);
     }
     UNROLL for (int j = 0; j < NR; j++)
-      UNROLL for (int m = 0; m < MR; m++) t[m][j] = fma(acc[m][j], splat(scales[j][g]), t[m][j]);
+      UNROLL for (int m = 0; m < MR; m++) t[m][j] = fma(acc[0][m][j] + acc[1][m][j], splat(scales[j][g]), t[m][j]);
   }
   UNROLL for (int m = 0; m < MR; m++)
     UNROLL for (int j = 0; j < NR; j++) total[m][j] = t[m][j];
@@ -174,44 +181,49 @@ static void panel(const uint8_t* const* w, const float* const* x, const float (*
 
 // total[m][j] += the panel k0..k1 of rows n.. of a, NR of them, times `rows` rows of x.
 template <class L, int NR>
-static void add_panel(const Matrix& a, long n, const float* const* x, long rows, long k0, long k1, Totals* total,
-                      long ahead) {
-  float scales[NR][PANEL], decoded[NR][PANEL];
+static void add_panel(const Matrix& a, long n, const float* const* x, long rows, long k0, long k1, Totals* total) {
+  float scales[NR][PANEL];
   const uint8_t* w[NR];
-  const float* xs[ROWS];
   long group = a.group < PANEL ? a.group : PANEL;
   for (int j = 0; j < NR; j++) {
     w[j] = a.row(n + j);
     panel_scales(a, n + j, k0, k1, scales[j]);
   }
-  auto add = [&](auto loader) {
-    typedef decltype(loader) B;
-    long m = 0;
-    for (; m + 3 <= rows && rows - m != 4; m += 3) panel<B, 3, NR>(w, x + m, scales, group, k0, k1, total + m, 0);
-    for (; m + 2 <= rows; m += 2) panel<B, 2, NR>(w, x + m, scales, group, k0, k1, total + m, rows == 2 ? ahead : 0);
-    if (m < rows) panel<B, 1, NR>(w, x + m, scales, group, k0, k1, total + m, rows == 1 ? ahead : 0);
-  };
-  if (L::BYTES == 4 || rows <= 2) return add(L());
+  if (rows == 1) return panel<L, 1, NR, NR == 1>(w, x, scales, group, k0, k1, total);
+  if (rows == 2) return panel<L, 2, NR, NR == 1>(w, x, scales, group, k0, k1, total);
+  float decoded[NR][PANEL];
+  const float* xs[ROWS];
   for (long m = 0; m < rows; m++) xs[m] = x[m] + k0;
   for (int j = 0; j < NR; j++) {
     decode<L>(w[j], k0, k1, decoded[j]);
     w[j] = (const uint8_t*)decoded[j];
   }
-  x = xs;
-  k1 -= k0;
-  k0 = 0;
-  add(Fp32());
+  long m = 0, k = k1 - k0;
+  for (; m + 3 <= rows && rows - m != 4; m += 3) panel<Fp32, 3, NR, false>(w, xs + m, scales, group, 0, k, total + m);
+  for (; m + 2 <= rows; m += 2) panel<Fp32, 2, NR, false>(w, xs + m, scales, group, 0, k, total + m);
+  if (m < rows) panel<Fp32, 1, NR, false>(w, xs + m, scales, group, 0, k, total + m);
 }
 
-// total[m][j] += x[m] . row n + j of a, for rows <= ROWS and count <= TILE.
+// total[m][j] += x[m] . row n + j of a, for rows <= ROWS and count <= TILE. One or two rows of x meet a row of weights
+// after the other, a stream that the processor foresees.
 template <class L>
 static void add_tile(const Matrix& a, long n, int count, const float* const* x, long rows, Totals* total) {
-  long ahead = ahead_of(4 * a.row_bytes(), 4, n, a.n);
+  auto by = [&](auto width, long j, long k0, long k1) {
+    constexpr int NR = decltype(width)::value;
+    add_panel<L, NR>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j));
+  };
+  typedef std::integral_constant<int, 1> One;
+  typedef std::integral_constant<int, 2> Two;
+  if (rows <= 2) {
+    for (int j = 0; j < count; j++)
+      for (long k0 = 0, k1; k0 < a.k; k0 = k1) by(One(), j, k0, k1 = panel_end(a, k0));
+    return;
+  }
   for (long k0 = 0, k1; k0 < a.k; k0 = k1) {
     k1 = panel_end(a, k0);
     int j = 0;
-    for (; j + 4 <= count; j += 4) add_panel<L, 4>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j), ahead);
-    for (; j < count; j++) add_panel<L, 1>(a, n + j, x, rows, k0, k1, (Totals*)(*total + j), ahead);
+    for (; j + 2 <= count; j += 2) by(Two(), j, k0, k1);
+    for (; j < count; j++) by(One(), j, k0, k1);
   }
 }
 

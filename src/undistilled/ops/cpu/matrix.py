@@ -28,11 +28,11 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
 - int4: values uint8 [N, ceil(K/32), 16], byte i of a block holding element i (low nibble) and
   i + 16 (high); scales f16 [N, ceil(K/group)], group a multiple of 32 or K; mins like the
   scales (w = q * scale + min) or None (w = (q - 8) * scale).
-- coded: levels by groups (scheme/grouped.py), int4 with activations rounded to BF16 among them, or in
-  tiles (scheme/tiles.py).
+- coded: levels by groups (scheme/grouped.py), int4 with rounded activations among them, or in tiles
+  (scheme/tiles.py).
 """
-ROUNDS = {None: 0, "bfloat16": 1, "int8": 2}
-"""What products may round activations to: bfloat16 where `loader.rounds()`, int8 for int8 and int4."""
+ROUNDS = {None: 0, "bfloat16": 1, "int8": 2, "int16": 3}
+"""What products may round activations to: bfloat16 where `loader.rounds()`, integers for int8 and coded."""
 
 _VALUES = (
     (torch.float32,),
@@ -80,9 +80,10 @@ class Matrix:
 
     def __init__(self, kind: int, n: int, k: int, group: int, products: str | None, experts: int | None):
         check(products != "bfloat16" or kind > KIND["fp16"], "products: not bfloat16 for fp32 and fp16")
-        if products == "int8":
-            check(kind in (KIND["int8"], KIND["int4"]), "products: int8 for int8 and int4 alone")
-            check(group % integers.GROUP == 0, f"group: products of int8 want a multiple of {integers.GROUP}")
+        if products in integers.LARGEST:
+            check(kind in (KIND["int8"], KIND["coded"]), f"products: {products} for int8 and codes alone")
+            whole = kind == KIND["coded"] or group % integers.GROUP == 0
+            check(whole, f"group: products of {products} want a multiple of {integers.GROUP}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
         self.struct = _Matrix(kind=kind, rounds=ROUNDS[products], n=n, k=k, group=group or k)
         self.pointer = ctypes.addressof(self.struct)
@@ -117,11 +118,11 @@ def matrix(
 ) -> Matrix:
     """A weight of any KIND but "coded", its products as in ROUNDS; group 0: one scale a row.
 
-    int4 with products of bfloat16 becomes coded.
+    int4 with rounded activations becomes coded.
     """
     check(kind != KIND["int4"] or group % QUANTUM == 0 or group >= k, "group: int4 wants a multiple of 32")
     check(mins is None or kind == KIND["int4"], "mins: wrong kind")
-    if kind == KIND["int4"] and products == "bfloat16":
+    if kind == KIND["int4"] and products:
         scheme = _nibbles(-(-min(group, k) // QUANTUM) * QUANTUM, mins is not None)
         parts = {name: t for name, t in (("values", values), ("scales", scales), ("minimums", mins)) if t is not None}
         return _by_groups(scheme, parts, n, k, products, experts)
@@ -211,8 +212,8 @@ def _plainly(kind: str | None) -> Callable[..., Matrix]:
 def _codes(
     scheme: grouped.Grouped, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
 ) -> Matrix:
-    """INT4 has kernels of its own but for activations rounded to BF16."""
-    nibbles = scheme.name.startswith("int4") and products != "bfloat16"
+    """INT4 has kernels of its own but for rounded activations."""
+    nibbles = scheme.name.startswith("int4") and not products
     return (_plainly("int4") if nibbles else _by_groups)(scheme, parts, n, k, products, experts)
 
 

@@ -1,4 +1,4 @@
-// Products with x rounded to what the matrix' `rounds` says: to INT8 (integer.h) or, where the build has the
+// Products with x rounded to what the matrix' `rounds` says: to INT8 or INT16 (integer.h) or, where the build has the
 // instructions, to BF16 (product.cpp).
 #pragma once
 #include "matrix.h"
@@ -16,6 +16,6 @@ constexpr long PART = 192;   // rows of x that a core multiplies with a panel of
 long arranged(const Matrix& a);
 void arrange(const Matrix& a, const float* x, uint16_t* out);
 
-// y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded (to INT8: int8 and int4) and any number of
+// y[m][n..n+count) = x[m] . rows n.. of a, for bf16, fp8, int8 and coded (to integers: int8 and coded) and any number of
 // rows; a row's bits do not depend on the others. No row from `last` on is asked for ahead: the caller will not need it.
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last);
