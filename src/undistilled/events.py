@@ -39,3 +39,15 @@ def subscribed(consumer: Consumer) -> Iterator[None]:
         yield
     finally:
         _consumers.remove(consumer)
+
+
+SENTENCES = {
+    "op.fallback": "{op} for {subject} on {device} has no fast kernel here: the PyTorch reference runs",
+    "engine.compiling": "compiling kernels, {done} of {total} sizes of passes done",
+}
+
+
+def sentence(event: Event) -> str | None:
+    """What a person should know of what happened, where that is something."""
+    said = SENTENCES.get(event.name)
+    return said.format(**event.fields) if said else None

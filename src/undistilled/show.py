@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .errors import UndistilledError
-from .events import Event
+from .events import Event, sentence
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -104,9 +104,8 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 def event(happened: Event) -> None:
     """Says what a person should know of what happened."""
-    if happened.name == "op.fallback":
-        f = happened.fields
-        note(f"{f['op']} for {f['subject']} on {f['device']} has no fast kernel here: the PyTorch reference runs")
+    if said := sentence(happened):
+        note(said)
 
 
 def table_of(*columns: str) -> Table:

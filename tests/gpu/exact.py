@@ -53,8 +53,8 @@ def nothing_waits():
 
 
 def check_experts(name, tokens, *weights):
-    """Kernel `name` of the op `experts` on weights of 9 experts and 200 inputs, with ids of other banks among them."""
-    x = activations(tokens, 200)
+    """Kernel `name` of the op `experts` on weights of 9 experts, with ids of other banks among them."""
+    x = activations(tokens, weights[0].shape[-1])
     ids = torch.stack([torch.randperm(13, device=DEVICE)[:4] for _ in range(tokens)]) - 2
     ids[ids == 5] = 20
     shares = torch.rand(tokens, 4, device=DEVICE)

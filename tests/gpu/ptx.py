@@ -7,6 +7,7 @@ import numpy as np
 
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+")
 LOADED = {"u8": np.uint8, "s16": np.int16, "b32": np.uint32}
+STORED = {"b16": np.uint16, "b32": np.uint32}
 
 
 def install():
@@ -23,7 +24,7 @@ def install():
     def convert_nearest(data, before, after, mode):
         if (before, after) == (tl.float32, tl.bfloat16):
             bits = np.ascontiguousarray(data).view(np.uint32)
-            data = (bits + ((bits >> 16) & 1) + 0x7FFF).view(np.float32)
+            data = ((bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
         return convert(data, before, after, mode)
 
     interpreter._convert_float = convert_nearest
@@ -79,6 +80,8 @@ class Program:
             live = self.registers[guard.strip("@!")] ^ guard.startswith("@!")
         name, rest = line.split(None, 1)
         targets, *sources = OPERAND.findall(rest)
+        if name.startswith("st"):
+            return self.st(name.split("."), live, targets, *sources)
         names = OPERAND.findall(targets.strip("{}"))
         results = getattr(self, name.split(".")[0])(name.split("."), live, len(names), *sources)
         if name.startswith("bar"):
@@ -98,15 +101,23 @@ class Program:
         return [self.word(name) for name in OPERAND.findall(names.strip("{}"))]
 
     def ld(self, name, live, count, address):
-        at, _, offset = address.strip("[]").partition("+")
-        first = np.broadcast_to(self.registers[at.strip()], self.shape).astype(np.uint64) + np.uint64(int(offset or 0))
         kind = np.dtype(LOADED[name[-1]])
-        assert not (first[live] % np.uint64(kind.itemsize * count)).any(), "misaligned"
+        first = self.address(address, kind.itemsize * count, live)
         return [self.load(first + np.uint64(i * kind.itemsize), live, kind) for i in range(count)]
+
+    def address(self, text, multiple, live):
+        at, _, offset = text.strip("[]").partition("+")
+        first = np.broadcast_to(self.registers[at.strip()], self.shape).astype(np.uint64) + np.uint64(int(offset or 0))
+        assert not (first[live] % np.uint64(multiple)).any(), "misaligned"
+        return first
 
     def load(self, address, live, kind):
         found = self.memory.load(address, live, np.zeros(self.shape, kind), kind)
         return found.astype(np.int64).astype(np.uint32)
+
+    def st(self, name, live, address, source):
+        value = self.word(source).astype(STORED[name[-1]])
+        self.memory.store(self.address(address, value.itemsize, live), value, live)
 
     def bar(self, *_):
         return ()

@@ -131,7 +131,7 @@ def test_experts(tokens):
 def test_few_experts(monkeypatch, few):
     """In tiles of few pairs and of many."""
     monkeypatch.setattr(routed, "FEW", few)
-    check_experts("triton tiles", 1, *bank(9, 24, 200))
+    check_experts("triton tiles", 1, *bank(9, 16, 72))
 
 
 def test_experts_at_r1s_widths():

@@ -25,7 +25,7 @@ from undistilled.serve.client import EngineClient
 from undistilled.serve.messages import Add, Command
 from undistilled.serve.server import bind, serve
 from undistilled.serve.stream import merge
-from undistilled.serve.worker import tell_fallback
+from undistilled.serve.worker import tell
 from undistilled.wire import Wire
 
 
@@ -198,7 +198,7 @@ def test_a_port_is_taken_before_a_model_is_loaded():
 
 def test_a_fallback_is_told_once(capsys, monkeypatch):
     monkeypatch.setattr("undistilled.ops.registry._said", set())
-    with subscribed(tell_fallback):
+    with subscribed(tell):
         for _ in range(2):
             say_fallback("matmul", "int8", "cpu")
     said = "matmul for int8 on cpu has no fast kernel here: the PyTorch reference runs\n"

@@ -34,6 +34,7 @@ from ..schedule.scheduler import Scheduler, Sequence, Work
 from .runner import Flight, Runner
 from .sampler import Sampler
 from .stops import StopText
+from .warm import compiles, warm
 
 
 @dataclass
@@ -239,8 +240,15 @@ def open_planned(model: Model, plan: Plan, options: dict[str, Any], progress: Pr
     if plan.mesh is None and options.get("cluster"):
         raise UsageError("--cluster says where ranks run; the plan has one process.", "Ask for --tp, --pp or --ep.")
     if plan.mesh is None:
-        return Engine(build(plan, model.spec, model.source(), progress=progress), plan, tokenizer, name)
+        return warmed(Engine(build(plan, model.spec, model.source(), progress=progress), plan, tokenizer, name))
     return _open_ranks(model, plan, tokenizer, name, options, progress)
+
+
+def warmed(engine: Engine) -> Engine:
+    """The engine, with what is compiled for its device compiled."""
+    if compiles(engine.runner):
+        warm(engine.runner)
+    return engine
 
 
 def _while(crew: Crew, progress: Progress | None) -> Progress:
@@ -271,7 +279,7 @@ def _open_ranks(
         with crew.guarded(lambda: Beat(0, 0, JOINING, monotonic() - began, 0, 0.0, 0.0)):
             comm = Comm(plan.mesh, 0, place.store)
         share(decoder, cuts_of(plan, model.spec), 0, comm)
-        engine = Engine(decoder, plan, tokenizer, name, crew, comm)
+        engine = warmed(Engine(decoder, plan, tokenizer, name, crew, comm))
     except BaseException:
         crew.close()
         leave()

@@ -92,6 +92,10 @@ class Runner:
         """Logits [rows, V] after these tokens of a prompt chunk, numbered within it: for scoring a text over ranks."""
         made = self.passed([work], True)
         made.last = rows
+        return self.through(made)
+
+    def through(self, made: Pass) -> torch.Tensor:
+        """Logits [last, V] of one pass, on its own in all ranks."""
         with self._guarded():
             if self.crew:
                 self.crew.tell(made)

@@ -19,7 +19,7 @@ import zmq
 
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RankLost, RequestError, UndistilledError
-from ..events import Event, subscribed
+from ..events import Event, sentence, subscribed
 from ..schedule.request import Output, Request
 from ..wire import Wire, bounded, die_with
 from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
@@ -155,11 +155,10 @@ def _open(factory: str, options: dict[str, Any], send: Callable[[Report], None])
     return engine
 
 
-def tell_fallback(event: Event) -> None:
+def tell(event: Event) -> None:
     """A consumer of events: slow is no error, but a person should know."""
-    if event.name == "op.fallback":
-        said = "{op} for {subject} on {device} has no fast kernel here: the PyTorch reference runs"
-        print(said.format(**event.fields), file=sys.stderr, flush=True)
+    if said := sentence(event):
+        print(said, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -169,7 +168,7 @@ def main() -> int:
     die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
     with (
-        subscribed(tell_fallback),
+        subscribed(tell),
         zmq.Context() as context,
         context.socket(zmq.PULL) as inbox,
         context.socket(zmq.PUSH) as outbox,

@@ -4,6 +4,9 @@ Triton's blocks cannot say which thread holds which byte; these can, so that a t
 cores' operands without a way through shared memory. A register is 32 bits: a word of codes, or two float16.
 `mma.sync` m16n8k16 (PTX ISA, "Matrix Fragments"): thread 4 g + t of a warp holds rows g and g + 8 of the left operand
 and column g of the right one, at four of 16 inputs, and columns 2 t and 2 t + 1 of the result.
+
+Memory is read and written in assembly even where Triton's own operations would do: its pass that coalesces them looks
+at the whole kernel for each, and took four fifths of the time of compiling.
 """
 
 from __future__ import annotations
@@ -59,8 +62,7 @@ def kept4(p):
 
 @triton.jit
 def kept_byte(p, there):
-    """The byte at p, zero where `there` is; as `kept_short`, in assembly for the compiler's sake: Triton's pass over
-    loads looks at the whole kernel for each of its own."""
+    """The byte at p, zero where `there` is."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [$1]; }",
         "=&r,l,r", [p.to(tl.int64), there], tl.int32, True, 1,
@@ -71,6 +73,40 @@ def kept_byte(p, there):
 def kept_short(p):
     """The int16 at p."""
     return tl.inline_asm_elementwise("ld.global.nc.s16 $0, [$1];", "=r,l", [p.to(tl.int64)], tl.int32, True, 1)
+
+
+@triton.jit
+def kept_word(p):
+    """The int32 at p."""
+    return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], tl.int32, True, 1)
+
+
+@triton.jit
+def kept_float(p):
+    """The float32 at p."""
+    return kept_word(p).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def others(p):
+    """The float32 at p that another program may have written: not from this processor's cache."""
+    word = tl.inline_asm_elementwise("ld.global.cg.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], tl.int32, False, 1)
+    return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def put(p, value, there):
+    """Writes float32 or 16 bits to p, but where `there` is zero."""
+    if value.dtype.primitive_bitwidth == 32:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [p.to(tl.int64), value.to(tl.int32, bitcast=True), there], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [p.to(tl.int64), value.to(tl.int16, bitcast=True).to(tl.int32), there], tl.int32, False, 1,
+        )  # fmt: skip
 
 
 @triton.jit

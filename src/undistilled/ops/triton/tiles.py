@@ -23,7 +23,19 @@ from . import experts as routed
 from .blocks_dense import dense
 from .described import LOG, MULTIPLIERS, ORDER, RUN, RUNS, SCALES, SECTIONS, TILES, described
 from .halves import COLUMNS, begun, halves
-from .lanes import kept4, kept_byte, kept_short, mma, passing, passing_some, settled
+from .lanes import (
+    kept4,
+    kept_byte,
+    kept_float,
+    kept_short,
+    kept_word,
+    mma,
+    others,
+    passing,
+    passing_some,
+    put,
+    settled,
+)
 from .levels import eight, scale_pair
 from .linear import counters
 
@@ -152,7 +164,7 @@ def _product(
     for i in tl.static_range(GROUPS):
         row = start + tl.minimum(8 * i + g, count - 1)
         if STAGE == UP:
-            row = tl.load(pairs + row) // k_each
+            row = kept_word(pairs + row) // k_each
         rows += (row.to(tl.int64) * STRIDE,)
     acc: tl.tuple = ()
     for _ in tl.static_range(4 * GROUPS):
@@ -166,7 +178,7 @@ def _product(
         mine = parts + (block * 4 * GROUPS) * 32 + lane
         step = blocks * (4 * GROUPS) * 32
         for i in tl.static_range(4 * GROUPS):
-            tl.store(mine + part * step + i * 32, acc[i])
+            put(mine + part * step + i * 32, acc[i], 1)
         tl.debug_barrier()  # every thread's part is written before this program is counted
         if tl.atomic_add(counters + block, 1, sem="acq_rel") != SPLIT - 1:
             return
@@ -175,10 +187,10 @@ def _product(
         for i in tl.static_range(4 * GROUPS):
             value = tl.zeros([32], tl.float32)
             for p in range(SPLIT):
-                value += tl.load(mine + p * step + i * 32, cache_modifier=".cg")
+                value += others(mine + p * step + i * 32)
             total += (value,)
         acc = total
-    multipliers = tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.bfloat16))
+    multipliers = tl.load(weight + MULTIPLIERS).to(tl.pointer_type(tl.int16))
     multipliers += (blocks.to(tl.int64) * expert + block) * 16
     for i in tl.static_range(4 * GROUPS):
         r = g + i % 4 // 2 * 8
@@ -187,12 +199,13 @@ def _product(
         row = start + tl.minimum(m, count - 1)
         source = row
         if STAGE == UP:
-            source = tl.load(pairs + row) // k_each
-        value = acc[i] * tl.load(multipliers + r).to(tl.float32) * tl.load(factors + source)
+            source = kept_word(pairs + row) // k_each
+        multiplier = (kept_short(multipliers + r) << 16).to(tl.float32, bitcast=True)  # from bfloat16
+        value = acc[i] * multiplier * kept_float(factors + source)
         if STAGE == DOWN:
-            row = tl.load(pairs + row)
-            value *= tl.load(shares + row)
-        tl.store(y + row.to(tl.int64) * N + block * 16 + r, value.to(y.dtype.element_ty), mask=there)
+            row = kept_word(pairs + row)
+            value *= kept_float(shares + row)
+        put(y + row.to(tl.int64) * N + block * 16 + r, value.to(y.dtype.element_ty), there.to(tl.int32))
 
 
 def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
@@ -216,9 +229,14 @@ def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     _product[(blocks, d.split)](
         x.view(torch.int32), factors, y, parts, counters(y.device, blocks), d.row, d.row, counters(y.device, blocks),
         factors, T, N, d.stride // 2, d.split, 1, 0,
-        STAGE=LINEAR.value, GROUPS=groups, num_warps=1, maxnreg=REGISTERS.get(groups),
+        STAGE=LINEAR.value, **_settings(groups),
     )  # fmt: skip
     return y
+
+
+def _settings(groups: int) -> dict:
+    """Compile-time arguments. Triton has nothing to pipeline here; without stages it does not look for it."""
+    return {"GROUPS": groups, "num_warps": 1, "num_stages": 1, "maxnreg": REGISTERS.get(groups)}
 
 
 def groups_for(rows: int) -> int:
@@ -236,8 +254,7 @@ def experts(
         return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    groups = 1 if few else MANY // COLUMNS
-    settings = {"GROUPS": groups, "num_warps": 1, "maxnreg": REGISTERS.get(groups)}
+    settings = _settings(1 if few else MANY // COLUMNS)
     a, b, c = described(gate), described(up), described(down)
     stride = max(a.stride, b.stride)
     middle = x.new_empty(2, pairs, W, dtype=torch.float32 if few else x.dtype)
