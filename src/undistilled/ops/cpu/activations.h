@@ -1,4 +1,4 @@
-// What products of integers round x to, by groups of 32 inputs: how its codes lie and meet 32 codes of a weight.
+// What x becomes for products by tiles (integer.cpp): how it lies and meets 32 codes of a weight.
 #pragma once
 #include "levels.h"
 
@@ -8,9 +8,23 @@
 #define HAS_VNNI 0
 #endif
 
-// Both: Wide, 32 codes of a weight as they meet x; wide() makes them of bytes -128..127, SMALL: 0..127; dot() sums products in eight
-// lanes, of four neighbours each, exactly; put() writes 32 codes of x, 8 in each of four vectors.
-struct ToInt8 {
+// All: Code, of x; Wide, 32 codes of a weight as they meet x, which wide() makes of bytes; Sum, of a tile, to which
+// meet() adds 32 products in eight lanes, of four neighbours each, and which total() makes floats of.
+
+// Those of integers: bytes are -128..127 or, where SMALL, 0..127; dot() is exact; put() writes 32 codes of x, 8 in each
+// of four vectors.
+template <class X> struct Scaled {
+  typedef v8 Sum;
+  static constexpr bool SCALED = true;
+
+  INLINE Sum none() { return splat(0); }
+  template <class Wide, class Code> INLINE void meet(const Wide& w, const Code* x, float scale, Sum& sum) {
+    sum = fma(__builtin_convertvector(X::dot(w, x), v8), splat(scale), sum);
+  }
+  INLINE v8 total(const Sum& sum) { return sum; }
+};
+
+struct ToInt8 : Scaled<ToInt8> {
   typedef int8_t Code;
   typedef c32 Wide;
   static constexpr float LARGEST = 127;
@@ -43,7 +57,7 @@ struct ToInt8 {
 };
 
 // Even codes of a block, then odd ones: so bytes become words by shifts alone.
-struct ToInt16 {
+struct ToInt16 : Scaled<ToInt16> {
   typedef int16_t Code;
   struct Wide { c32 even, odd; };
   static constexpr float LARGEST = 32767;
@@ -88,4 +102,26 @@ struct ToInt16 {
     for (int i = 0; i < 32; i++) to[i % 2 * 16 + i / 2] = (Code)v[i / 8][i % 8];
 #endif
   }
+};
+
+// Not rounded at all, for FP8. A code's bits moved into a float32 are its value times 2^-120, a subnormal where the code
+// is one; x is multiplied by 2^64, or products would be subnormals too, and UNIT by what is left. Of four neighbours the
+// last is the first to come out of a register, so x lies in that order: 32 inputs in four vectors.
+struct AsFloats {
+  typedef float Code;
+  struct Wide { v8 part[4]; };
+  struct Sum { v8 of[2]; };
+  static constexpr bool SCALED = false;
+  static constexpr float TIMES = 0x1p64f, UNIT = 0x1p56f;
+
+  INLINE Sum none() { return {splat(0), splat(0)}; }
+  template <bool> INLINE Wide wide(c32 bytes) {
+    Wide w;
+    UNROLL for (int i = 0; i < 4; i++) w.part[i] = (v8)((i8x)bytes << (8 * i) >> 4 & (int)0x87f00000);
+    return w;
+  }
+  INLINE void meet(const Wide& w, const Code* x, float, Sum& sum) {
+    UNROLL for (int i = 0; i < 4; i++) sum.of[i % 2] = fma(w.part[i], load(x + 8 * i), sum.of[i % 2]);
+  }
+  INLINE v8 total(const Sum& sum) { return sum.of[0] + sum.of[1]; }
 };

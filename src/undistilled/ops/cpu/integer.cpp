@@ -38,7 +38,7 @@ template <class X> struct Row {   // of x, rounded
 
 // Decoders: 32 codes at w as bytes, and the first `some` of them, zeros behind; values are (bytes + least) times `unit`.
 // Where bytes are SMALL they are no more than 127 and not negative.
-struct Plain {
+struct Plain {                         // INT8, FP8
   static constexpr long BLOCK = GROUP;
   static constexpr bool SMALL = false;
   static constexpr float unit = 1, least = 0;
@@ -134,11 +134,11 @@ template <class X, int MR> struct Inputs {
 template <class X, int MR, int BLOCKS, class W>
 INLINE void add(const W& w, const Strip& s, const uint8_t* from, const Inputs<X, MR>& x, const float* scale, long blocks,
                 long left, v8* total) {
-  v8 acc[MR];
-  UNROLL for (int m = 0; m < MR; m++) acc[m] = splat(0);
+  typename X::Sum sum[MR];
+  UNROLL for (int m = 0; m < MR; m++) sum[m] = X::none();
   auto meet = [&](const typename X::Wide& block, long b) {
     UNROLL for (int m = 0; m < MR; m++)
-      acc[m] = fma(__builtin_convertvector(X::dot(block, x.codes[m] + b * GROUP), v8), splat(x.scales[m][b]), acc[m]);
+      X::meet(block, x.codes[m] + b * GROUP, X::SCALED ? x.scales[m][b] : 1, sum[m]);
   };
   UNROLL for (long b = 0; b < BLOCKS; b++) meet(Wide<X, W>::at(w, from + b * W::BLOCK), b);
   for (long b = 0; !BLOCKS && b < blocks; b++, from += W::BLOCK, left -= GROUP)
@@ -146,7 +146,7 @@ INLINE void add(const W& w, const Strip& s, const uint8_t* from, const Inputs<X,
   v8 f = splat(*scale);
   // the halves of a block lie in a vector's first and last four lanes
   if (!BLOCKS && s.halves) f = v8{f[0], f[0], f[0], f[0], scale[1], scale[1], scale[1], scale[1]};
-  UNROLL for (int m = 0; m < MR; m++) total[m] = fma(acc[m], f, total[m]);
+  UNROLL for (int m = 0; m < MR; m++) total[m] = fma(X::total(sum[m]), f, total[m]);
 }
 
 // totals[r] += the strip times a row of x, in the order in which its bytes lie.
@@ -258,7 +258,7 @@ INLINE v8 factors_at(int format, const uint8_t* from, long i, long some) {
   return v;
 }
 
-// How a matrix' codes, scales and minimums lie, INT8's among them: as groups of a row, cut where they are long.
+// How a matrix' codes, scales and minimums lie, INT8's and FP8's among them: as groups of a row, cut where they are long.
 struct Lying {
   Tiling tiling;
   long by_tile;                   // scales of a tile
@@ -282,7 +282,7 @@ struct Lying {
 
 // Calls f with the decoder of a width.
 template <class F> INLINE void with_decoder(const Matrix& a, const Codes& c, F f) {
-  if (a.kind == INT8) return f(Plain());
+  if (a.kind != CODED) return f(Plain());
   with_bits(c.bits, [&](auto bits) {
     constexpr int BITS = decltype(bits)::value;
     Counted<BITS>::suits(c.levels) ? f(Counted<BITS>(c.levels)) : f(made_of<Decoded<BITS>>(c.levels));
@@ -303,9 +303,10 @@ struct Panel {                    // up to OUTPUTS rows of a matrix: places and 
   void by_rows(int format, const Part& from, const Part& multipliers, float unit, float* out) {
     long factors = lying.tiling.factors;
     for (long r = 0; r < count; r++) {
+      long line = a.kind == FP8_BLOCK ? (n + r) / 128 : n + r;
       v8 f = splat(multipliers.at ? unit * bf16_to_float(((const uint16_t*)multipliers.at)[n + r]) : unit);
       for (long i = 0; i < factors; i += LANES)
-        store(out + r * by_row + i, factors_at(format, from.at, (n + r) * factors + i, factors - i) * f);
+        store(out + r * by_row + i, factors_at(format, from.at, line * factors + i, factors - i) * f);
     }
   }
   void by_tiles() {
@@ -329,6 +330,7 @@ struct Panel {                    // up to OUTPUTS rows of a matrix: places and 
     auto lines = [&](const Part& part, long from, long bytes) {
       for (long o = 0; part.at && o < bytes; o += LINE) __builtin_prefetch(part.at + from + bytes + o, 0, 2);
     };
+    if (a.kind == FP8_BLOCK) return;   // eight panels share them
     long each = a.kind == INT8 ? 4 : t.format == SCALES_F16 ? 2 : 1, row = t.factors * each;
     if (t.order.at) {
       lines(a.scales, n / t.height * t.height * row, t.height * row);
@@ -348,7 +350,8 @@ struct Panel {                    // up to OUTPUTS rows of a matrix: places and 
     }
     by_row = lanes(t.factors), by_tile = lying.by_tile;
     for (long i = 0; i < t.tiles; i++) at[i] = i * t.cols;
-    by_rows(a.kind == CODED ? t.format : (int)SCALES_F32, a.scales, t.multipliers, units[0], scales);
+    float unit = a.kind == FP8_BLOCK ? AsFloats::UNIT : units[0];
+    by_rows(a.kind == CODED ? t.format : (int)SCALES_F32, a.scales, t.multipliers, unit, scales);
     if (a.mins.at) by_rows(SCALES_F16, a.mins, {}, 1, mins);
     for (long i = 0; least && i < count * by_row; i += LANES)
       store(mins + i, fma(load(scales + i), splat(least), a.mins.at ? load(mins + i) : splat(0)));
@@ -405,7 +408,10 @@ void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, l
     p.ask();
     p.begin(r, rows);
     for (long w = 0, first = 0; w < t.widths; first += t.sections * t.codes[w++].count)
-      with_decoder(a, t.codes[w], [&](const auto& decoder) { p.width<X>(decoder, t.codes[w], first, r, rows, codes); });
+      if constexpr (X::SCALED)
+        with_decoder(a, t.codes[w], [&](const auto& of) { p.width<X>(of, t.codes[w], first, r, rows, codes); });
+      else
+        p.width<X>(Plain(), t.codes[w], first, r, rows, codes);
     p.put(rows, y);
   }
 }
@@ -440,6 +446,15 @@ template <class X> INLINE int round_group(const float* x, long count, float inve
   return sum;
 }
 
+void arrange_floats(const Matrix& a, const float* x, uint16_t* out) {
+  float* to = (float*)out;
+  for (long k = 0; k < padded(a); k += GROUP, to += GROUP)
+    for (long i = 0; i < GROUP; i++) {
+      long from = k + i % 8 * 4 + 3 - i / 8;
+      to[i] = from < a.k ? x[from] * AsFloats::TIMES : 0;
+    }
+}
+
 template <class X> void arrange_row(const Matrix& a, const float* x, uint16_t* out) {
   Row<X> to(a, out);
   typename X::Code* codes = (typename X::Code*)to.codes;
@@ -458,15 +473,20 @@ template <class X> void arrange_row(const Matrix& a, const float* x, uint16_t* o
 }  // namespace
 
 long arranged_integer(const Matrix& a) {
+  if (a.rounds == TO_ORDER) return 2 * padded(a);
   long codes = a.rounds == TO_INT8 ? padded(a) / 2 : padded(a);
   return codes + 2 * (padded(a) / GROUP) + 2 * summed(a);
 }
 
 void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
-  (a.rounds == TO_INT8 ? arrange_row<ToInt8> : arrange_row<ToInt16>)(a, x, out);
+  if (a.rounds == TO_INT8) return arrange_row<ToInt8>(a, x, out);
+  if (a.rounds == TO_INT16) return arrange_row<ToInt16>(a, x, out);
+  arrange_floats(a, x, out);
 }
 
 void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
                      long last) {
-  (a.rounds == TO_INT8 ? product_of<ToInt8> : product_of<ToInt16>)(a, n, count, x, rows, y, last);
+  if (a.rounds == TO_INT8) return product_of<ToInt8>(a, n, count, x, rows, y, last);
+  if (a.rounds == TO_INT16) return product_of<ToInt16>(a, n, count, x, rows, y, last);
+  product_of<AsFloats>(a, n, count, x, rows, y, last);
 }

@@ -127,13 +127,14 @@ struct Rounded : Kernel<Rounded> {
 
   Rounded(const Matrix& a, const float* x, float* y, long m)
       : a(a), x(x), y(y), m(m), row((arranged(a) + 31) / 32 * 32) {
-    name = a.rounds == TO_INT8 ? "linear int8" : a.rounds == TO_INT16 ? "linear int16" : "linear bf16";
+    name = NAMES[a.rounds];
     weights = bytes_of(a);
     small = m * a.n * a.k <= SERIAL;
     shared = !own();
     reads(x, m * a.k * 4);
     writes(y, m * a.n * 4);
   }
+  static constexpr const char* NAMES[] = {"", "linear bf16", "linear int8", "linear int16", "linear"};
   bool own() const { return small || m * a.k <= OWN; }
   struct Rows {
     const uint16_t** x;

@@ -4,7 +4,7 @@
 #include "simd.h"
 
 enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED };
-enum Rounding { TO_NOTHING, TO_BF16, TO_INT8, TO_INT16 };
+enum Rounding { TO_NOTHING, TO_BF16, TO_INT8, TO_INT16, TO_ORDER };   // TO_ORDER: FP8, as it is in another order
 
 struct Part {            // of a weight, for its first expert
   const uint8_t* at;
@@ -114,7 +114,7 @@ INLINE void panel_scales(const Matrix& a, long n, long k0, long k1, float* out) 
 // lies a multiple of SPAN behind its beginning. CHAINS: sums of eight inputs in turn, or a row's wait for each other.
 template <class L, int CHAINS, int MR, int NR>
 INLINE void dots(const uint8_t* const* w, const float* const* x, long k0, long k1, v8 (&acc)[CHAINS][MR][NR]) {
-  constexpr int V = L::STEP / 8, EACH = V > CHAINS ? V : CHAINS;   // vectors of a turn
+  constexpr int V = L::STEP / 8, EACH = MR * NR == 1 ? 8 : V > CHAINS ? V : CHAINS;   // vectors of a turn
   long k = k0;
   for (; k + 8 * EACH <= k1; k += 8 * EACH) {
     UNROLL for (int i = 0; i < EACH; i += V) {

@@ -33,6 +33,7 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
 """
 ROUNDS = {None: 0, "bfloat16": 1, "int8": 2, "int16": 3}
 """What products may round activations to: bfloat16 where `loader.rounds()`, integers for int8 and coded."""
+REORDERED = 4  # instead of 0 for fp8_block: float32 in the order in which codes leave a register
 
 _VALUES = (
     (torch.float32,),
@@ -85,7 +86,8 @@ class Matrix:
             whole = kind == KIND["coded"] or group % integers.GROUP == 0
             check(whole, f"group: products of {products} want a multiple of {integers.GROUP}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
-        self.struct = _Matrix(kind=kind, rounds=ROUNDS[products], n=n, k=k, group=group or k)
+        rounds = REORDERED if kind == KIND["fp8_block"] and not products else ROUNDS[products]
+        self.struct = _Matrix(kind=kind, rounds=rounds, n=n, k=k, group=group or k)
         self.pointer = ctypes.addressof(self.struct)
         self.held: list[Tensor] = []  # keeps the storage alive
 

@@ -61,14 +61,15 @@ def linear(x_MK: Tensor, weight: Matrix) -> Tensor:
     m = x_MK.numel() // k
     y_MN = x_MK.new_empty(m, n)
     sized()
-    run = kernels.linear_rounded if _rounded(weight) else kernels.linear
+    run = kernels.linear_rounded if _arranged(weight) else kernels.linear
     run(weight.pointer, x_MK.data_ptr(), y_MN.data_ptr(), m)
     return y_MN if x_MK.dim() == 2 else y_MN.view(*x_MK.shape[:-1], n)
 
 
-def _rounded(weight: Matrix) -> bool:
+def _arranged(weight: Matrix) -> bool:
+    """Whether the kernels lay out x before the product."""
     check(weight.products != "bfloat16" or rounds(), "products: no bfloat16 in this build")
-    return weight.products is not None
+    return weight.struct.rounds != 0
 
 
 def dequantise(weight: Matrix, rows: tuple[int, int] | None = None) -> Tensor:
@@ -171,7 +172,7 @@ def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT
     same = gate.n == up.n == down.k and gate.k == up.k and gate.experts == up.experts == down.experts
     check(same and gate.experts is not None, "gate, up and down do not fit")
     for weight in (gate, up, down):
-        _rounded(weight)
+        _arranged(weight)
     sized()
     out_RD = x_RD.new_empty((r, d))
     kernels.experts_rows(
