@@ -1,8 +1,10 @@
 """Rows that are measured stand for all rows, whatever kinds of rows there are."""
 
+import pytest
 import torch
 
 from undistilled.checkpoint.resolve import find
+from undistilled.compress import options
 from undistilled.compress.calibrate import Moments
 from undistilled.compress.choose import Choice
 from undistilled.compress.options import FEWEST, RANGE, _stand_for, sample
@@ -29,3 +31,12 @@ def test_losses_are_scaled_by_what_the_rows_are_worth():
     measured = sum(float(worth[start:stop].sum()) for _, start, stop in ranges)
     stands_for = _stand_for(weight, ranges, choice, weight.name)
     assert len(ranges) * RANGE < rows and stands_for * measured == float(worth.double().sum())
+
+
+@pytest.mark.parametrize("free, experts", [(130 << 30, 18), (24 << 30, 10), (6 << 30, 2), (1 << 20, 0)])
+def test_experts_together_take_half_of_what_is_free(monkeypatch, free, experts):
+    """Of R1's width and hidden size."""
+    monkeypatch.setattr(options, "_free", lambda device: free)
+    values = options.at_once("cuda:1")
+    assert values // (2048 * 7168) == experts and values > 0 and 2 * options.WORKED * values <= max(free, 160)
+    assert options.at_once("cpu") == options.AT_ONCE["cpu"]

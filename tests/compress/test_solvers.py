@@ -80,6 +80,24 @@ def test_experts_together_are_experts_apart():
         assert same > 0.98 and torch.equal(both["scales"][at], one["scales"])
 
 
+def test_experts_in_tiles_together_are_experts_apart():
+    """Eighteen in a stack, whose inputs differ in size alone, as they are solved on a large GPU."""
+    scheme, (_, moments), count = schemes.get("tiles16x32-2x2-3x2-5x1"), case(), 18
+    w, stretch, outputs = torch.randn(count, 48, 160), torch.rand(count, 160) + 0.5, torch.rand(count, 48)
+    known = Factored().of(moments)
+    together = tiles.solve(scheme, w, Hessian(moments, 1.0, stretch), outputs, known)
+    for at in (0, 7, 17):
+        alone = tiles.solve(scheme, w[at], Hessian(moments, 1.0, stretch[at]), outputs[at], known)
+        for part in ("order", "scales", "multipliers"):
+            assert torch.equal(together[part][at].float(), alone[part].float())
+        both = torch.stack([scheme.decompress(p, (48, 160), torch.float32) for p in (_one(together, at), alone)])
+        assert (both[0] == both[1]).float().mean() > 0.98  # as above
+
+
+def _one(parts, at):
+    return {name: part[at] for name, part in parts.items()}
+
+
 @pytest.mark.parametrize("shape, by", [((48, 160), (1, 160)), ((3, 48, 160), (3, 1, 160)), ((3, 48, 160), (1, 160))])
 def test_scales_are_the_same_in_pieces(shape, by, monkeypatch):
     for name in ("int4", "nl3-g32"):

@@ -33,7 +33,8 @@ BY_ROW = (*WHOLE, "int5-g32", "nl4-g32", "nl4-g64", "nl3-g32", "nl3-g64", "nl2-g
 ROWS, COLS = 16, (32, 64, 128)  # of a tile
 PRICES = 24  # of a byte, from one that buys no bit to one that buys all
 RANKS = 24  # groups of tiles that take one width together
-AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}  # values of stacked experts that are worked on together
+AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # values of stacked experts that are worked on together, at most
+WORKED = 80  # bytes a value that solving takes beside the weight; 44 to 76 were seen
 FORMAT = 4  # of measured options on disk: raised whenever what they say changes
 SAMPLE = 4 << 20  # values of a weight that are measured, about: ranges of rows, drawn at random, one of each stretch
 FEWEST = 8  # ranges of a weight that are measured at least
@@ -42,7 +43,18 @@ TRIED, GROUP = 4, 64  # ranges of a weight that GPTQ is tried on, by groups of s
 
 
 def at_once(device: str) -> int:
-    return AT_ONCE[device.split(":")[0]]
+    """Values of stacked experts to work on together. GPTQ goes input by input, on a GPU a few launches each, whatever
+    lies in the stack: there it is as many as half of the free memory holds."""
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        return AT_ONCE[kind]
+    return max(1, min(AT_ONCE[kind], _free(device) // 2 // WORKED))
+
+
+def _free(device: str) -> int:
+    """Bytes of a GPU that are free, or that PyTorch keeps for the next tensor."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)
