@@ -107,6 +107,7 @@ def test_reference_can_be_forced():
     [
         (["plan", "r1-nano", "--scheme", "nl2"], 2, ["nl2-g64", "experts-int4"]),
         (["plan", "r1-nano", "-o", "{}/nowhere/plan.json"], 2, ["no folder"]),
+        (["plan", "r1-nano", "-o", "{}/text.txt"], 2, ["text.txt exists", "another name"]),
         (["plan", "{}/gpt2"], 3, ["(gpt2) is not supported"]),
         (["compare", "{}/text.txt"], 3, ["is no receipt", "prove MODEL -o"]),
         (["compare", "{}/text.txt", "-o", "{}/q.txt"], 2, [".png or .svg"]),

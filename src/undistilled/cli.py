@@ -71,12 +71,12 @@ def plan(
     from .checkpoint.resolve import find
     from .parallel.places import machine_of
     from .plan.hardware import load_machine
-    from .plan.plan import check_folder
+    from .plan.plan import check_new
     from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
 
     if output:
-        check_folder(output)
+        check_new(output)
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(ranks))
     known = machine_of(ranks["cluster"]) if ranks["cluster"] else load_machine(machine)

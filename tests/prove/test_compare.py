@@ -5,7 +5,7 @@ import json
 import pytest
 
 from undistilled.errors import BadArtefact, UsageError
-from undistilled.prove.compare import draw, rows
+from undistilled.prove.compare import draw, picture, rows
 from undistilled.prove.receipt import seal
 
 
@@ -38,6 +38,18 @@ def test_rows_come_smallest_first_and_make_a_picture(tmp_path):
     ]
     draw(found, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text().count("<path") > 20
+
+
+def test_names_stay_within_the_picture(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = rows([write(tmp_path, f"{size}-with-a-name-of-some-length", size * 10**6, 1 / size) for size in (100, 240)])
+    figure = picture(found)
+    figure.canvas.draw()
+    [axes] = figure.axes
+    edges = axes.get_window_extent()
+    for name in axes.texts:
+        assert edges.x0 <= name.get_window_extent().x0 and name.get_window_extent().x1 <= edges.x1
+    pyplot.close(figure)
 
 
 def test_receipts_of_other_questions_are_not_compared(tmp_path):

@@ -12,7 +12,7 @@ from ..load.build import Progress
 from ..model.weights import counts
 from ..plan.hardware import load_machine
 from ..plan.mesh import Mesh
-from ..plan.plan import Plan, check_folder, read_plan
+from ..plan.plan import Plan, check_new, read_plan
 from ..plan.ranks import layer_bytes
 from ..plan.solve import moved
 from .bench import bench
@@ -26,7 +26,7 @@ def rebalance(
     plan = read_plan(plan_file)
     if plan.mesh is None or plan.mesh.pp < 2:
         raise UsageError(f"{plan_file} has one stage: there is nothing to share out.", "Plan with --pp.")
-    check_folder(output)
+    check_new(output)
     engine = open_engine({"model": model, "plan": plan_file}, progress)
     try:
         room = max(1, min(128, plan.limits.context - new_tokens))

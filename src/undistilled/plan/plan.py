@@ -138,8 +138,10 @@ class Plan(Frozen):
         write_text(file, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
-def check_folder(file: Path) -> None:
-    """UsageError, before any work, where `file` would have no folder."""
+def check_new(file: Path) -> None:
+    """UsageError, before any work, where `file` exists, or would have no folder."""
+    if file.exists():
+        raise UsageError(f"{file} exists.", "Give another name, or remove it.")
     if not file.parent.is_dir():
         raise UsageError(f"Cannot write {file}: there is no folder {file.parent}.", "Make it first.")
 

@@ -80,6 +80,15 @@ def draw(found: list[dict[str, Any]], to: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figure = picture(found)
+    figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def picture(found: list[dict[str, Any]]) -> Any:
+    """The figure of `draw`, for who closes it."""
+    from matplotlib import pyplot
+
     asked = [row for row in found if row["suite"] is not None]
     figure, all_axes = pyplot.subplots(1, 1 + bool(asked), figsize=(6 * (1 + bool(asked)), 4.5), squeeze=False)
     _scatter(all_axes[0][0], found, "kl_nats", "KL divergence from the original, nats a token")
@@ -89,13 +98,13 @@ def draw(found: list[dict[str, Any]], to: Path) -> None:
         all_axes[0][1].axhline(asked[0]["suite_original"], color="grey", linewidth=0.8, label="original")
         all_axes[0][1].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
-    pyplot.close(figure)
+    return figure
 
 
 def _scatter(axes: Any, found: list[dict[str, Any]], key: str, label: str) -> None:
-    axes.scatter([row["bytes"] / 1e6 for row in found], [row[key] for row in found], s=18)
-    for row in found:
-        at = (row["bytes"] / 1e6, row[key])
-        axes.annotate(row["name"], at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    sizes = [row["bytes"] / 1e6 for row in found]
+    axes.scatter(sizes, [row[key] for row in found], s=18)
+    for size, row in zip(sizes, found, strict=True):
+        side, by = ("right", -3) if 2 * size > min(sizes) + max(sizes) else ("left", 3)  # names stay between the edges
+        axes.annotate(row["name"], (size, row[key]), fontsize=7, ha=side, xytext=(by, 3), textcoords="offset points")
     axes.set(xlabel="weights, MB", ylabel=label)
