@@ -3,14 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO_MODEL ?= r1-nano
+JOBS ?= 2
 
-.PHONY: run test check gpu avx2 clean
+.PHONY: run test test-all check gpu avx2 clean
 
 run: $(VENV)/.core
 	$(BIN)/undistilled demo $(DEMO_MODEL)
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-all: $(VENV)/.dev check  # with the tests marked slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks

@@ -8,11 +8,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other longer than they compute here
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    """The same numbers for every test, and as many threads: an engine over ranks leaves the process with its share."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(config, items):

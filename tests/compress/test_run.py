@@ -47,6 +47,30 @@ def matrices(decoder):
     return [stored.dense(torch.float32) for stored in held if len(stored.shape) > 1]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A dense layer and one of experts."""
+    return folder(tmp_path_factory.mktemp("original") / "m", num_hidden_layers=2, n_routed_experts=8)
+
+
+@pytest.fixture(scope="module")
+def budgeted(original):
+    """The original at 5 bits, made in one go, and what was said of it."""
+    out = original.parent / "out"
+    return out, quantize(find(str(original)), out, Request(bits=5.0, **SMALL))
+
+
+def loaded_bytes(made, source, most):
+    """What a model's weights take, once it was seen that each is as near to the source's as this."""
+    decoder, plan = load(made, scheme=None)
+    assert {row.name: row.scheme for row in plan.rows} == find(str(made)).spec.stored
+    truth, _ = load(source, scheme="fp32")
+    for one, other in zip(matrices(decoder), matrices(truth), strict=True):
+        assert far(one, other) < most  # what matters little may get 2 bits
+    assert our_logits(decoder, plan, TOKENS).isfinite().all()
+    return sum(row.nbytes for row in plan.rows)
+
+
 def test_rounding_to_nearest_is_what_loading_does(tmp_path):
     source = folder(tmp_path / "m")
     quantize(find(str(source)), tmp_path / "out", Request(scheme="int4", solver="rtn"))
@@ -68,7 +92,6 @@ HQQ = {"scheme": "int4,expert=nl4-g32", "solver": "hqq"}
     "name, asked",
     [
         ("deepseek_v3", ROLES),
-        ("deepseek_v3", BITS),
         ("deepseek_v3", HQQ),
         ("deepseek_v2", SEARCH),
         ("llama", BITS),
@@ -79,30 +102,28 @@ def test_what_is_written_is_the_model(name, asked, tmp_path):
     source = folder(tmp_path / "m", name)
     done = quantize(find(str(source)), tmp_path / "out", Request(**SMALL, **asked))
     assert done["files"] > 1
-    model = find(str(tmp_path / "out"))
-    decoder, plan = load(tmp_path / "out", scheme=None)
-    assert {row.name: row.scheme for row in plan.rows} == model.spec.stored
-    truth, _ = load(source, scheme="fp32")
-    for one, other in zip(matrices(decoder), matrices(truth), strict=True):
-        assert far(one, other) < (0.6 if "bits" in asked else 0.3)  # what matters little may get 2 bits
-    assert our_logits(decoder, plan, TOKENS).isfinite().all()
-    assert sum(row.nbytes for row in plan.rows) == done["bytes"]
+    assert loaded_bytes(tmp_path / "out", source, 0.6 if "bits" in asked else 0.3) == done["bytes"]
     if "bits" in asked:
         assert done["bits_per_weight"] <= asked["bits"]
 
 
-def test_a_compressed_model_is_planned_from_its_config_alone(tmp_path):
-    quantize(find(str(folder(tmp_path / "m"))), tmp_path / "out", Request(bits=5.0, **SMALL))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    model = find(str(tmp_path / "out"))
+def test_experts_by_a_budget_are_the_models(original, budgeted):
+    made, done = budgeted
+    assert loaded_bytes(made, original, 0.6) == done["bytes"] and done["bits_per_weight"] <= 5.0
+
+
+def test_a_compressed_model_is_planned_from_its_config_alone(budgeted):
+    made, _ = budgeted
+    config = json.loads((made / "config.json").read_text())
+    model = find(str(made))
     assert set(config["undistilled"]["schemes"]) == {w.name for w in weights(model.spec)}
     assert any(s.startswith("tiles") for s in model.spec.stored.values())
-    again = find(str(tmp_path / "out" / "config.json"))
+    again = find(str(made / "config.json"))
     assert again.spec.stored == model.spec.stored
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
-    model = find(str(folder(tmp_path / "m")))
+    model = find(str(folder(tmp_path / "m", "llama", num_hidden_layers=1)))
     for request, word in (
         (Request(), "one of"),
         (Request(scheme="int8", bits=4.0), "one of"),
@@ -165,7 +186,7 @@ def test_a_request_that_came_to_nothing_does_not_bind_the_next(tmp_path):
 
 
 def test_a_kill_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
-    model = find(str(folder(tmp_path / "m", "llama")))
+    model = find(str(folder(tmp_path / "m", "llama", num_hidden_layers=1)))
     rename = run.os.replace
 
     def killed(source, target):
@@ -220,15 +241,13 @@ def test_a_disk_that_lies_is_caught(tmp_path, monkeypatch):
         quantize(model, tmp_path / "out", Request(scheme="int8", solver="rtn"))
 
 
-def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path):
-    source = folder(tmp_path / "m")
-    quantize(find(str(source)), tmp_path / "whole", Request(bits=4.0, **SMALL))
+def test_killed_at_any_time_it_ends_with_the_same_bytes(original, budgeted, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from undistilled.checkpoint.resolve import find; "
-        "from undistilled.compress.run import Request, quantize; import torch; torch.set_num_threads(%d); "
-        f"print('begun', flush=True); quantize(find({str(source)!r}), Path({str(tmp_path / 'out')!r}), "
-        f"Request(bits=4.0, tokens={SMALL['tokens']}, shard={SMALL['shard']}))"
-    ) % torch.get_num_threads()
+        "from pathlib import Path; from undistilled.checkpoint.resolve import find; "
+        "from undistilled.compress.run import Request, quantize; import torch; "
+        f"torch.set_num_threads({torch.get_num_threads()}); print('begun', flush=True); "
+        f"quantize(find({str(original)!r}), Path({str(tmp_path / 'out')!r}), Request(bits=5.0, **{SMALL}))"
+    )
     draw, kills = random.Random(0), 0
     while not (tmp_path / "out").exists():
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -238,10 +257,11 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path):
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    whole, _ = budgeted
+    names = sorted(p.name for p in whole.iterdir())
     assert names == sorted(p.name for p in (tmp_path / "out").iterdir())
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+        assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
 def test_schemes_named_by_a_checkpoint_are_checked(tmp_path):

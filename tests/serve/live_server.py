@@ -20,8 +20,9 @@ from undistilled.serve.openai import make_app
 from undistilled.serve.protocol import Protocol
 from undistilled.serve.server import bind
 
-http = httpx.Client(timeout=20, verify=False)  # one for all: a certificate store takes 30 ms to open
+http = httpx.Client(timeout=30, verify=False)  # one for all: a certificate store takes 30 ms to open
 FACTORY = "fake_engine:open_engine"
+PATIENCE = 30.0  # seconds for what takes a fraction of one, on a machine that is busy with something else
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Running:
         self.started, self.error = threading.Event(), None
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.thread.start()
-        assert self.started.wait(60)
+        assert self.started.wait(2 * PATIENCE)
         if self.error:
             raise self.error
         self.wait_for(bool)
@@ -45,7 +46,7 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self.thread.join(15)
+        self.thread.join(PATIENCE)
 
     async def _run(self) -> None:
         try:
@@ -79,7 +80,7 @@ class Running:
     def stats(self) -> dict[str, float]:
         return self.client.stats()
 
-    def wait_for(self, condition: Callable[[dict], bool], seconds: float = 3.0) -> float:
+    def wait_for(self, condition: Callable[[dict], bool], seconds: float = PATIENCE) -> float:
         """Seconds until the engine's stats meet the condition."""
         began = time.monotonic()
         while not condition(self.stats()):

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from live_server import Running
+from live_server import PATIENCE, Running
 
 from undistilled.events import subscribed
 from undistilled.serve import again
@@ -19,7 +19,7 @@ def ask(running, prompt="Hi"):
     return running.post("/v1/completions", {"model": "fake", "prompt": prompt, "max_tokens": 8})
 
 
-def until(running, status, seconds=20.0):
+def until(running, status, seconds=PATIENCE):
     """The first answer of /health with this status."""
     limit = time.monotonic() + seconds
     while (found := running.get("/health")).status_code != status:

@@ -107,14 +107,14 @@ def test_a_slow_body_and_slow_headers(strict):
     ):
         with socket.create_connection(("127.0.0.1", strict.port)) as s:
             s.sendall(sent)
-            s.settimeout(5)
+            s.settimeout(20)
             answer = b"".join(iter(lambda s=s: s.recv(4096), b""))
             assert b" 408 " in answer and b'"error"' in answer
 
 
 def test_a_connection_that_trickles_headers_after_a_request(strict):
     with socket.create_connection(("127.0.0.1", strict.port)) as s:
-        s.settimeout(5)
+        s.settimeout(20)
         s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         answer = b""
         while b'"ok"' not in answer:
@@ -125,8 +125,8 @@ def test_a_connection_that_trickles_headers_after_a_request(strict):
 
 def test_a_full_queue(strict):
     def hold():
-        body = {"prompt": "long", "max_tokens": 50}
-        http.post(strict.base + "/v1/completions", json=body, headers=strict.headers, timeout=20)
+        body = {"prompt": "long", "max_tokens": 150}
+        http.post(strict.base + "/v1/completions", json=body, headers=strict.headers)
 
     threads = [threading.Thread(target=hold) for _ in range(2)]
     for thread in threads:
@@ -154,7 +154,7 @@ def test_a_reader_that_stops_reading_is_aborted():
             head += "Content-Type: application/json\r\n\r\n"
             s.sendall(head.encode() + body)
             running.wait_for(lambda stats: stats.get("running") == 16)
-            running.wait_for(lambda stats: stats.get("aborted") == 16 and stats["kv_blocks_used"] == 0, 20)
+            running.wait_for(lambda stats: stats.get("aborted") == 16 and stats["kv_blocks_used"] == 0)
 
 
 def nested(value: object) -> int:
@@ -177,4 +177,4 @@ def test_depth_of_hostile_bodies_is_quick():
     assert not too_deep(b"[]" * 2_000_000, 100)
     too_deep(b'"\\' * 2_000_000 + b"[" * 101, 100)
     assert too_deep(b"[" * 101 + b'"' + b'\\"' * 2_000_000 + b"\\", 100)  # a string that never ends
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # whose square would take hours

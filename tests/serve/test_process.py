@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 import zmq
-from live_server import FACTORY, Running, free_port, http, run_serve
+from live_server import FACTORY, PATIENCE, Running, free_port, http, run_serve
 
 from undistilled.errors import BadArtefact, CannotBind, RequestError, UsageError
 from undistilled.events import subscribed
@@ -65,7 +65,7 @@ def test_the_engine_dies():
         neighbour.start()
         running.wait_for(lambda stats: stats.get("running") == 1)
         assert running.post("/v1/completions", {"prompt": "die"}).status_code == 500
-        neighbour.join(5)
+        neighbour.join(PATIENCE)
         assert answers[0].status_code == 500 and answers[0].json()["error"]["code"] == "engine_dead"
         health = http.get(running.base + "/health")
         assert health.status_code == 503 and health.json()["error"]["type"] == "server_error"
@@ -116,7 +116,8 @@ def started(port: int, shutdown_timeout: float = 5.0, **options: object) -> subp
     """A process that serves; its output is text. Returns once it answers."""
     command = run_serve(options=options, port=port, shutdown_timeout=shutdown_timeout)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(200):
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
         try:
             if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return process
@@ -129,21 +130,21 @@ def started(port: int, shutdown_timeout: float = 5.0, **options: object) -> subp
 def test_sigterm_lets_requests_finish_and_refuses_new_ones():
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    process = started(port, delay=0.02)
+    process = started(port, 20.0, delay=0.02)
     answers = []
-    body = {"prompt": "long", "max_tokens": 75}
-    busy = threading.Thread(target=lambda: answers.append(http.post(base + "/v1/completions", json=body, timeout=9)))
+    body = {"prompt": "long", "max_tokens": 150}
+    busy = threading.Thread(target=lambda: answers.append(http.post(base + "/v1/completions", json=body)))
     busy.start()
-    time.sleep(0.4)
+    time.sleep(0.8)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     refused = http.post(base + "/v1/completions", json=body)
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
     health = http.get(base + "/health")
     assert health.status_code == 200 and not answers
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=PATIENCE)
     busy.join()
-    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 75
+    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 150
     assert process.returncode == 0, err
     assert f"http://127.0.0.1:{port}/v1" in out and "curl" in out
 
@@ -152,9 +153,9 @@ def test_sigterm_gives_up_after_the_timeout_and_while_loading():
     port = free_port()
     process = started(port, 0.5, delay=0.02)
     body = {"prompt": "long", "max_tokens": 4000, "stream": True}
-    with http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20):
+    with http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body):
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=8)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     command = run_serve(options={"load": 30}, port=port)
     loading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -162,7 +163,7 @@ def test_sigterm_gives_up_after_the_timeout_and_while_loading():
         time.sleep(0.05)
     time.sleep(0.2)
     loading.send_signal(signal.SIGTERM)
-    _, err = loading.communicate(timeout=8)
+    _, err = loading.communicate(timeout=PATIENCE)
     assert loading.returncode == 0 and "Traceback" not in err, err
 
 
@@ -173,14 +174,14 @@ def test_the_engine_ends_with_a_server_that_is_killed(tmp_path, monkeypatch):
     assert len(children) == 2 and port  # the engine, and what renders templates
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=2)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert all(p.status() == psutil.STATUS_ZOMBIE for p in alive), "a child outlived the server"
 
 
 def test_a_server_whose_engine_died_ends():
     process = started(free_port(), fallback=True)
     _children(process.pid)[0].kill()
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "engine has ended" in err
     assert err.count("op for model on cpu has no fast kernel here: the PyTorch reference runs") == 1
 
@@ -210,7 +211,8 @@ def test_exit_codes():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(run_serve(options={"bad": True}, port=port), capture_output=True, text=True, timeout=20)
+        command = run_serve(options={"bad": True}, port=port)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 5 and str(port) in done.stderr and "--port" in done.stderr
     for options, said in (
         ({"bad": True}, "bad"),
@@ -219,7 +221,7 @@ def test_exit_codes():
         ({"generation": {"top_k": 2.5}}, "generation_config.json: top_k is 2.5"),
     ):
         command = run_serve(options=options, port=0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 3 and "Traceback" not in done.stderr and said in done.stderr, done.stderr
 
 

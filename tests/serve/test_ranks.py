@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from live_server import Running
+from live_server import PATIENCE, Running
 
 from byte_tokens import write_tokenizer
 from tiny import DEEPSEEK, write_checkpoint
@@ -61,14 +61,14 @@ def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
         answer = ask(running, 60)
         assert answer.status_code in (500, 503), answer.text
         while running.get("/health").status_code != 503:
-            assert time.monotonic() - began < WATCHDOG + 15
+            assert time.monotonic() - began < WATCHDOG + PATIENCE
             time.sleep(0.05)
         said = running.client._died
         if rank or how == "stalled":
             assert f"Rank {rank}" in said
         if how == "stalled":
             assert "computing" in said and "all_reduce" in said
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in pids):
             assert time.monotonic() < until, pids
             time.sleep(0.05)
@@ -79,7 +79,7 @@ def test_an_error_of_the_driver_within_a_pass_ends_the_run(folder):
     with Running(options(folder, tp=2, raises="yes", watchdog=1.0), factory="faulty_ranks:open_engine") as running:
         pids = rank_pids(running)
         assert ask(running, 60).status_code in (500, 503)
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while running.get("/health").status_code != 503 or any(p.is_running() for p in pids[1:]):
             assert time.monotonic() < until
             time.sleep(0.05)
@@ -91,7 +91,7 @@ def test_a_stage_that_is_killed_ends_the_run(folder):
         assert ask(running).status_code == 200
         rank_pids(running)[1].kill()
         assert ask(running, 60).status_code in (500, 503)
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while running.get("/health").status_code != 503:
             assert time.monotonic() < until
             time.sleep(0.05)
@@ -104,14 +104,14 @@ def test_a_rank_that_never_joins_is_no_wait_without_end(folder):
     with pytest.raises(UndistilledError, match="Rank 1 failed: ZeroDivisionError"):
         with Running(options(folder, tp=2, absent="yes"), factory="faulty_ranks:open_engine"):
             pass
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 2 * PATIENCE
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_lost_while_nothing_runs_is_noticed(folder, rank):
     with Running(options(folder, tp=2), factory="faulty_ranks:open_engine") as running:
         rank_pids(running)[rank].kill()
-        until = time.monotonic() + 15
+        until = time.monotonic() + PATIENCE
         while running.get("/health").status_code != 503:
             assert time.monotonic() < until
             time.sleep(0.05)
