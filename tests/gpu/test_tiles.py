@@ -104,7 +104,7 @@ def test_any_scale_of_activations():
     assert not y[5].any()
 
 
-@pytest.mark.parametrize("outputs", [pytest.param(20, marks=pytest.mark.interpreted), 576])
+@pytest.mark.parametrize("outputs", [pytest.param(10, marks=pytest.mark.interpreted), 576])
 def test_a_row_in_any_company(outputs):
     w, x = stored("tiles16x64-2x4-3x8-5x4", outputs, 1024), activations(64, 1024)
     together = apply(x, w)
