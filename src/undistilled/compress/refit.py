@@ -5,7 +5,8 @@ a gain of every norm's channel and of every row that has a multiplier goes down 
 tokens (distillation, Hinton et al. 2015) by Adam (Kingma and Ba 2015); then norms and multipliers take their gains in.
 So errors are made up for across blocks, of which a solver sees one matrix. Not a byte is added.
 
-It holds the form and, for a while, the original in float32, 4 bytes a weight each. T tokens, D hidden, N channels or rows.
+It holds the form and, for a while, the original in float32, 4 bytes a weight each. T tokens, D hidden, N channels or
+rows.
 """
 
 from __future__ import annotations
