@@ -24,7 +24,7 @@ TILES = [
 ]
 CODED = [*(name for name, scheme in schemes.SCHEMES.items() if isinstance(scheme, Grouped)), *TILES]
 PRODUCTS = [*(["bfloat16"] if native.rounds() else []), *integers.LARGEST]
-KERNELS = {None: "native", "bfloat16": "native bf16"} | dict.fromkeys(integers.LARGEST, "native integers")
+KERNELS = {None: "native", "bfloat16": "native bf16"} | {p: f"native {p}" for p in integers.LARGEST}
 ROWS = (1, 2, 3, 4, 31, 100)
 sizes = st.one_of(st.integers(1, 70), st.integers(500, 700))
 

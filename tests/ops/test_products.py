@@ -178,9 +178,10 @@ def test_the_kernel_computes_what_the_reference_says(products, scheme, rows, k):
     parts = found.compress(torch.randn(200, k))
     weight = schemes.Stored(found, (200, k), parts, products)
     x = torch.randn(rows, k)
-    assert ops.linear.resolve(weight, x.dtype).name in ("native bf16", "native by row", "native integers")
+    assert ops.linear.resolve(weight, x.dtype).name in ("native bf16", "native by row", "native int8", "native int16")
     want = ops.linear.reference.run(x, weight)
-    assert (ops.apply(x, weight) - want).norm() <= 1e-6 * want.norm()
+    apart = 5e-5 if products == "int16" and rows >= ops.LARGE else 1e-6  # many rows are not rounded
+    assert (ops.apply(x, weight) - want).norm() <= apart * want.norm()
     assert weight.narrow("out", 0, 128).products == products
 
 

@@ -67,7 +67,7 @@ def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     three = (gate, up, down)
-    few = ids_Tk.numel() < LARGE * gate.shape[0] or all(w.products for w in three)
+    few = ids_Tk.numel() < LARGE * gate.shape[0] or all(w.products not in (None, "int16") for w in three)
     served = few and all(_ready(w, x_TD.dtype) for w in three)
     return (_rows if served else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
 

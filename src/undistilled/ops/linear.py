@@ -108,8 +108,18 @@ def integers_ready(w: Stored, dtype: torch.dtype) -> bool:
     return w.products in integers.LARGEST and integers.serves(w.scheme) and native_reads(w, dtype)
 
 
+def fine_ready(w: Stored, dtype: torch.dtype) -> bool:
+    return w.products == "int16" and integers_ready(w, dtype)
+
+
+def coarse_ready(w: Stored, dtype: torch.dtype) -> bool:
+    return w.products == "int8" and integers_ready(w, dtype)
+
+
+@linear.register("native int16", fine_ready, "our C kernel: INT16 products for few tokens, a dense copy for many")
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """INT16 moves activations so little that many rows of them may as well stay as they are."""
     if x_TK.shape[0] < LARGE:
         return native.linear(x_TK.contiguous(), checked(weight))
     return F.linear(x_TK, dense(weight, x_TK.dtype))
@@ -120,7 +130,7 @@ def checked(weight: Stored) -> matrix.Matrix:
     return weight.once("matrix", matrix.of)
 
 
-@linear.register("native integers", integers_ready, "our C kernel: products of integers, one result whatever the batch")
+@linear.register("native int8", coarse_ready, "our C kernel: INT8 products by groups, one result whatever the batch")
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear(x_TK.contiguous(), checked(weight))

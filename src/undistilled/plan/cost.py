@@ -182,7 +182,8 @@ def unpack_bytes(placed: list[Placed], spec: ModelSpec, home: str, kind: str, ch
 
 
 def _rounded(p: Placed, compute: str) -> bool:
-    return products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
+    """Whether a prompt's activations are: beside INT16's a weight is made dense."""
+    return compute != "int16" and products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
 
 
 def activation_bytes(

@@ -211,13 +211,20 @@ void some_rows(const typename X::Wide* codes, const Strip& s, long count, const 
 }
 
 template <class X, class W> void unpack(const W& w, const Strip& s, long count, typename X::Wide* codes) {
-  for (long t = 0; t < s.tiles; t++)
-    for (long r = 0; r < count; r++) {
-      const uint8_t* from = s.first + r * s.row + t * s.tile;
-      for (long b = 0, left = s.k - s.at[t]; b < s.blocks_of(t); b++, from += W::BLOCK, left -= GROUP)
-        codes[(t * OUTPUTS + r) * s.blocks + b] =
-            left >= GROUP ? Wide<X, W>::at(w, from) : Wide<X, W>::part(w, from, left);
+  auto some = [&](long r, long t) {
+    const uint8_t* from = s.first + r * s.row + t * s.tile;
+    for (long b = 0, left = s.k - s.at[t]; b < s.blocks_of(t); b++, from += W::BLOCK, left -= GROUP) {
+      __builtin_prefetch(from + s.ahead, 0, 2);
+      codes[(t * OUTPUTS + r) * s.blocks + b] =
+          left >= GROUP ? Wide<X, W>::at(w, from) : Wide<X, W>::part(w, from, left);
     }
+  };
+  if (s.rows_apart)
+    for (long r = 0; r < count; r++)
+      for (long t = 0; t < s.tiles; t++) some(r, t);
+  else
+    for (long t = 0; t < s.tiles; t++)
+      for (long r = 0; r < count; r++) some(r, t);
 }
 
 template <class X, class W>
@@ -228,7 +235,7 @@ void multiply(const W& w, Strip s, long count, const Row<X>* x, long rows, typen
     return run(std::integral_constant<int, 0>());
   };
   if (rows == 1) return by_blocks([&](auto n) { straight<X, decltype(n)::value>(w, s, count, x, totals); });
-  long some = s.blocks * GROUP < SLICE ? SLICE / (s.blocks * GROUP) : 1;
+  long slices = (s.tiles * s.blocks * GROUP + SLICE - 1) / SLICE, some = (s.tiles + slices - 1) / slices;   // alike
   for (long tiles = s.tiles; tiles > 0; tiles -= some) {
     s.tiles = tiles < some ? tiles : some;
     unpack<X>(w, s, count, codes);
@@ -393,7 +400,7 @@ void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, l
   Row<X>* r = (Row<X>*)kept.of(rows * sizeof(Row<X>));
   for (long m = 0; m < rows; m++) r[m] = Row<X>(a, x[m]);
   long tiles = t.sections * t.tiles, most = OUTPUTS * lanes(t.order.at ? tiles : t.factors);
-  long slice = rows > 1 ? OUTPUTS * (t.cols > SLICE ? t.cols : SLICE) / GROUP : 0;
+  long slice = rows > 1 ? OUTPUTS * (SLICE + t.cols) / GROUP : 0;
   Cutter cut = {(char*)scratch.of(rows * OUTPUTS * 32 + slice * sizeof(typename X::Wide) + most * 8 + tiles * 4 + 320)};
   v8* totals = cut.take<v8>(rows * OUTPUTS);
   typename X::Wide* codes = cut.take<typename X::Wide>(slice);
