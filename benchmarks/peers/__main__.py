@@ -4,10 +4,10 @@
 
 Environments and models are made under --peers (default benchmarks/.peers) when they are first needed: llama.cpp is
 built with -DGGML_NATIVE=ON, which takes minutes. All models are made from one BF16 original; our int4 keeps the head,
-which is the embedding, in INT8; our q4_0 has llama.cpp's form of it all; "integers" is --dtype int8. Rounds alternate
+which is the embedding, in INT8; our q4_0 has llama.cpp's form of it all; "a8" is --dtype int8. Rounds alternate
 engines, so that a drift of the machine meets them all; what counts are the ratios, round by round. Rounds are added to
-those that --json holds already. --kl compares next-token distributions with the original's instead, on 512 tokens of
-Persuasion.
+those of the same engines and threads that --json holds already. --kl compares next-token distributions with the
+original's instead, on 512 tokens of Persuasion.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ def cell(value: dict[str, float], digits: int) -> str:
 
 
 def speeds(names: list[str], args: argparse.Namespace) -> dict:
-    before = json.loads(args.json.read_text())["runs"] if args.json and args.json.exists() else {}
-    runs: Runs = {name: before.get(name, []) for name in names}
+    runs: Runs = {name: [] for name in names}
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if before["threads"] != args.threads or list(before["runs"]) != names:
+            raise SystemExit(f"{args.json} holds runs of other engines or threads: give another file.")
+        runs = before["runs"]
     for number in range(args.rounds):
         for name in names:
             runs[name].append(rates(ENGINES[name], args.peers, args.threads))

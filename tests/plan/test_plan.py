@@ -241,8 +241,10 @@ def test_values_that_bf16_does_not_hold_and_routers_keep_float32_products():
         assert products_of("attention.o", scheme, "cpu", "float32") is None
     for scheme in ("fp16", "fp32"):
         assert products_of("attention.o", scheme, "cpu", "bfloat16") is None
-    for scheme, expected in (("int8-g32", "int8"), ("int4-g32-sym", "int8"), ("int3", None), ("bf16", None)):
-        assert products_of("attention.o", scheme, "cpu", "int8") == expected
+    for scheme in ("int8-g32", "int4-g32-sym", "int3", "nl3-g64", "tiles16x32-2x3-3x5"):
+        assert products_of("attention.o", scheme, "cpu", "int8") == "int8"
+    for scheme in ("fp8_channel", "fp8_block", "bf16"):
+        assert products_of("attention.o", scheme, "cpu", "int16") is None
     for role in ("router", "attention.kv_b"):
         assert products_of(role, "int8", "cpu", "int8") is None
     spec = find("deepseek-r1").spec
@@ -250,6 +252,6 @@ def test_values_that_bf16_does_not_hold_and_routers_keep_float32_products():
         compute: cost.activation_bytes(
             spec, chunk=512, batch=1, context=4096, compute=compute, kind="cpu", scheme="int3"
         )
-        for compute in ("float32", "bfloat16", "int8")
+        for compute in ("float32", "bfloat16", "int8", "int16")
     }
-    assert min(sizes["bfloat16"], sizes["int8"]) >= sizes["float32"]
+    assert min(sizes.values()) == sizes["float32"]

@@ -232,6 +232,7 @@ void multiply(const W& w, Strip s, long count, const Row<X>* x, long rows, typen
   auto by_blocks = [&](auto run) {   // a tile's loop is unrolled where it is short
     if (s.blocks == 4) return run(std::integral_constant<int, 4>());
     if (s.blocks == 2) return run(std::integral_constant<int, 2>());
+    if (s.blocks == 1 && !s.halves) return run(std::integral_constant<int, 1>());
     return run(std::integral_constant<int, 0>());
   };
   if (rows == 1) return by_blocks([&](auto n) { straight<X, decltype(n)::value>(w, s, count, x, totals); });
@@ -386,7 +387,7 @@ struct Panel {                    // up to OUTPUTS rows of a matrix: places and 
     long ahead = apart ? (n + count + NEAR / row < last ? NEAR : 0) : ahead_of(c.block, t.height, n, last);
     long whole = (a.kind == CODED ? all : a.k / GROUP) / blocks;
     Strip s = {tile_at(t, c, n, 0), row, tile * t.height, tiles, blocks, all, at + first, scales + first * by_tile,
-               by_row, by_tile, a.k, ahead, apart, a.group < GROUP, blocks == 4 || blocks == 2 ? whole : 0};
+               by_row, by_tile, a.k, ahead, apart, a.group < GROUP, whole};
     multiply<X>(w, s, count, x, rows, codes, totals);
   }
 };
