@@ -18,6 +18,11 @@ TABLE = runpy.run_path(f"{CPU}/builds.py")
 FLAGS = "-std=c++17 -O3 -g0 -pthread -ffp-contract=off -fno-exceptions -fno-rtti -Wno-psabi".split()
 
 
+def of_these(library):
+    """Whether a library is there and of these very sources, as the loader asks."""
+    return os.path.exists(library) and TABLE["sources"](Path(CPU)).encode() in Path(library).read_bytes()
+
+
 class BuildKernels(build_ext):
     """Plain shared libraries, loaded by ctypes: one serves every Python."""
 
@@ -30,7 +35,7 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         kept = os.path.join("src", self.get_ext_filename(ext.name))
-        if not self.force and not newer_group(ext.depends + ext.sources, kept):
+        if not self.force and of_these(kept) and not newer_group(ext.depends + ext.sources, kept):
             self.copy_file(kept, self.get_ext_fullpath(ext.name))  # pip builds in a folder that it forgets
             return
         one = copy.copy(self)  # builds go on side by side: each has its object files to itself

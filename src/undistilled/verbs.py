@@ -53,7 +53,7 @@ def quantize(
         Path | None, typer.Option(help="Folder that keeps the calibration for further runs.")
     ] = None,
     refit: Annotated[
-        int, typer.Option(min=0, help="Passes over the calibration that refit norms and rows' multipliers.")
+        int, typer.Option(min=0, help="Passes that refit norms and multipliers of linears' rows.")
     ] = 0,
     device: Annotated[str | None, typer.Option(help="cpu keeps GPUs out.")] = None,
     as_json: JSON = False,

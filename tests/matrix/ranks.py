@@ -43,7 +43,7 @@ class Cell:
 
     def plan(self) -> Plan:
         model = find(self.folder)
-        cache = "float32" if self.dtype == "float32" else None
+        cache = "float32" if self.dtype in ("float32", "int16") else None
         ask = Ask(self.scheme, 64, 4, device=self.device, kv_dtype=cache, dtype=self.dtype)
         ask = Ask(**{**vars(ask), "degrees": Degrees(**self.degrees)})
         made = solve(model.name, model.config, model.spec, load_machine("this"), ask)

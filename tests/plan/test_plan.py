@@ -194,11 +194,15 @@ def test_mtp_is_counted_and_loaded_only_when_asked_for(r1):
     assert with_mtp.predicted.decode_bytes_per_token == without.predicted.decode_bytes_per_token
 
 
+PRODUCTS = ("bf16_products", "int16_products")
+
+
 @pytest.mark.parametrize(
     "ask, here, elsewhere",
     [
         ({}, "bfloat16", "float32"),
-        ({"scheme": "int8"}, "bfloat16", "float32"),
+        ({"scheme": "int8"}, "bfloat16", "int16"),
+        ({"scheme": "bf16,expert=nl3-g64"}, "bfloat16", "int16"),
         ({"scheme": "fp16"}, "float32", "float32"),
         ({"scheme": "fp32"}, "float32", "float32"),
         ({"dtype": "float32"}, "float32", "float32"),
@@ -206,7 +210,7 @@ def test_mtp_is_counted_and_loaded_only_when_asked_for(r1):
         ({"dtype": "int8", "scheme": "experts-nl3"}, "int8", "int8"),
     ],
 )
-def test_a_cpu_multiplies_in_bf16_where_its_kernels_do(ask, here, elsewhere):
+def test_a_cpu_multiplies_in_what_its_kernels_are_fast_in(ask, here, elsewhere):
     model = find("r1-nano")
     machine = load_machine("laptop-16gb")
     cpu = machine.device("cpu").model_copy(update={"bf16_products": True})
@@ -214,6 +218,9 @@ def test_a_cpu_multiplies_in_bf16_where_its_kernels_do(ask, here, elsewhere):
         plan = solve(model.name, model.config, model.spec, found, Ask(device="cpu", **ask))
         assert (plan.compute_dtype, plan.activation_dtype) == (expected, "float32")
         check(plan, model.spec, model.config)
+    plain = machine.model_copy(update={"devices": (cpu.model_copy(update=dict.fromkeys(PRODUCTS, False)),)})
+    plan = solve(model.name, model.config, model.spec, plain, Ask(device="cpu", **ask))
+    assert plan.compute_dtype == ("float32" if elsewhere == "int16" else elsewhere)
 
 
 def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():

@@ -186,3 +186,17 @@ def test_bf16_products_need_a_build_and_every_instruction(tmp_path, monkeypatch)
     assert probe.bf16_products({"flags": f"fpu {flags}"})
     assert not probe.bf16_products({"flags": flags.replace("avx512dq", "")})
     assert not probe.bf16_products({})
+
+
+def test_int16_products_need_a_build_for_avx2(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDISTILLED_KERNELS", str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    least = builds()[-1]
+    flags = " ".join(least.needs)
+    assert not probe.int16_products({"flags": flags})
+    (tmp_path / least.file).touch()
+    assert probe.int16_products({"flags": flags}) and not probe.bf16_products({"flags": flags})
+    assert not probe.int16_products({"flags": flags.replace("f16c", "")})
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    (tmp_path / builds()[-1].file).touch()
+    assert not probe.int16_products({})

@@ -1,8 +1,9 @@
 """What rounding changed is made up for by what a form keeps in 16 bits or more: its norms, and its rows' multipliers.
 
 Codes and scales stay as the solver left them. The form and the original read the calibration's windows, in float32, and
-a gain of every norm's channel and of every row that has a multiplier goes down the gradient of the divergence of next
-tokens (distillation, Hinton et al. 2015) by Adam (Kingma and Ba 2015); then norms and multipliers take their gains in.
+a gain of every norm's channel and of every linear's row that has a multiplier (routed experts' stay) goes down the
+gradient of the divergence of next tokens (distillation, Hinton et al. 2015) by Adam (Kingma and Ba 2015); then norms
+and multipliers take their gains in.
 So errors are made up for across blocks, of which a solver sees one matrix. Not a byte is added.
 
 It holds the form and, for a while, the original in float32, 4 bytes a weight each. T tokens, D hidden, N channels or
@@ -36,6 +37,7 @@ from .files import whole
 
 RATE, FIRST, LAST = 2e-3, 4, 0.1  # of Adam; steps until it is reached; the share of it at the end
 BETAS = (0.9, 0.99)
+TENSORS = "tensors.safetensors"
 WORK = "refit"  # the folder of what a refit has done, inside the one being made
 BY_ROW = "multipliers"  # the part of a scheme that has a number for each row
 
@@ -49,7 +51,7 @@ Gains = dict[str, torch.Tensor]  # by weight name
 def refit(model: Model, folder: Path, windows: list[list[int]], passes: int, device: str, say: Say) -> None:
     """Refit the form of `model` in `folder`, where it is written over; a second run goes on after the last pass."""
     form, work = find(str(folder)), folder / WORK
-    source, file = form.source(), work / "tensors.safetensors"
+    source, file = form.source(), work / TENSORS
     assert isinstance(source, CompressedSource)
     work.mkdir(exist_ok=True)
     if not file.exists():
@@ -59,13 +61,20 @@ def refit(model: Model, folder: Path, windows: list[list[int]], passes: int, dev
     overwrite(source.entries, load_file(file))
 
 
+def found(folder: Path) -> bool:
+    """Whether the passes are done: what they found is being written over files, whose digests it changes."""
+    return (folder / WORK / TENSORS).exists()
+
+
 def lacking(spec: ModelSpec, longest: int, device: str) -> int:
     """Bytes of memory that are missing for a refit of windows of up to `longest` tokens; 0 where it fits."""
     known = list(weights(spec))
     rows, width = next(w.shape for w in known if w.role == "embed")
-    need = FLOAT * (2 * (sum(w.params for w in known) + rows * width) + LOGITS * longest * rows)
-    free = next(d.free_bytes for d in load_machine("this").devices if d.name == device.replace("cuda", "cuda:0"))
-    return max(0, need - free)
+    # what the way back needs of every layer: inputs and outputs of its linears, and a head's scores
+    kept = sum(sum(w.shape[-2:]) for w in known if w.is_linear) + spec.layers * spec.heads * longest
+    need = FLOAT * (2 * (sum(w.params for w in known) + rows * width) + longest * (LOGITS * rows + kept))
+    home = "cuda:0" if device == "cuda" else device
+    return max(0, need - load_machine("this").device(home).free_bytes)
 
 
 def decoder_of(spec: ModelSpec, source: Source, device: str) -> Decoder:

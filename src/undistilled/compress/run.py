@@ -143,6 +143,7 @@ def _open(folder: Path, model: Model, request: Request) -> None:
         keep(file, said)
         return
     before = kept(file)
+    before.setdefault("refit", 0)  # of a folder from before there was one
     other = next((key for key in said if before.get(key) != said[key]), None)
     if other and {f.name for f in folder.iterdir()} <= NOTHING:
         keep(file, said)
@@ -185,7 +186,7 @@ def _write(folder: Path, model: Model, table: dict[str, str], files: list, choic
     for at, content in enumerate(files, 1):
         file, tensors = folder / shard_name(at, len(files)), _tensors(table, content)
         size = sum(spec.nbytes for _, spec in tensors)
-        if not (file.exists() and done.get(file.name) == sha256(file)):
+        if not (file.exists() and (refit.found(folder) or done.get(file.name) == sha256(file))):
             digest = write(file, tensors, _values(source, table, content, choice))
             with journal.open("a") as f:
                 f.write(json.dumps({"file": file.name, "sha256": digest}) + "\n")
@@ -261,7 +262,7 @@ def _describe(folder: Path, model: Model, table: dict[str, str], files: list, re
 def _refit(folder: Path, model: Model, request: Request, say: Say) -> None:
     """Refit what was written, where memory has room for it."""
     lacking = refit.lacking(model.spec, min(material.WINDOW, model.spec.max_context), request.device)
-    if lacking and not (folder / refit.WORK).exists():
+    if lacking and not refit.found(folder):
         say(f"{model.name} is not refitted: in float32 it takes {lacking / 1e9:,.1f} GB more memory than is free")
         return
     windows = kept((Path(request.calibration) if request.calibration else folder / CALIBRATION) / material.WINDOWS)

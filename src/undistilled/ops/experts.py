@@ -76,7 +76,7 @@ def _rows(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     (tokens, width), pairs, inner = x_TD.shape, ids_Tk.numel(), gate.shape[1]
-    scratch = 4 * pairs * (2 * inner + width) + 2 * (2 * tokens * width + pairs * inner)  # bytes
+    scratch = 4 * pairs * (2 * inner + width) + 4 * (2 * tokens * width + pairs * inner)  # bytes, at most
     if scratch > SCRATCH:
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()

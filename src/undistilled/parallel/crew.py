@@ -116,7 +116,7 @@ class Crew:
         try:
             yield
         except Exception as error:
-            self._step, self._left = None, True
+            self._left, self._step = True, None
             until = time.monotonic() + BLAME
             while self.fault is None and time.monotonic() < until:
                 time.sleep(0.02)

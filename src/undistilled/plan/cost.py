@@ -202,7 +202,7 @@ def activation_bytes(
     logits = batch * spec.vocab * 4 * 3
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind, scheme) * width
     # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. rows of
-    # integers with their scales are no larger, and float32's dense copy is there for weights that have no integers
+    # integers with their scales are about as large, and float32's dense copy is there for weights that have no integers
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
     return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", *INTEGERS) else 0)
 

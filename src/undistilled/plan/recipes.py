@@ -95,12 +95,6 @@ def rounds(scheme: str) -> bool:
     return family(scheme) not in ROUNDED_OFF
 
 
-def integers(asked: str) -> bool:
-    """Whether a scheme, or any part of a recipe, may multiply integers."""
-    base, roles = parse(asked)
-    return base == MIXED or any(family(scheme) not in FLOATS for scheme in (base, *roles.values()))
-
-
 def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
     """The dtype that a weight's products round their activations to, on a CPU; None: they stay as they are.
 

@@ -18,7 +18,7 @@ from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
 from .ranks import ONE, Degrees, RankLayouts, layouts_of, mesh_for, speeds
-from .recipes import INTEGERS, integers, parse, products_of, rounds, scheme_of
+from .recipes import INTEGERS, parse, products_of, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
@@ -118,15 +118,16 @@ def _check_dtype(ask: Ask, scheme: str) -> None:
         raise UsageError(f"--dtype {ask.dtype!r} is not known.", f"Known: {', '.join(DTYPES)}.")
     if ask.dtype == "bfloat16" and not rounds(parse(scheme)[0]):
         raise UsageError(f"{scheme} weights multiply in float32.", "Leave --dtype out, or ask for another --scheme.")
-    if ask.dtype in INTEGERS and not integers(scheme):
-        raise UsageError(f"{scheme} weights have no integers to multiply.", "Ask for --scheme int8 or int4.")
 
 
 def _compute(ask: Ask, scheme: str, device: Device, rows: list[Row]) -> Compute:
     """Of products. A CPU's activations are float32 between them, whatever it is."""
+    coded = any(products_of(row.role, row.scheme, "cpu", "int16") for row in rows)
     if ask.dtype in INTEGERS:
         if device.kind != "cpu":
             raise UsageError(f"{device.name} has no products of {ask.dtype} activations.", "Add --device cpu.")
+        if not coded:
+            raise UsageError(f"{scheme} weights have no integers to multiply.", "Ask for --scheme int8 or int4, say.")
         return ask.dtype  # type: ignore[return-value]
     if ask.dtype == "float32" or scheme == "fp32":
         return "float32"
@@ -134,7 +135,6 @@ def _compute(ask: Ask, scheme: str, device: Device, rows: list[Row]) -> Compute:
         return "bfloat16"
     if device.bf16_products and rounds(parse(scheme)[0]):
         return "bfloat16"
-    coded = any(products_of(row.role, row.scheme, "cpu", "int16") for row in rows)
     return "int16" if device.int16_products and coded else "float32"
 
 

@@ -105,7 +105,7 @@ struct ToInt16 : Scaled<ToInt16> {
 };
 
 // Not rounded at all, for FP8. A code's bits moved into a float32 are its value times 2^-120, a subnormal where the code
-// is one; x is multiplied by 2^64, or products would be subnormals too, and UNIT by what is left. Of four neighbours the
+// is one (and 0 where a program has subnormals flushed); x, which must be less than 2^64, is multiplied by it, or products would be subnormals too, and UNIT by what is left. Of four neighbours the
 // last is the first to come out of a register, so x lies in that order: 32 inputs in four vectors.
 struct AsFloats {
   typedef float Code;

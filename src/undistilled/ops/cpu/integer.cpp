@@ -1,9 +1,10 @@
-// Products of rows of x, rounded to INT8 or INT16 by groups of 32, with INT8 and CODED matrices.
+// Products by tiles: rows of x with INT8 and CODED matrices, rounded to INT8 or INT16 by groups of 32, or as they are
+// with FP8.
 //
 // A scale of x is a group's largest magnitude by 127 or 32767. Levels of all codes are whole numbers of -128..127 times
 // a power of two: they are multiplied and summed as integers within a group, which is exact, and the sum meets both
-// scales in float32, tile after tile as they are stored. So a row has the same bits with every set of instructions, in a
-// product of one row and of a thousand, on any number of threads.
+// scales in float32, tile after tile as they are stored. So a row has the same bits with every set of instructions that
+// has a fused product and sum, in a product of one row and of a thousand, on any number of threads.
 // One row of x meets rows of weights one after another, a stream that the processor foresees; more rows meet a slice of
 // 16 unpacked in the first cache.
 #include "integer.h"
@@ -293,7 +294,7 @@ template <class F> INLINE void with_decoder(const Matrix& a, const Codes& c, F f
   if (a.kind != CODED) return f(Plain());
   with_bits(c.bits, [&](auto bits) {
     constexpr int BITS = decltype(bits)::value;
-    Counted<BITS>::suits(c.levels) ? f(Counted<BITS>(c.levels)) : f(made_of<Decoded<BITS>>(c.levels));
+    summed(a) && Counted<BITS>::suits(c.levels) ? f(Counted<BITS>(c.levels)) : f(made_of<Decoded<BITS>>(c.levels));
   });
 }
 
@@ -472,7 +473,7 @@ template <class X> void arrange_row(const Matrix& a, const float* x, uint16_t* o
     long left = a.k - k, count = left >= GROUP ? GROUP : left > 0 ? left : 0;
     float most = largest(x + k, count);
     bool none = most < 0x1p-100f;   // less would have no inverse
-    scales[g] = none ? 0 : most / X::LARGEST;
+    scales[g] = none ? 0 : most / X::LARGEST + most * 0;   // NaN where there is an infinity
     int sum = round_group<X>(x + k, count, none ? 0 : X::LARGEST / most, codes + k);
     if (summed(a) && k < a.k) sums[k / a.group] += scales[g] * sum;
   }

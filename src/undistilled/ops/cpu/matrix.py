@@ -161,6 +161,7 @@ def _by_groups(
     made = Matrix(KIND["coded"], n, k, scheme.group, products, experts)
     groups, blocks = -(-k // scheme.group), -(-k // QUANTUM)
     check(scheme.group % QUANTUM == 0 or scheme.group == QUANTUM // 2, "group: want 16 or a multiple of 32")
+    check(not scheme.affine or scheme.group % QUANTUM == 0, "group: minimums want a multiple of 32")
     form = grouped.FORMATS[scheme.scale]
     made.struct.scales = made.part(parts["scales"], (getattr(torch, form.dtype),), (n, groups), "scales")
     if scheme.affine:

@@ -1,5 +1,5 @@
-// Products with x rounded to what the matrix' `rounds` says: to INT8 or INT16 (integer.h) or, where the build has the
-// instructions, to BF16 (product.cpp).
+// Products with x rounded to what the matrix' `rounds` says: to INT8, INT16 or not at all (integer.h) or, where the build
+// has the instructions, to BF16 (product.cpp).
 #pragma once
 #include "matrix.h"
 
