@@ -10,12 +10,8 @@ import torch
 
 from ..scheme import Scheme, grouped, int8, tiles
 
-GROUP = int8.ACTIVATIONS
+GROUP, LARGEST = int8.ACTIVATIONS, int8.LARGEST
 LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
-
-
-LARGEST = {"int8": 127.0, "int16": 32767.0}
-"""What activations may be rounded to, and the code of a group's largest."""
 
 
 def serves(scheme: Scheme) -> bool:

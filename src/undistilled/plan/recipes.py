@@ -16,6 +16,7 @@ from .. import scheme as schemes
 from ..errors import UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import LINEAR_ROLES, Weight
+from ..scheme import int8
 
 # families of schemes for the large matrices -> scheme of the head; others: bf16 where they are FP8, else int8
 HEAD = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8_block": "bf16", "fp8_channel": "bf16"}
@@ -23,7 +24,7 @@ WIDE = ("bf16", "fp16", "fp32")  # families that the embedding and the router ta
 
 ROUNDED_OFF = ("fp16", "fp32")  # families with values that BF16 does not hold: they multiply in float32
 FLOATS = (*HEAD,)  # families of which no value is an integer times a scale
-INTEGERS = ("int8", "int16")  # what products of the others may round activations to
+INTEGERS = (*int8.LARGEST,)  # what products of the others may round activations to
 
 # a name -> what it stands for. Routed experts are 97% of R1's bytes, and at 4 bits cost the least of all parts
 RECIPES = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .base import Dim
 
 ACTIVATIONS = 32  # inputs whose activations share a scale in products of integers; weights' groups are multiples of it
+LARGEST = {"int8": 127.0, "int16": 32767.0}  # what they may be rounded to, and the code of a group's largest
 
 
 def grouped(w, group: int):
