@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_native import EPS, SOME, STORED, _restore_threads, draw, linear, one_expert, routed, stack, weights  # noqa: F401
 
@@ -54,9 +54,14 @@ def rounded(x, products):
     return (integers.rounded(x, products) if products in INTEGERS else x.bfloat16()).double()
 
 
+SHORT = {"kind": "int8", "n": 3, "k": 17, "mins": False, "seed": 0, "block": 1, "any": None}  # a row of half a block
+
+
 @needs_kernels
 @SOME
 @given(cases, st.sampled_from([1, 2, 3, 7, 31, 32, 33, 64, 200]))
+@example(SHORT | {"products": "int8"}, 1)
+@example(SHORT | {"products": "int16"}, 2)
 def test_products_are_exact_for_rounded_activations(case, m):
     weight, exact = drawn(case)
     x = torch.randn(m, case["k"], generator=torch.Generator().manual_seed(1))

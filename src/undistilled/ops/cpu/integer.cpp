@@ -388,7 +388,7 @@ struct Panel {                    // up to OUTPUTS rows of a matrix: places and 
     long ahead = apart ? (n + count + NEAR / row < last ? NEAR : 0) : ahead_of(c.block, t.height, n, last);
     long whole = (a.kind == CODED ? all : a.k / GROUP) / blocks;
     Strip s = {tile_at(t, c, n, 0), row, tile * t.height, tiles, blocks, all, at + first, scales + first * by_tile,
-               by_row, by_tile, a.k, ahead, apart, a.group < GROUP, whole};
+               by_row, by_tile, a.k, ahead, apart, a.kind == CODED && a.group < GROUP, whole};
     multiply<X>(w, s, count, x, rows, codes, totals);
   }
 };
