@@ -4,8 +4,8 @@
 
 FORM: a checkpoint, or NAME=SCHEME for ORIGINAL in that scheme. Contexts with each of their choices are documents end
 to end, without a cache, so that a pass has hundreds of rows where a question alone has twenty; products are float32.
-`prove` scores in the chunks, and with the cache, that serving uses. What each form chose is kept in FOLDER for the next
-run.
+`prove` scores in the chunks, and with the cache, that serving uses. What each form gives a choice is kept in FOLDER, a
+line a document: a run that was ended goes on there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from undistilled.model.batch import Packed
 from undistilled.model.decoder import Decoder
 from undistilled.prove.measure import with_model
 from undistilled.prove.plans import proven_plan
-from undistilled.prove.tasks import Encoded, Task, compare, encode_task, read_task
+from undistilled.prove.tasks import Encoded, compare, encode_task, read_task
 
 Document = tuple[int, int, list[int], int]  # (question, choice, ids, how many of them are context)
 
@@ -34,7 +34,7 @@ def documents(encoded: list[Encoded]) -> Iterator[Document]:
         yield from ((at, i, e.context + choice, len(e.context)) for i, choice in enumerate(e.choices))
 
 
-def packs(every: Iterator[Document], tokens: int) -> Iterator[list[Document]]:
+def packs(every: list[Document], tokens: int) -> Iterator[list[Document]]:
     """As many documents together as have `tokens` tokens."""
     some: list[Document] = []
     for document in every:
@@ -61,18 +61,28 @@ def likelihoods(decoder: Decoder, some: list[Document]) -> list[float]:
     return [float(part.sum()) for part in found.split([len(w) for w in wanted])]
 
 
-def chosen(model: Model, scheme: str | None, task: Task, tokens: int) -> list[int]:
+def scored(model: Model, scheme: str | None, encoded: list[Encoded], tokens: int, file: Path) -> list[float]:
+    """The likelihood of each document; `file` has those that are known, and gets the rest."""
+    known = file.read_text().rpartition("\n")[0].split() if file.exists() else []  # a kill may cut a line short
+    file.write_text("".join(f"{line}\n" for line in known))
+    left = list(documents(encoded))[len(known) :]
+
+    def run(decoder: Decoder) -> None:
+        with file.open("a") as f:
+            for some in packs(left, tokens):
+                f.write("".join(f"{total}\n" for total in likelihoods(decoder, some)))
+                f.flush()
+
+    if left:
+        with_model(model, proven_plan(model, None, scheme, None, "float32"), run)
+    return [float(line) for line in file.read_text().split()]
+
+
+def chosen(encoded: list[Encoded], totals: list[float]) -> list[int]:
     """The index that each question's choices have the most of, by likelihood a character."""
-    encoded = encode_task(task, model.tokenizer(), model.spec.max_context)
-
-    def run(decoder: Decoder) -> list[int]:
-        scores: list[list[float]] = [[] for _ in encoded]
-        for some in packs(documents(encoded), tokens):
-            for (at, i, _, _), total in zip(some, likelihoods(decoder, some), strict=True):
-                scores[at].append(total / encoded[at].lengths[i])
-        return [each.index(max(each)) for each in scores]
-
-    return with_model(model, proven_plan(model, None, scheme, None, "float32"), run)
+    each = iter(totals)
+    scores = [[next(each) / length for length in e.lengths] for e in encoded]
+    return [some.index(max(some)) for some in scores]
 
 
 def main() -> None:
@@ -88,13 +98,11 @@ def main() -> None:
     task, before = read_task(args.task, args.limit), None
     for form in ["original=", *args.forms]:
         name, sign, scheme = form.partition("=")
-        file = args.folder / f"{task.name}-{args.limit}-{Path(name).name}.json"
-        if not file.exists():
-            began = perf_counter()
-            model = find(args.original if sign else name)
-            file.write_text(json.dumps(chosen(model, scheme or None, task, args.tokens)))
-            print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        now = json.loads(file.read_text())
+        file = args.folder / f"{task.name}-{args.limit}-{Path(name).name}.txt"
+        model = find(args.original if sign else name)
+        began, encoded = perf_counter(), encode_task(task, model.tokenizer(), model.spec.max_context)
+        now = chosen(encoded, scored(model, scheme or None, encoded, args.tokens, file))
+        print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         before = before or now
         print(json.dumps({"form": name} | compare(task, before, now)), flush=True)
 

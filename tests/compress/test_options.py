@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tiny import CONFIGS, write_checkpoint
+from undistilled import scheme as schemes
 from undistilled.checkpoint.resolve import find
-from undistilled.compress import options
+from undistilled.compress import options, pace
 from undistilled.compress.calibrate import Moments
 from undistilled.compress.choose import Choice
 from undistilled.compress.options import FEWEST, RANGE, _stand_for, sample
@@ -40,3 +42,21 @@ def test_experts_together_take_half_of_what_is_free(monkeypatch, free, experts):
     values = options.at_once("cuda:1")
     assert values // (2048 * 7168) == experts and values > 0 and 2 * options.WORKED * values <= max(free, 160)
     assert options.at_once("cpu") == options.AT_ONCE["cpu"]
+
+
+def test_where_values_are_rounded_to_nearest_that_is_what_is_measured(tmp_path):
+    model = find(str(write_checkpoint(tmp_path / "m", CONFIGS["llama"])))
+    weight, source = next(w for w in weights(model.spec) if w.is_linear), model.source()
+    w, scheme = source.dense(weight.name, 0, weight.shape[0]), schemes.get("int6-g64")
+    lost = 0.5 * float((scheme.decompress(scheme.compress(w), weight.shape, torch.float32) - w).square().sum())
+    of = {s: {o.scheme: o.loss for o in options.options(weight, source, Choice("int8", s))} for s in ("rtn", "hqq")}
+    assert of["rtn"]["int6-g64"] == pytest.approx(lost) and of["hqq"]["int6-g64"] != pytest.approx(lost)
+
+
+def test_time_left_is_by_what_was_worked_not_by_what_was_there(monkeypatch):
+    seconds = iter((10.0, 14.0))
+    monkeypatch.setattr(pace, "perf_counter", lambda: next(seconds))
+    work = pace.Pace(100)
+    work.found(40)
+    work.did(20)
+    assert str(work) == "8 s left"

@@ -153,7 +153,7 @@ def test_a_calibration_is_kept_and_is_no_other_models(tmp_path):
     with pytest.raises(UsageError, match="another model"):
         quantize(other, tmp_path / "third", Request(**asked))
     done = quantize(other, tmp_path / "fourth", Request(**asked | {"solver": "rtn"}))
-    assert done["bits_per_weight"] <= 5.0 and not list((tmp_path / "kept").glob("options-*-of-nothing*"))
+    assert done["bits_per_weight"] <= 5.0 and not list((tmp_path / "kept").glob("options-*-of-rtn*"))
     for inside in ("fifth", "fifth.partial/mine"):
         with pytest.raises(UsageError, match="where the checkpoint goes"):
             quantize(one, tmp_path / "fifth", Request(**asked | {"calibration": str(tmp_path / inside)}))

@@ -27,7 +27,8 @@ from .calibrate import Moments, look_up
 from .files import keep
 from .hessian import Factored, Hessian
 from .material import moments_of
-from .options import FORMAT, Option, at_once, options, smallest
+from .options import FORMAT, Option, at_once, options, sampled, smallest
+from .pace import Pace
 from .rescale import search_factors
 from .rescaled import Factors, Rescaled
 from .solvers import gptq, hqq, search
@@ -206,7 +207,7 @@ def _shared_out(
     shared = _shared(model, request)
     shared_out = budget(model, request)
     assert shared_out is not None
-    basis = "nothing" if not choice.moments else "scaled" if choice.factors.columns else "moments"
+    basis = request.solver if not choice.moments else "scaled" if choice.factors.columns else "moments"
     found = _measured(model, shared, choice, kept / f"options-{FORMAT}-of-{basis}.jsonl", say)
     worth = [DRAFT if w.mtp else 1.0 for w in shared]
     groups = [[(by * o.loss, o.nbytes) for o in each] for by, each in zip(worth, found, strict=True)]
@@ -225,12 +226,13 @@ def _measured(
         with contextlib.suppress(ValueError):  # a kill cut it short
             name, rows = json.loads(line)
             found[name] = [Option(*row) for row in rows]
-    source = choice.source(model)
+    source, lacking = choice.source(model), [w for w in shared if w.name not in found]
+    pace = Pace(sum(map(sampled, lacking)))
     with file.open("a") as f:
-        for at, weight in enumerate(shared, 1):
-            if weight.name not in found:
-                found[weight.name] = options(weight, source, choice)
-                f.write(json.dumps([weight.name, [astuple(o) for o in found[weight.name]]]) + "\n")
-                f.flush()
-            say(f"measured {at} of {len(shared)} matrices")
+        for weight in lacking:
+            found[weight.name] = options(weight, source, choice)
+            f.write(json.dumps([weight.name, [astuple(o) for o in found[weight.name]]]) + "\n")
+            f.flush()
+            pace.did(sampled(weight))
+            say(f"measured {len(found)} of {len(shared)} matrices, {pace}")
     return [found[weight.name] for weight in shared]

@@ -30,6 +30,7 @@ from ..scheme.base import Parts, Scheme, parts_of
 from . import material, refit
 from .choose import CALIBRATION, FACTORS, UNCALIBRATED, Choice, at_once, budget, check, choose
 from .files import LOCK, alone, keep, kept
+from .pace import Pace
 
 SIZES = ("scheme", "bits", "bytes")  # the options that say how small
 SHARD = 1 << 30  # bytes of a file: what a SIGKILL loses at most
@@ -181,19 +182,21 @@ def _write(folder: Path, model: Model, table: dict[str, str], files: list, choic
     for line in journal.read_text().splitlines() if journal.exists() else []:
         entry = _entry(line)
         done[entry.get("file")] = entry.get("sha256")
-    source, began, wrote, total = choice.source(model), perf_counter(), 0, 0
+    source, total = choice.source(model), 0
     every = sum(spec.nbytes for content in files for _, spec in _tensors(table, content))
+    pace = Pace(every)
     for at, content in enumerate(files, 1):
         file, tensors = folder / shard_name(at, len(files)), _tensors(table, content)
         size = sum(spec.nbytes for _, spec in tensors)
-        if not (file.exists() and (refit.found(folder) or done.get(file.name) == sha256(file))):
+        if file.exists() and (refit.found(folder) or done.get(file.name) == sha256(file)):
+            pace.found(size)
+        else:
             digest = write(file, tensors, _values(source, table, content, choice))
             with journal.open("a") as f:
                 f.write(json.dumps({"file": file.name, "sha256": digest}) + "\n")
-            wrote += size
+            pace.did(size)
         total += size
-        left = (perf_counter() - began) / max(wrote, 1) * (every - total)
-        say(f"{file.name}: {total / 1e9:.2f} of {every / 1e9:.2f} GB, {left:.0f} s left")
+        say(f"{file.name}: {total / 1e9:.2f} of {every / 1e9:.2f} GB, {pace}")
     return total
 
 

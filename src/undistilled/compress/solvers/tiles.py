@@ -28,14 +28,27 @@ def lost(scheme: Scheme, parts: Parts, w: torch.Tensor, inputs: torch.Tensor, ou
     return 0.5 * d.square() * inputs[..., None, :] * outputs[..., :, None]
 
 
+Rounding = Callable[[Grouped, torch.Tensor, torch.Tensor], Parts]  # of a scheme, [..., N, K] and moments [..., K]
+
+
+def searching(scheme: Grouped, w: torch.Tensor, inputs: torch.Tensor) -> Parts:
+    """Scales by a short search, where only the loss is wanted."""
+    return search.solve(scheme, w, inputs[..., None, :], MEASURED)
+
+
 def losses(
-    shape: Tiles, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor, widths: tuple[int, ...] = WIDTHS
+    shape: Tiles,
+    w: torch.Tensor,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    widths: tuple[int, ...] = WIDTHS,
+    rounding: Rounding = searching,
 ) -> dict[int, torch.Tensor]:
     """Bits -> losses [..., B, S, T] of [..., N, K], for mean moments [..., K] and [..., N]."""
     found = {}
     for bits in widths:
         scheme = normal(bits, shape.cols)
-        parts = search.solve(scheme, w, inputs[..., None, :], MEASURED)
+        parts = rounding(scheme, w, inputs)
         found[bits] = shape.tiled(lost(scheme, parts, w, inputs, outputs)).sum((-1, -2))
     return found
 
