@@ -224,6 +224,26 @@ def test_mla_rows(context, heads, widths, block, dtype, seed):
     assert torch.equal(native.mla_rows(q, cache, table, lengths, block, latent, scale), got)
 
 
+@pytest.mark.parametrize("dtype", list(FLOATS.values()))
+@pytest.mark.parametrize("group", range(1, 10))
+def test_attention_where_spans_and_blocks_begin(group, dtype):
+    """A row of nothing, of one token, of whole blocks and one more; of one span in company of one of many."""
+    g = torch.Generator().manual_seed(group)
+    context, d, kv_heads = [0, 1, 7, 8, 9, 63, 64, 65, 128, 129, 64 * (1024 // (2 * group)) + 1], 24, 2
+    (k, v), table, lengths, slots = paged(len(context), context, 16, [(kv_heads, d)] * 2, dtype, g)
+    q = torch.randn(len(context), kv_heads * group, d, generator=g)
+    torch.set_num_threads(2)
+    got = native.attend_rows(q, k, v, table, lengths, 16, 0.3)
+    for r in range(len(context)):
+        keys, values = (c[slots[r]].double().repeat_interleave(group, 1) for c in (k, v))
+        p = (torch.einsum("hd,thd->ht", q[r].double(), keys) * 0.3).softmax(-1)
+        assert close(got[r], torch.einsum("ht,thd->hd", p, values)), context[r]
+        one = slice(r, r + 1)
+        assert torch.equal(native.attend_rows(q[one], k, v, table[one], lengths[one], 16, 0.3)[0], got[r])
+    torch.set_num_threads(1)
+    assert torch.equal(native.attend_rows(q, k, v, table, lengths, 16, 0.3), got)
+
+
 @SOME
 @given(st.integers(1, 9), st.one_of(st.integers(1, 50), st.integers(4000, 8000)), st.booleans())
 def test_norm_rows(rows, d, add):

@@ -1,186 +1,61 @@
 // Decode attention over a paged cache: grouped-query and absorbed multi-head latent.
 //
-// A row's context is cut into spans of SPAN tokens, whatever the thread count; a task is one
-// span for up to HEADS query heads that share a key/value head. Each task leaves its maximum,
-// its sum and its weighted values; these are merged in the order of the spans.
-#include <cmath>
-#include <cstdlib>
-#include "matrix.h"
+// A row's context is cut into spans by its length and the heads alone, whatever the thread count; a task is one span for
+// up to HEADS query heads that share a key/value head. Each task leaves its maximum, its sum and its weighted values;
+// these are merged in the order of the spans.
+#include "attend.h"
 #include "pool.h"
 
 namespace {
 
-constexpr long SPAN = 512;    // tokens of a task
-constexpr long HEADS = 8;     // query heads of a task
-constexpr long BLOCK = 16;    // tokens whose scores are held at a time
+constexpr long RESULTS = 1024;   // of a row's heads in all of its spans; a longer row has longer spans
 
-struct Paged {
-  const float* q;                   // [rows, heads, width]
-  const uint8_t *keys, *values;     // [slots, kv_heads, width], of `kind`; values may be keys
-  const int32_t *table, *context;   // [rows, table_width], [rows]
-  float* out;                       // [rows, heads, depth]
-  long rows, heads, kv_heads, width, depth;   // depth <= width: a value's leading elements
-  long table_width, block_size;
-  int kind;
-  float scale;
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
 
-  long spans(long r) const { return context[r] > 0 ? (context[r] + SPAN - 1) / SPAN : 0; }
-  long slot(long r, long t) const {
-    return (long)table[r * table_width + t / block_size] * block_size + t % block_size;
-  }
-};
-
-// A task's result: maximum and sum per head, then [HEADS, pad] weighted values.
-struct Partial {
-  float *top, *total, *acc;
-  Partial(float* p) : top(p), total(p + HEADS), acc(p + 2 * HEADS) {}
-};
-
-template <int MR, int NR>
-INLINE void score_tile(const Paged& a, const float* q, const float* const* keys, float* scores) {
-  const float* x[MR];
-  const uint8_t* w[NR];
-  v8 acc[1][MR][NR];
-  UNROLL for (int m = 0; m < MR; m++) {
-    x[m] = q + m * a.width;
-    for (int j = 0; j < NR; j++) acc[0][m][j] = splat(0);
-  }
-  for (int j = 0; j < NR; j++) w[j] = (const uint8_t*)keys[j];
-  dots<Fp32>(w, x, 0, a.width, acc);
-  for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NR; j++) scores[m * BLOCK + j] = sum(acc[0][m][j]) * a.scale;
+// Calls f with the loader of a cache's kind.
+template <class F> INLINE void with_cached(int kind, F f) {
+  kind == FP32 ? f(Fp32()) : kind == FP16 ? f(Fp16()) : f(Bf16Pair());
 }
 
-template <int NR>
-INLINE void score_columns(const Paged& a, const float* q, long heads, const float* const* keys, float* scores) {
-  long h = 0;
-  for (; h + 3 <= heads && heads - h != 4; h += 3) score_tile<3, NR>(a, q + h * a.width, keys, scores + h * BLOCK);
-  for (; h + 2 <= heads; h += 2) score_tile<2, NR>(a, q + h * a.width, keys, scores + h * BLOCK);
-  if (h < heads) score_tile<1, NR>(a, q + h * a.width, keys, scores + h * BLOCK);
-}
-
-// acc[h][d..] = acc * fade[h] + sum over t of weights[h][t] * values[t][d..], HR heads by DR vectors.
-template <int HR, int DR>
-INLINE void mix_tile(const float* weights, const float* fade, const float* const* values, long tokens,
-                     long d, long count, float* acc, long pad) {
-  v8 sums[HR][DR];
-  for (int h = 0; h < HR; h++)
-    for (int i = 0; i < DR; i++) sums[h][i] = load(acc + h * pad + d + 8 * i) * splat(fade[h]);
-  for (long t = 0; t < tokens; t++) {
-    v8 v[DR];
-    for (int i = 0; i < DR; i++) v[i] = DR == 1 ? load_part(values[t] + d, count) : load(values[t] + d + 8 * i);
-    for (int h = 0; h < HR; h++)
-      for (int i = 0; i < DR; i++) sums[h][i] = fma(splat(weights[h * BLOCK + t]), v[i], sums[h][i]);
+// One head's output from the results of all spans, the h-th of `heads` in each; these lie `step` floats apart. The
+// first one is written over.
+template <class L>
+void merge(float* partials, long step, long spans, long heads, long h, long pad, long depth, float* out) {
+  float top = -INFINITY, total = 0;
+  for (long s = 0; s < spans; s++) {
+    float other = Partial(partials + s * step, heads).top[h];
+    top = other > top ? other : top;
   }
-  for (int h = 0; h < HR; h++)
-    for (int i = 0; i < DR; i++) store(acc + h * pad + d + 8 * i, sums[h][i]);
-}
-
-template <int HR>
-INLINE void mix(const float* weights, const float* fade, const float* const* values, long tokens,
-                long depth, float* acc, long pad) {
-  long d = 0;
-  for (; d + 16 <= depth; d += 16) mix_tile<HR, 2>(weights, fade, values, tokens, d, 0, acc, pad);
-  for (; d < depth; d += 8)
-    mix_tile<HR, 1>(weights, fade, values, tokens, d, depth - d < 8 ? depth - d : 8, acc, pad);
-}
-
-// Tokens t0..t1 of row r for `heads` query heads at q, which share key/value head `kv`.
-void attend_span(const Paged& a, long r, long kv, const float* q, long heads, long t0, long t1,
-                 Partial out, long pad, float* scratch) {
-  long bytes = a.kind == FP32 ? 4 : 2;
-  auto place = [&](long t) { return (a.slot(r, t) * a.kv_heads + kv) * a.width * bytes; };
-  for (long h = 0; h < heads; h++) {
-    out.top[h] = -INFINITY;
-    out.total[h] = 0;
-    memset(out.acc + h * pad, 0, pad * 4);
-  }
-  for (long t = t0; t < t1; t += BLOCK) {
-    long tokens = t1 - t < BLOCK ? t1 - t : BLOCK;
-    const float *keys[BLOCK], *values[BLOCK];
-    float scores[HEADS * BLOCK], fade[HEADS];
-    for (long i = 0; i < tokens; i++) {
-      if (t + i + BLOCK < t1) {   // a head's rows lie apart, where hardware does not prefetch
-        long next = place(t + i + BLOCK);
-        for (long o = 0; o < a.width * bytes; o += 64) {
-          __builtin_prefetch(a.keys + next + o);
-          if (a.values != a.keys) __builtin_prefetch(a.values + next + o);
-        }
-      }
-      long here = place(t + i);
-      auto read = [&](const uint8_t* cache, float* buffer) -> const float* {
-        if (a.kind == FP32) return (const float*)(cache + here);
-        if (a.kind == FP16) decode<Fp16>(cache + here, 0, a.width, buffer);
-        else decode<Bf16>(cache + here, 0, a.width, buffer);
-        return buffer;
-      };
-      keys[i] = read(a.keys, scratch + i * a.width);
-      values[i] = a.values == a.keys ? keys[i] : read(a.values, scratch + (BLOCK + i) * a.width);
+  float* sums = Partial(partials, heads).acc + h * pad;
+  for (long s = 0; s < spans; s++) {
+    Partial p(partials + s * step, heads);
+    v8 weight = exp8(splat(p.top[h] - top));
+    total += p.total[h] * weight[0];
+    for (long d = 0; d < pad; d += 8) {
+      v8 scaled = load(p.acc + h * pad + d) * weight;
+      store(sums + d, s ? load(sums + d) + scaled : scaled);
     }
-    long j = 0;
-    for (; j + 4 <= tokens; j += 4) score_columns<4>(a, q, heads, keys + j, scores + j);
-    for (; j < tokens; j++) score_columns<1>(a, q, heads, keys + j, scores + j);
-    for (long h = 0; h < heads; h++) {
-      float *s = scores + h * BLOCK, top = out.top[h];
-      for (long i = 0; i < tokens; i++) top = s[i] > top ? s[i] : top;
-      for (long i = tokens; i < BLOCK; i++) s[i] = -INFINITY;
-      fade[h] = exp8(splat(out.top[h] - top))[0];
-      out.top[h] = top;
-      v8 part = splat(0);
-      for (long i = 0; i < BLOCK; i += 8) {
-        v8 e = exp8(load(s + i) - splat(top));
-        store(s + i, e);
-        part = part + e;
-      }
-      out.total[h] = out.total[h] * fade[h] + sum(part);
-    }
-    long h = 0;
-    for (; h + 4 <= heads; h += 4)
-      mix<4>(scores + h * BLOCK, fade + h, values, tokens, a.depth, out.acc + h * pad, pad);
-    for (; h < heads; h++)
-      mix<1>(scores + h * BLOCK, fade + h, values, tokens, a.depth, out.acc + h * pad, pad);
   }
+  lift<L>(sums, depth, 1 / total, out);
 }
 
-// The outputs of `heads` heads from the results of all spans, which lie `step` floats apart.
-void merge(float* partials, long step, long spans, long heads, long pad, long depth, float* out) {
-  for (long h = 0; h < heads; h++) {
-    float top = -INFINITY, total = 0;
-    for (long s = 0; s < spans; s++) {
-      float other = Partial(partials + s * step).top[h];
-      top = other > top ? other : top;
-    }
-    Partial first(partials);
-    for (long s = 0; s < spans; s++) {
-      Partial p(partials + s * step);
-      v8 weight = exp8(splat(p.top[h] - top));
-      total += p.total[h] * weight[0];
-      for (long d = 0; d < pad; d += 8) {
-        float* sums = first.acc + h * pad + d;
-        v8 scaled = load(p.acc + h * pad + d) * weight;
-        store(sums, s ? load(sums) + scaled : scaled);
-      }
-    }
-    for (long d = 0; d < depth; d += 8)
-      store_part(out + h * depth + d, load(first.acc + h * pad + d) / splat(spans ? total : 1),
-                 depth - d < 8 ? depth - d : 8);
-  }
-}
-
-thread_local Scratch starts, read;
+thread_local Scratch starts, laid;
 
 struct Attend : Kernel<Attend> {
   Paged a;
-  long group, blocks, pad, size, per_span;   // size: floats of a Partial
+  long blocks, most, per_span;   // of heads that share a key/value head; heads of a block; tasks of a span
+  long wide, pad, size;          // floats of a query and of its sums as they are laid; of a Partial
 
   Attend(const Paged& paged, const char* called) : a(paged) {
     name = called;
     shared = true;
-    group = a.heads / a.kv_heads;
+    long group = a.heads / a.kv_heads, step = a.kind == BF16 ? Bf16Pair::STEP : 8;
     blocks = (group + HEADS - 1) / HEADS;
-    pad = (a.depth + 7) / 8 * 8;
-    size = HEADS * (2 + pad);
+    most = (group + blocks - 1) / blocks;
     per_span = a.kv_heads * blocks;
+    wide = up(a.width, step);
+    pad = up(a.depth, step);
+    size = up(most * (2 + pad), LINE / 4);
     long slots = INT32_MAX, row = slots * a.kv_heads * a.width;   // how long the cache is, nobody said
     reads(a.q, a.rows * a.heads * a.width * 4);
     reads(a.keys, row);
@@ -189,47 +64,73 @@ struct Attend : Kernel<Attend> {
     reads(a.context, a.rows * 4);
     writes(a.out, a.rows * a.heads * a.depth * 4);
   }
+
+  long each(long r) const {   // tokens of a span
+    long whole = (a.context[r] + BLOCK - 1) / BLOCK, limit = a.heads < RESULTS ? RESULTS / a.heads : 1;
+    long n = whole < limit ? whole : limit;
+    return up((a.context[r] + n - 1) / n, KEYS);
+  }
+  long spans(long r) const { return a.context[r] > 0 ? (a.context[r] + each(r) - 1) / each(r) : 0; }
   long spans() const {
     long all = 0;
-    for (long r = 0; r < a.rows; r++) all += a.spans(r);
+    for (long r = 0; r < a.rows; r++) all += spans(r);
     return all;
   }
   long scratch() const override { return (spans() * per_span + 1) * size * 4; }
-  void end(float* partials, long r, long spans, long i) const {
-    long kv = i / blocks, h = i % blocks * HEADS, heads = group - h < HEADS ? group - h : HEADS;
-    float* out = a.out + (r * a.heads + kv * group + h) * a.depth;
-    if (spans) merge(partials, size, spans, heads, pad, a.depth, out);
-    else memset(out, 0, heads * a.depth * sizeof(float));
+
+  // Heads of the i-th task of a span: its key/value head, the first of its query heads, how many.
+  struct Some { long kv, first, count; };
+  Some some(long i) const {
+    long group = a.heads / a.kv_heads, kv = i / blocks, h = i % blocks * most;
+    return {kv, kv * group + h, group - h < most ? group - h : most};
   }
-  // The partials of a (row, kv head, head block) lie together, span after span. A row of one span ends at once.
+  void attend(long r, long s, long i, float* partial) const {
+    Some heads = some(i);
+    long from = s * each(r), to = from + each(r);
+    Span span = {r, heads.kv, from, to < a.context[r] ? to : a.context[r]};
+    float* q = (float*)laid.of(HEADS * wide * sizeof(float));
+    with_cached(a.kind, [&](auto loader) {
+      typedef decltype(loader) L;
+      for (long h = 0; h < heads.count; h++)
+        lay<L>(a.q + (r * a.heads + heads.first + h) * a.width, a.width, a.scale, q + h * wide);
+      attend_span<L>(a, span, q, wide, heads.count, i % blocks == 0, Partial(partial, most), pad);
+    });
+  }
+  // The h-th head of the i-th task of row r, whose first results lie at `partials`.
+  void end(float* partials, long r, long i, long h) const {
+    float* out = a.out + (r * a.heads + some(i).first + h) * a.depth;
+    if (!spans(r)) memset(out, 0, a.depth * sizeof(float));
+    else with_cached(a.kind, [&](auto loader) {
+      merge<decltype(loader)>(partials, per_span * size, spans(r), most, h, pad, a.depth, out);
+    });
+  }
+
+  // A row's tasks go by span, so that what a thread reads lies together. A row of one span ends at once.
   void run(Team& team) const override {
     long* start = (long*)starts.of((a.rows + 1) * sizeof(long));   // first span of each row
-    float *partials = (float*)team.scratch, *cached = (float*)read.of((2 * BLOCK * a.width + 8) * sizeof(float));
+    float* partials = (float*)team.scratch;
     bool later = false;
     start[0] = 0;
     for (long r = 0; r < a.rows; r++) {
-      start[r + 1] = start[r] + a.spans(r);
-      later |= a.spans(r) != 1;
+      start[r + 1] = start[r] + spans(r);
+      later |= spans(r) != 1;
     }
     team.share(start[a.rows] * per_span, [&](long task) {
-      long low = 0, high = a.rows;
+      long low = 0, high = a.rows, span = task / per_span, i = task % per_span;
       while (high - low > 1) {
         long middle = (low + high) / 2;
-        (start[middle] * per_span <= task ? low : high) = middle;
+        (start[middle] <= span ? low : high) = middle;
       }
-      long r = low, spans = a.spans(r), local = task - start[r] * per_span;
-      long s = local % spans, block = local / spans % blocks, kv = local / spans / blocks;
-      long h = block * HEADS, heads = group - h < HEADS ? group - h : HEADS;
-      long t1 = (s + 1) * SPAN < a.context[r] ? (s + 1) * SPAN : a.context[r];
-      attend_span(a, r, kv, a.q + (r * a.heads + kv * group + h) * a.width, heads, s * SPAN, t1,
-                  Partial(partials + task * size), pad, cached);
-      if (spans == 1) end(partials + task * size, r, 1, local);
+      attend(low, span - start[low], i, partials + task * size);
+      if (spans(low) == 1)
+        for (long h = 0; h < some(i).count; h++) end(partials + task * size, low, i, h);
     });
     if (!later) return;
     team.barrier();
-    team.share(a.rows * per_span, [&](long i) {
-      long r = i / per_span, spans = a.spans(r);
-      if (spans != 1) end(partials + (start[r] * per_span + i % per_span * spans) * size, r, spans, i % per_span);
+    team.share(a.rows * per_span, [&](long item) {
+      long r = item / per_span, i = item % per_span;
+      if (spans(r) != 1)
+        for (long h = 0; h < some(i).count; h++) end(partials + (start[r] * per_span + i) * size, r, i, h);
     });
   }
 };
