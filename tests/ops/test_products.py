@@ -99,7 +99,7 @@ def test_activations_round_to_nearest_even():
 @pytest.mark.parametrize("group", [32, 96, 128, 0])
 def test_activations_round_to_integers_by_groups(products, group):
     """Against codes in float64, and by hand where they are ties, through a kernel whose weights are one at a time 1."""
-    share, k, limit = integers.GROUP, 300, integers.LARGEST[products]
+    share, k, limit = integers.GROUP[products], 300, integers.LARGEST[products]
     x = torch.randn(9, k) * torch.logspace(-30, 30, 9)[:, None]
     x[1, :share], x[2], x[3, 5], x[4], x[5] = 0, 0, float("nan"), 1e-37, 0
     x[5, :5] = torch.tensor([limit, 0.5, 1.5, -2.5, 63.49])

@@ -25,6 +25,7 @@ from ..plan.plan import Plan, Row
 from ..plan.ranks import cuts_of
 from ..plan.recipes import products_of
 from ..scheme import Stored
+from .pages import Pages
 from .ranges import fill
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ class Memory:
         self.rows: dict[str, Row] = {row.name: row for row in plan.rows}
         self.known = {w.name: w for w in weights(spec)}
         self.held: dict[str, Stored] = {}
+        self.pages = Pages()
 
     def place(self, name: str) -> Slice:
         """What the rank holds of a weight of its own."""
@@ -65,16 +67,19 @@ class Memory:
     def device(self, row: Row) -> str:
         return self.mesh.devices[self.rank] if self.mesh else row.store
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+        return self.pages.empty(shape, dtype) if device == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
     def __call__(self, name: str) -> Stored:
         if name not in self.held:
             row, shape = self.rows[name], self.place(name).shape(self.known[name])
             scheme, device = schemes.get(row.scheme), self.device(row)
             try:
                 parts = {
-                    part: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+                    part: self.empty(spec.shape, getattr(torch, spec.dtype), device)
                     for part, spec in schemes.parts_of(scheme, shape).items()
                 }
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            except (OSError, RuntimeError, torch.OutOfMemoryError) as error:
                 raise DoesNotFit(f"No memory for {name} ({row.nbytes} bytes) on {device}: {error}") from None
             products = products_of(row.role, row.scheme, device.split(":")[0], self.compute)
             self.held[name] = Stored(scheme, shape, parts, products)

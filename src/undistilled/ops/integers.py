@@ -1,4 +1,4 @@
-"""Activations rounded to INT8 or INT16 by groups of 32 inputs, for products of integers.
+"""Activations rounded to INT8 or INT16 by groups of inputs, for products of integers.
 
 A group's scale is its largest magnitude by 127 or 32767, and every input becomes the nearest multiple of it, ties to
 even.
@@ -10,7 +10,7 @@ import torch
 
 from ..scheme import Scheme, grouped, int8, tiles
 
-GROUP, LARGEST = int8.ACTIVATIONS, int8.LARGEST
+GROUP, LARGEST = int8.ACTIVATIONS, int8.LARGEST  # by products
 LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
 
 
@@ -20,8 +20,8 @@ def serves(scheme: Scheme) -> bool:
 
 
 def rounded(x: torch.Tensor, products: str) -> torch.Tensor:
-    """x [..., K] with every GROUP inputs as codes of a row of LARGEST times their scale, in x's dtype."""
-    groups, limit = int8.grouped(x.float(), GROUP), LARGEST[products]
+    """x [..., K] with every group of inputs as codes of a row of LARGEST times their scale, in x's dtype."""
+    groups, limit = int8.grouped(x.float(), GROUP[products]), LARGEST[products]
     most = groups.abs().amax(-1, keepdim=True)
     most = most.masked_fill(most < LEAST, 0.0)
     inverse = most.new_tensor(limit) / most  # a number by a tensor would be its reciprocal's product

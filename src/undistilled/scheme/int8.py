@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .base import Dim
 
-ACTIVATIONS = 32  # inputs whose activations share a scale in products of integers; weights' groups are multiples of it
+QUANTUM = 32  # groups of weights whose products may be of integers are multiples of it
+ACTIVATIONS = {"int8": QUANTUM, "int16": 4 * QUANTUM}  # inputs whose activations share a scale in such products
 LARGEST = {"int8": 127.0, "int16": 32767.0}  # what they may be rounded to, and the code of a group's largest
 
 

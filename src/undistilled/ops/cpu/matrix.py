@@ -16,7 +16,6 @@ from torch import Tensor
 from ...errors import BadArtefact
 from ...scheme import Stored, fp8_block, grouped, int8, plain, tiles
 from ...scheme.packing import QUANTUM
-from .. import integers
 
 KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6}
 """How a weight matrix [N, K] is stored.
@@ -81,10 +80,10 @@ class Matrix:
 
     def __init__(self, kind: int, n: int, k: int, group: int, products: str | None, experts: int | None):
         check(products != "bfloat16" or kind > KIND["fp16"], "products: not bfloat16 for fp32 and fp16")
-        if products in integers.LARGEST:
+        if products in int8.LARGEST:
             check(kind in (KIND["int8"], KIND["coded"]), f"products: {products} for int8 and codes alone")
-            whole = kind == KIND["coded"] or group % integers.GROUP == 0
-            check(whole, f"group: products of {products} want a multiple of {integers.GROUP}")
+            whole = kind == KIND["coded"] or group % QUANTUM == 0
+            check(whole, f"group: products of {products} want a multiple of {QUANTUM}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
         rounds = REORDERED if kind == KIND["fp8_block"] and not products else ROUNDS[products]
         self.struct = _Matrix(kind=kind, rounds=rounds, n=n, k=k, group=group or k)
