@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..scheme import Stored, fp8_block, fp8_channel, int8, plain
+from ..scheme import Stored, fp8_block, fp8_channel, plain
 from . import integers
 from . import triton as cuda
 from .add import add
@@ -62,28 +62,6 @@ def served(weight: Stored, dtype: torch.dtype) -> bool:
 )
 def _dense(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return F.linear(x_TK, weight.parts["values"])
-
-
-def _int8pack(w: Stored, dtype: torch.dtype) -> bool:
-    return (
-        not w.products
-        and isinstance(w.scheme, int8.Int8)
-        and w.scheme.group == 0
-        and w.device.type == "cpu"
-        and dtype == torch.float32
-        and w.shape[-1] % 16 == 0
-        and w.shape[-2] % 4 == 0
-    )
-
-
-@linear.register("int8pack", _int8pack, "PyTorch's aten::_weight_int8pack_mm for few tokens, BF16 activations inside")
-def _int8_torch(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    if x_TK.shape[0] >= LARGE:
-        return F.linear(x_TK, weight.dense(x_TK.dtype))
-    scales = weight.parts["scales"][:, 0]
-    ones = torch.ones_like(scales, dtype=torch.bfloat16)
-    y = torch.ops.aten._weight_int8pack_mm(x_TK.bfloat16(), weight.parts["values"], ones)
-    return y.float() * scales
 
 
 def native_ready(w: Stored, dtype: torch.dtype) -> bool:
