@@ -15,7 +15,10 @@ from setuptools.modified import newer_group
 
 CPU = "src/undistilled/ops/cpu"
 TABLE = runpy.run_path(f"{CPU}/builds.py")
-FLAGS = "-std=c++17 -O3 -g0 -pthread -ffp-contract=off -fno-tree-slp-vectorize -fno-exceptions -fno-rtti -Wno-psabi".split()
+FLAGS = (
+    "-std=c++17 -O3 -g0 -pthread -ffp-contract=off -fno-exceptions -fno-rtti -Wno-psabi "
+    "-fno-tree-slp-vectorize"  # it would gather the kernels' scalar pointers in vectors
+).split()
 
 
 def of_these(library):

@@ -199,7 +199,7 @@ class Cuts:
         scheme = self.stored[weight.name]
         found = quantum(schemes.get(scheme), axis)
         coarse = axis == "in" and products_of(weight.role, scheme, "cpu", self.compute) == "int8"
-        return math.lcm(found, int8.QUANTUM) if coarse else found
+        return math.lcm(found, int8.ACTIVATIONS["int8"]) if coarse else found
 
     def _check_quanta(self, weight: Weight, axis: str, start: int, stop: int) -> None:
         scheme, size = self.stored[weight.name], weight.shape[0 if axis == "out" else 1]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from .base import Dim
 
-QUANTUM = 32  # groups of weights whose products may be of integers are multiples of it
-ACTIVATIONS = {"int8": QUANTUM, "int16": 4 * QUANTUM}  # inputs whose activations share a scale in such products
+ACTIVATIONS = {"int8": 32, "int16": 128}  # inputs whose activations share a scale in products of integers
 LARGEST = {"int8": 127.0, "int16": 32767.0}  # what they may be rounded to, and the code of a group's largest
 
 

@@ -8,8 +8,12 @@ template <class W, bool SMALL> struct ByBytes {
   template <class X> INLINE typename X::Wide at(const W& w, const uint8_t* from) {
     return X::template wide<SMALL>(w.load(from));
   }
-  template <class X> INLINE typename X::Wide part(const W& w, const uint8_t* from, long some) {
-    return X::template wide<SMALL>(w.load_part(from, some));
+};
+
+// As far as units are whole as they are stored.
+template <class W> struct Filled {
+  template <class X> INLINE typename X::Wide part(const W& w, const uint8_t* from, long) {
+    return W::template at<X>(w, from);
   }
 };
 
@@ -17,10 +21,10 @@ struct Plain : ByBytes<Plain, false> {   // INT8, FP8
   static constexpr long BLOCK = QUANTUM;
   static constexpr float unit = 1, least = 0;
   INLINE c32 load(const uint8_t* w) { return codes_at(w); }
-  INLINE c32 load_part(const uint8_t* w, long some) {
+  template <class X> INLINE typename X::Wide part(const Plain& w, const uint8_t* from, long some) {
     uint8_t padded[QUANTUM] = {0};
-    memcpy(padded, w, some);
-    return codes_at(padded);
+    memcpy(padded, from, some);
+    return at<X>(w, padded);
   }
 };
 
@@ -53,54 +57,41 @@ struct Steps {
   }
 };
 
-#define ALWAYS __attribute__((always_inline))
-
-template <int BITS> struct Decoded : Whole<BITS>, ByBytes<Decoded<BITS>, false> {
+template <int BITS> struct Decoded : Whole<BITS>, ByBytes<Decoded<BITS>, false>, Filled<Decoded<BITS>> {
   static constexpr long BLOCK = 4 * BITS;
   using Whole<BITS>::Whole;
-  ALWAYS c32 load(const uint8_t* w) const { return this->lookup.find(codes_of<BITS>(w)); }
-  ALWAYS c32 load_part(const uint8_t* w, long) const { return load(w); }   // whole as stored
+  __attribute__((always_inline)) c32 load(const uint8_t* w) const { return this->lookup.find(codes_of<BITS>(w)); }
 };
 
-template <int BITS> struct Counted : Steps, ByBytes<Counted<BITS>, true> {
+template <int BITS> struct Counted : Steps, ByBytes<Counted<BITS>, true>, Filled<Counted<BITS>> {
   static constexpr long BLOCK = 4 * BITS;
   using Steps::Steps;
   INLINE c32 load(const uint8_t* w) { return codes_of<BITS>(w); }
-  INLINE c32 load_part(const uint8_t* w, long) { return load(w); }
 };
 
 // The same two for two blocks of 4 bits at once.
-struct DecodedNibbles : Whole<4> {
+struct DecodedNibbles : Whole<4>, Filled<DecodedNibbles> {
   static constexpr long BLOCK = 32;
   using Whole<4>::Whole;
   template <class X> INLINE typename X::Wide at(const DecodedNibbles& w, const uint8_t* from) {
     c32 both = codes_at(from), few = both & 15, above = both >> 4;
     return X::words(w.lookup.find(few), w.lookup.find(above));
   }
-  template <class X> INLINE typename X::Wide part(const DecodedNibbles& w, const uint8_t* from, long) {
-    return at<X>(w, from);
-  }
 };
 
-struct CountedNibbles : Steps {
+struct CountedNibbles : Steps, Filled<CountedNibbles> {
   static constexpr long BLOCK = 32;
   using Steps::Steps;
   template <class X> INLINE typename X::Wide at(const CountedNibbles&, const uint8_t* from) {
     return X::words(codes_at(from));
   }
-  template <class X> INLINE typename X::Wide part(const CountedNibbles& w, const uint8_t* from, long) {
-    return at<X>(w, from);
-  }
 };
 
 // Codes that are unpacked already.
-template <class Of> struct Unpacked {
+template <class Of> struct Unpacked : Filled<Unpacked<Of>> {
   static constexpr long BLOCK = sizeof(typename Of::Wide);
   template <class X> INLINE typename X::Wide at(const Unpacked&, const uint8_t* from) {
     return *(const typename X::Wide*)from;
-  }
-  template <class X> INLINE typename X::Wide part(const Unpacked& w, const uint8_t* from, long) {
-    return at<X>(w, from);
   }
 };
 

@@ -42,10 +42,10 @@ template <class X, int MR> struct Inputs {
   const float* scales[MR];        // from the first input's on
   long past;                      // units that share that scale with it and come before
 
-  INLINE void at(const Row<X>* x, unsigned long k, Inputs* in) {
-    unsigned long unit = k / X::UNIT;   // without sign: shifts alone
-    UNROLL for (int m = 0; m < MR; m++) in->codes[m] = x[m].codes + k, in->scales[m] = x[m].scales + unit / X::SHARE;
-    in->past = unit % X::SHARE;
+  __attribute__((always_inline)) Inputs(const Row<X>* x, unsigned long k) {   // without sign: shifts alone
+    unsigned long unit = k / X::UNIT;
+    UNROLL for (int m = 0; m < MR; m++) codes[m] = x[m].codes + k, scales[m] = x[m].scales + unit / X::SHARE;
+    past = unit % X::SHARE;
   }
 };
 
@@ -58,7 +58,7 @@ INLINE void add(const W& w, const Strip& s, const uint8_t* from, long step, cons
   typename X::Sum sum[NR][MR];
   UNROLL for (int r = 0; r < NR; r++)
     UNROLL for (int m = 0; m < MR; m++) sum[r][m] = X::none();
-  auto meet = [&](auto unit, long b) {   // unit(r): of a row
+  auto meet = [&](auto unit, long b) {   // unit(at): as it meets x
     typename X::Wide of[NR];
     UNROLL for (int r = 0; r < NR; r++) of[r] = unit(from + r * step);
     UNROLL for (int p = 0; p < PARTS; p++)
@@ -116,9 +116,8 @@ template <class X, int BLOCKS, class W>
 __attribute__((noinline)) void straight(const W& from, const Strip& strip, long count, const Row<X>* x, v8* totals) {
   const W w = from;
   const Strip s = strip;
-  Inputs<X, 1> in;
   v8 total[1];
-  auto some = [&](auto blocks, long r, long t) {
+  auto some = [&](auto blocks, const Inputs<X, 1>& in, long r, long t) {
     const uint8_t* at = s.first + r * s.row + t * s.tile;
     constexpr long bytes = (BLOCKS ? BLOCKS : 1) * W::BLOCK;
     UNROLL for (long o = 0; o < bytes; o += LINE) __builtin_prefetch(at + s.ahead + o, 0, 2);
@@ -128,19 +127,17 @@ __attribute__((noinline)) void straight(const W& from, const Strip& strip, long 
   if (s.rows_apart)
     for (long r = 0; r < count; r++) {
       total[0] = totals[r];
-      for (long t = 0; t < s.whole; t++) Inputs<X, 1>::at(x, s.at[t], &in), some(Tiles<BLOCKS>(), r, t);
-      for (long t = s.whole; t < s.tiles; t++) {
-        Inputs<X, 1>::at(x, s.at[t], &in);
-        rest<X, BLOCKS>(s, t, [&](auto blocks) { some(blocks, r, t); });
-      }
+      for (long t = 0; t < s.whole; t++) some(Tiles<BLOCKS>(), Inputs<X, 1>(x, s.at[t]), r, t);
+      for (long t = s.whole; t < s.tiles; t++)
+        rest<X, BLOCKS>(s, t, [&](auto blocks) { some(blocks, Inputs<X, 1>(x, s.at[t]), r, t); });
       totals[r] = total[0];
     }
   else
     for (long t = 0; t < s.tiles; t++) {
-      Inputs<X, 1>::at(x, s.at[t], &in);
+      const Inputs<X, 1> in(x, s.at[t]);
       for (long r = 0; r < count; r++) {
         total[0] = totals[r];
-        some(Tiles<BLOCKS>(), r, t);
+        some(Tiles<BLOCKS>(), in, r, t);
         totals[r] = total[0];
       }
     }
@@ -155,8 +152,7 @@ INLINE void slice_rows(const typename X::Wide* codes, const Strip& s, long first
   UNROLL for (int r = 0; r < NR; r++)
     UNROLL for (int m = 0; m < MR; m++) total[r][m] = totals[m * OUTPUTS + first + r];
   auto some = [&](auto blocks, long t) {
-    Inputs<X, MR> in;
-    Inputs<X, MR>::at(x, s.at[t], &in);
+    const Inputs<X, MR> in(x, s.at[t]);
     const uint8_t* from = (const uint8_t*)codes + (t * OUTPUTS + first) * step;
     const float* scale = scales + t * s.by_tile;
     add<X, MR, NR, decltype(blocks)::value>(Unpacked<X>(), s, from, step, in, scale, s.blocks_of(t), s.k, total);

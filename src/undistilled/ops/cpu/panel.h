@@ -2,8 +2,6 @@
 #pragma once
 #include "decoders.h"
 
-INLINE long least_of(long a, long b) { return a < b ? a : b; }
-
 constexpr long OUTPUTS = TILE;    // of a panel
 
 // Up to 8 scales or minimums from the i-th stored number on, of which `some` are there.
@@ -121,8 +119,10 @@ struct Panel {
     for (long m = 0; m < rows; m++)
       for (long r = 0; r < count; r++) {
         v8 total = splat(0);
-        for (long i = 0; (a.mins.at || least) && i < by_row; i += LANES)
-          total = fma(load_part(mins + r * by_row + i, least_of(by_row - i, LANES)), load(x[m].sums + i), total);
+        for (long i = 0; (a.mins.at || least) && i < by_row; i += LANES) {
+          const float* some = mins + r * by_row + i;
+          total = fma(by_row - i < LANES ? load_part(some, by_row - i) : load(some), load(x[m].sums + i), total);
+        }
         totals[m * OUTPUTS + r] = total;
       }
   }
