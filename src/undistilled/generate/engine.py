@@ -276,7 +276,8 @@ def _open_ranks(
         crew.wait_ready()
         os.environ.update(place.network)
         began = monotonic()
-        with crew.guarded(lambda: Beat(0, 0, JOINING, monotonic() - began, 0, 0.0, 0.0)):
+        others = tuple(range(1, plan.mesh.size))
+        with crew.guarded(lambda: Beat(0, 0, 1, JOINING, monotonic() - began, awaits=others)):
             comm = Comm(plan.mesh, 0, place.store)
         share(decoder, cuts_of(plan, model.spec), 0, comm)
         engine = warmed(Engine(decoder, plan, tokenizer, name, crew, comm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
@@ -23,10 +24,11 @@ ROWS = {"cpu": LARGE - 1, "cuda": 4096}
 
 @dataclass
 class Submitted:
-    """A pass on its way. `logits` [last, vocab] where they are here already."""
+    """A pass on its way. `logits` [last, vocab] where they are here already; number: of the pass, in all ranks."""
 
     last: int
     logits: torch.Tensor | None
+    number: int
 
 
 def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache], comm: Comm | None) -> Graphs | Programs | None:
@@ -49,6 +51,7 @@ class Part:
         self.caches = allocate(decoder.spec, plan.kv, self.device, len(decoder.layers))
         self.graphs = _replayed(decoder, plan, self.caches, comm)
         self.clock, self.passes = Clock(self.device, comm), 0
+        self.begun, self.at, self._entered = 0, 0, 0  # passes; the one that this rank is in; `comm.entered` before it
 
     @property
     def busy(self) -> float:
@@ -58,22 +61,30 @@ class Part:
     @torch.inference_mode()
     def submit(self, work: Pass) -> Submitted:
         """Do this rank's part of a pass. On rank 0, `collect` gives the logits."""
+        self._begin()
         batch, before = self.batch(work), self._before(work)
         with self.clock.during():
             ran = self._run(batch, before)
             logits = self._logits(work, ran)
+        logits = self._after(work, ran.h_TD, logits)
         self.passes += 1
-        return Submitted(len(work.last), self._after(work, ran.h_TD, logits))
+        return Submitted(len(work.last), logits, self.begun)
+
+    def _begin(self) -> None:
+        self.begun += 1
+        self.at, self._entered = self.begun, self.comm.entered if self.comm else 0
 
     def beat(self) -> Beat:
         """What this rank is in, of those that have others."""
         comm = self.comm
         assert comm is not None
-        return Beat(comm.rank, comm.entered, comm.doing, comm.seconds, self.passes, self.busy, comm.waited)
+        doing, since, awaits = comm.state
+        entered, seconds = comm.entered - self._entered, perf_counter() - since
+        return Beat(comm.rank, self.at, entered, doing, seconds, self.passes, self.busy, comm.waited, awaits)
 
     def collect(self, submitted: Submitted) -> torch.Tensor:
         """Logits [last, vocab] of a pass, in the order in which passes were submitted."""
-        logits = submitted.logits
+        logits, self.at = submitted.logits, submitted.number
         if logits is None and submitted.last:
             assert self.comm is not None
             logits = self.comm.receive_back(submitted.last, self.decoder.spec.vocab)

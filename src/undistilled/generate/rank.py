@@ -89,11 +89,14 @@ class Rank:
     def beat(self) -> Beat:
         part, idle = self.part, self.idle_since
         if not self.joining:
-            return Beat(self.number, 0, IDLE, 0.0, 0, 0.0, 0.0)
+            return Beat(self.number, 0, 0, IDLE, 0.0)
         if part is None:
-            return Beat(self.number, 0, JOINING, monotonic() - self.joining, 0, 0.0, 0.0)
-        beat = part.beat()
-        return beat if idle is None else msgspec.structs.replace(beat, doing=IDLE, seconds=monotonic() - idle)
+            assert self.plan.mesh is not None
+            others = tuple(rank for rank in range(self.plan.mesh.size) if rank != self.number)
+            return Beat(self.number, 0, 1, JOINING, monotonic() - self.joining, awaits=others)
+        if idle is None:
+            return part.beat()
+        return msgspec.structs.replace(part.beat(), doing=IDLE, seconds=monotonic() - idle, awaits=())
 
     def load(self) -> None:
         model, plan = find(self.boot["model"]), self.plan

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..events import emit
 from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
-from .messages import COMPUTING, JOINING
+from .messages import COMPUTING, GATHER, JOINING, REDUCE, SETTLING
 from .symmetric import OneShot
 
 ONE_SHOT = 1 << 20  # bytes
@@ -32,18 +32,21 @@ RETURNING, RETURNED = "send logits to rank 0", "receive logits of the last stage
 
 
 class Comm:
-    """A rank's way to the others. `entered`: collectives and messages begun; `waited`: seconds spent in them."""
+    """A rank's way to the others. `entered`: collectives and messages begun; `waited`: seconds spent in them; `state`:
+    what it is in, since when, and for whom that waits."""
 
     def __init__(self, mesh: Mesh, rank: int, store: str) -> None:
         self.mesh, self.rank = mesh, rank
         self.device = torch.device(mesh.devices[rank])
-        self.entered, self.doing, self.since = 0, COMPUTING, perf_counter()
-        self.waited = 0.0
+        self.entered, self.waited = 0, 0.0
+        self.others = tuple(other for other in range(mesh.size) if other != rank)
+        self.peers = tuple(other for other in mesh.peers(rank) if other != rank)
+        self.progress()
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        with self._during(JOINING, 0):
+        with self._during(JOINING, 0, self.others):
             shared = rendezvous(store, mesh.size)
             dist.init_process_group(backend, store=shared, rank=rank, world_size=mesh.size, timeout=TIMEOUT)
             self.stage = self._groups(backend)
@@ -84,23 +87,19 @@ class Comm:
 
     def progress(self) -> None:
         """A layer is done: computing is no stall."""
-        self.since = perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """How long this rank has been `doing` what it does."""
-        return perf_counter() - self.since
+        self.state: tuple[str, float, tuple[int, ...]] = COMPUTING, perf_counter(), ()
 
     @contextmanager
-    def _during(self, what: str, nbytes: int) -> Iterator[None]:
+    def _during(self, what: str, nbytes: int, awaits: tuple[int, ...]) -> Iterator[None]:
         self.entered += 1
-        self.doing, self.since = what, perf_counter()
+        began = perf_counter()
+        self.state = what, began, awaits  # at once: another thread reads it
         try:
             yield
         finally:
-            seconds = perf_counter() - self.since
+            seconds = perf_counter() - began
             self.waited += seconds
-            self.doing, self.since = COMPUTING, perf_counter()
+            self.progress()
             emit("comm", operation=what, bytes=nbytes, seconds=seconds, rank=self.rank)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +107,7 @@ class Comm:
         if self.stage is None:
             return x
         nbytes = x.numel() * x.element_size()
-        with self._during("all_reduce", nbytes):
+        with self._during(REDUCE, nbytes, self.peers):
             x = x.contiguous()
             if self.one_shot is not None and self.one_shot.takes(nbytes, x.dtype):
                 return self.one_shot.sum(x)
@@ -131,7 +130,7 @@ class Comm:
         if self.stage is None:
             return x
         widest, nbytes = max(widths), x.shape[0] * sum(widths) * x.element_size()
-        with self._during("all_gather", nbytes):
+        with self._during(GATHER, nbytes, self.peers):
             if self.one_shot is not None and self.one_shot.takes(nbytes, x.dtype):
                 whole = x.new_zeros(x.shape[0], sum(widths))
                 start = sum(widths[: self.mesh.within(self.rank)])
@@ -144,7 +143,7 @@ class Comm:
     def settle(self) -> None:
         """Wait for the GPU, whose collectives a host otherwise meets where it reads a result."""
         if self.device.type == "cuda":
-            with self._during("waiting for the GPU", 0):
+            with self._during(SETTLING, 0, self.others):
                 torch.cuda.current_stream(self.device).synchronize()
 
     def send_on(self, h_TD: torch.Tensor) -> None:
@@ -165,7 +164,7 @@ class Comm:
         return self._receive((rows, vocab), torch.float32, source, self.back, RETURNED)
 
     def _send(self, x: torch.Tensor, to: int, group: dist.ProcessGroup, what: str) -> None:
-        with self._during(what, x.numel() * x.element_size()):
+        with self._during(what, x.numel() * x.element_size(), (to,)):
             if len(self._sent) >= PENDING:  # gloo says that a send is done to who waits for it alone
                 self._sent.popleft()[0].wait()
             x = x.clone() if x.is_contiguous() else x.contiguous()  # a captured pass writes to the same place again
@@ -177,7 +176,7 @@ class Comm:
         self, shape: tuple[int, ...], dtype: torch.dtype, source: int, group: dist.ProcessGroup, what: str
     ) -> torch.Tensor:
         x = torch.empty(shape, dtype=dtype, device=self.device)
-        with self._during(what, x.numel() * x.element_size()):
+        with self._during(what, x.numel() * x.element_size(), (source,)):
             work = dist.irecv(x, source, group=group)
             assert work is not None
             work.wait()

@@ -1,7 +1,7 @@
 """The driver's side of the other ranks: starts them, tells them each pass, and watches that none is lost.
 
-The driver is rank 0 and computes too, so a thread watches. It ends the run where a rank's process ends, sends no sign
-of life, or stays behind in a collective that others wait in, for `watchdog` seconds.
+The driver is rank 0 and computes too, so a thread watches: it hears the ranks' signs of life, and ends the run where
+blame.py finds one lost.
 """
 
 from __future__ import annotations
@@ -19,36 +19,17 @@ import zmq
 from ..errors import RankLost, UndistilledError, named
 from ..events import emit
 from ..wire import Wire, bounded
-from .messages import (
-    COMPUTING,
-    IDLE,
-    JOINING,
-    Beat,
-    Broke,
-    Command,
-    Handed,
-    Here,
-    Loading,
-    Moved,
-    Pass,
-    Ready,
-    Report,
-    Stop,
-    Watch,
-)
-from .places import LOST, Place
+from .blame import FAILED, Limits, Verdict, dead, silent, stalled
+from .messages import Beat, Broke, Command, Handed, Here, Loading, Moved, Pass, Ready, Report, Stop, Watch
+from .places import Place
 
 WATCHDOG = 60.0  # seconds
 GRACE = 5.0  # seconds that the driver has to notice that its collective failed
+LAST_WORDS = 0.1  # seconds that what an ended rank said may take to be here
 BLAME = 2.0  # seconds in which it shows that another rank is at fault for the driver's error
 SIGN = 0.5  # seconds between the driver's own signs of life
 PATIENCE = 10.0  # seconds, at least, that a rank goes on without one
 STARTED = 300.0  # seconds for a process to give its first sign of life
-
-
-def _said(doing: str) -> str:
-    """For "it was ...": collectives are what a rank is in."""
-    return doing if doing in (IDLE, COMPUTING, JOINING) else f"in {doing}"
 
 
 class Crew:
@@ -63,6 +44,7 @@ class Crew:
         self._left = False  # a pass by the driver, whose error explains that the others wait
         self._heard = dict.fromkeys(range(1, place.size), time.monotonic() + STARTED)
         self._ready: set[int] = set()
+        self._ended = 0.0  # when the first rank was seen to have ended
         self._lock, self._saying = threading.Lock(), threading.Lock()
         self._said = 0.0  # when the others last heard that this process lives
         self._closing = False
@@ -167,10 +149,10 @@ class Crew:
         while self._inbox.poll(wait):
             self._hear(self._wire.unpack(self._inbox.recv_multipart()))
             wait = 0
-        late = time.monotonic() - began > 1  # this process was stopped, or busy: the others may have spoken meanwhile
-        fault = self._ended() or (None if late else self._silent() or self._stalled())
-        if fault and not self._closing:
-            self._end(fault)
+        late = time.monotonic() - began > 1
+        verdict = self._judged(late)
+        if verdict and not self._closing:
+            self._end(self._lost(verdict))
 
     def _hear(self, report: Report | None) -> None:
         if report is None:
@@ -196,58 +178,36 @@ class Crew:
     def _ended_others(self, rank: int) -> bool:
         """Whether another rank has died, which explains that this one's collective failed."""
         time.sleep(0.2)
-        found = next((r for r, p in self.processes.items() if r != rank and p.poll() not in (None, 1)), None)
+        codes = {r: code for r, code in self._codes().items() if r != rank and code != FAILED}
+        found = dead(codes, self.beats)
         if found is not None:
-            self._end(self._died(found))
+            self._end(self._lost(found))
         return found is not None
 
-    def _ended(self) -> RankLost | None:
-        found = next((r for r, p in self.processes.items() if p.poll() is not None), None)
-        if found is None or self._inbox.poll(100):  # its last words come first
+    def _codes(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended."""
+        polled = {rank: process.poll() for rank, process in self.processes.items()}
+        return {rank: code for rank, code in polled.items() if code is not None}
+
+    def _judged(self, late: bool) -> Verdict | None:
+        """late: this process was stopped, or busy, so that the others may have spoken meanwhile."""
+        codes, now = self._codes(), time.monotonic()
+        if codes:
+            self._ended = self._ended or now
+            return dead(codes, self.beats) if now - self._ended > LAST_WORDS else None
+        if late:
             return None
-        return self._died(found)
+        limits, step = Limits(self.watchdog), self._step
+        beats = self.beats | ({0: step()} if step else {})
+        found = silent(self._heard, self.beats, now, limits)
+        return found or (None if self._left else stalled(beats, limits))
 
-    def _died(self, rank: int) -> RankLost:
-        code = self.processes[rank].poll()
-        how = f"was killed by signal {-code}" if code and code < 0 else f"ended with code {code}"
-        how = "is gone, and its host with it" if code == LOST else how
-        return RankLost(f"{self._name(rank)} {how}; it was {self._doing(rank)}.", "The run is over: start it again.")
-
-    def _doing(self, rank: int) -> str:
-        return _said(self.beats[rank].doing) if rank in self.beats else "starting"
+    def _lost(self, verdict: Verdict) -> RankLost:
+        return RankLost(f"{self._name(verdict.rank)} {verdict.said}", verdict.hint)
 
     def _name(self, rank: int) -> str:
         where = self.processes[rank].where if rank else ""
         return f"Rank {rank} on {where}" if where else f"Rank {rank}"
-
-    def _silent(self) -> RankLost | None:
-        now = time.monotonic()
-        found = next((r for r, heard in self._heard.items() if now - heard > self.watchdog), None)
-        if found is None:
-            return None
-        return RankLost(
-            f"{self._name(found)} has given no sign of life for {self.watchdog:.0f} s; it was {self._doing(found)}.",
-            "Its process hangs or was stopped. Start the run again.",
-        )
-
-    def _stalled(self) -> RankLost | None:
-        """A rank waits in a collective for too long: the one that is behind is at fault."""
-        if self._left:
-            return None
-        step = self._step
-        beats = [b for b in (*([step()] if step else []), *self.beats.values()) if b.doing != IDLE]
-        if not beats or min(b.seconds for b in beats) <= self.watchdog:
-            return None  # somebody moves: a stage that others wait for may take its time
-        # who computes while others wait for it; else who has begun the fewest collectives
-        late = [b for b in beats if b.doing == COMPUTING]
-        found = max(late, key=lambda b: b.seconds) if late else min(beats, key=lambda b: b.entered)
-        others = next((b.doing for b in beats if b is not found and b.doing != COMPUTING), "")
-        doing = _said(found.doing)
-        return RankLost(
-            f"{self._name(found.rank)} has been {doing} for {found.seconds:.0f} s"
-            + (f", and others wait for it in {others}." if others else "."),
-            "The run is over: start it again.",
-        )
 
     def _end(self, fault: UndistilledError) -> None:
         """Tell, end the others, and see that this process does not hang in a collective that cannot end."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-IDLE, COMPUTING, JOINING = "idle", "computing", "joining the other ranks"  # what a rank does, but for collectives
+# what a rank does, but for messages
+IDLE, COMPUTING, JOINING, SETTLING = "idle", "computing", "joining the other ranks", "waiting for the GPU"
+REDUCE, GATHER = "all_reduce", "all_gather"
+TOGETHER = (JOINING, REDUCE, GATHER)  # what all ranks of a stage do, in one order
 
 
 class Pass(msgspec.Struct, tag=True):
@@ -66,15 +69,19 @@ class Broke(msgspec.Struct, tag=True):
 
 
 class Beat(msgspec.Struct, tag=True):
-    """A sign of life. entered: collectives begun so far; doing: what the rank is in, for `seconds`; passes: done."""
+    """A sign of life. at: the number of the pass that the rank is in, or was in last; entered: collectives and messages
+    begun in it; doing: what the rank is in, for `seconds`; awaits: the ranks without which that does not end; passes:
+    done."""
 
     rank: int
+    at: int
     entered: int
     doing: str
     seconds: float
-    passes: int
-    busy: float  # seconds of computing so far
-    waited: float  # seconds in collectives and messages so far
+    passes: int = 0
+    busy: float = 0.0  # seconds of computing so far
+    waited: float = 0.0  # seconds in collectives and messages so far
+    awaits: tuple[int, ...] = ()
     peak: int = 0  # bytes that the process has taken on its device at most so far
 
 
