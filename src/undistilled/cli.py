@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import show, show_quality, verbs
+from . import interrupt, show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
 from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME, ranked
@@ -93,6 +94,7 @@ def plan(
 def _engine(model: str, options: dict[str, Any]):
     from .generate.engine import open_engine
 
+    interrupt.bound()
     with show.loading() as progress:
         return open_engine({"model": model, **options}, progress)
 
@@ -302,13 +304,17 @@ def demo(model: Annotated[str, typer.Argument()] = "r1-nano") -> None:
 
 
 def main() -> None:
-    """Run a verb; an error of ours becomes one message on stderr and its exit code."""
+    """Run a verb; an error of ours becomes one message on stderr and its exit code, Ctrl-C exit code 130."""
     try:
         with subscribed(show.event):
             app()
     except UndistilledError as error:
         show.error(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(interrupt.CODE)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the process ends, a second one shows no traceback
 
 
 if __name__ == "__main__":

@@ -45,4 +45,4 @@ if __name__ == "__main__":
     stall_in(Comm)
     if os.environ.get(ABSENT):
         Comm.__init__ = lambda *_: 1 / 0
-    sys.exit(real.main())
+    real.main()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
+from .. import interrupt
 from ..errors import RankLost, UndistilledError, named
 from ..events import emit
 from ..wire import Wire, bounded
@@ -47,7 +48,7 @@ class Crew:
         self._ended = 0.0  # when the first rank was seen to have ended
         self._lock, self._saying = threading.Lock(), threading.Lock()
         self._said = 0.0  # when the others last heard that this process lives
-        self._closing = False
+        self._closing = self._closed = False
         key = secrets.token_hex(16)
         self._wire = Wire(key, Report)
         self._context = zmq.Context()
@@ -65,6 +66,7 @@ class Crew:
             raise
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        interrupt.LAST.append(self._kill)
 
     def wait_ready(self) -> None:
         """Until every rank has its weights. Raises what a rank could not do."""
@@ -106,19 +108,26 @@ class Crew:
             self._end(RankLost(f"Rank 0 failed: {type(error).__name__}: {error}", "Start the run again."))
             assert self.fault is not None
             raise self.fault from error
+        except BaseException:  # Ctrl-C: before what this rank leaves behind tells the others, who would say so
+            self._closing = True
+            self._kill()
+            raise
         finally:
             self._step = None
 
     def close(self) -> None:
-        """End the other ranks' processes and remove the sockets."""
-        if self._closing:
+        """End the other ranks' processes, those that would not hear of it by a signal, and remove the sockets."""
+        if self._closed:
             return
-        self._closing = True
-        self._say(Stop())
-        until = time.monotonic() + GRACE
-        for process in self.processes.values():
-            process.wait(max(0.0, until - time.monotonic()))
+        listen = not self._closing and len(self._ready) == len(self.processes)
+        self._closed = self._closing = True
+        if listen:
+            self._say(Stop())
+            until = time.monotonic() + GRACE
+            for process in self.processes.values():
+                process.wait(max(0.0, until - time.monotonic()))
         self._kill()
+        interrupt.LAST.remove(self._kill)
         self._thread.join(2)
         self._out.close()
         self._inbox.close()

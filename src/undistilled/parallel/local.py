@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq
 
+from .. import interrupt
 from ..plan.hardware import Machine, load_machine
 from ..plan.plan import Plan
 from ..wire import private_directory
@@ -34,11 +35,9 @@ class Spawned:
     where = ""
 
     def __init__(self, boot: dict[str, Any], network: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", RANK],
-            stdin=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | network,
-        )
+        env = os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | network
+        with interrupt.shielded():
+            self.process = subprocess.Popen([sys.executable, "-P", "-m", RANK], stdin=subprocess.PIPE, env=env)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(boot | {"parent": os.getpid()}).encode() + b"\n")
         self.process.stdin.flush()

@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint.tokenizer import Tokenizer
 from ..events import emit
 from ..schedule.request import Request
-from .client import EngineClient
+from .client import CLOSE_SECONDS, EngineClient
 from .stream import Stream
 
 MOST, WITHIN = 3, 3600.0  # times that an engine is started again, in so many seconds
@@ -65,10 +65,10 @@ class Again:
     async def submit(self, request: Request) -> Stream:
         return await self._client.submit(request)
 
-    async def close(self) -> None:
+    async def close(self, grace: float = CLOSE_SECONDS) -> None:
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
-        await self._client.close()
+        await self._client.close(grace)
 
     async def _watch(self) -> None:
         while True:

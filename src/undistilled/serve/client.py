@@ -18,6 +18,7 @@ import psutil
 import zmq
 import zmq.asyncio
 
+from .. import interrupt
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UndistilledError, named
 from ..schedule.request import Output, Request
@@ -107,7 +108,8 @@ class EngineClient:
 
     async def _spawn(self, boot: dict[str, Any]) -> None:
         command = [sys.executable, "-P", "-m", "undistilled.serve.worker"]
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        with interrupt.shielded():
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         self._process = process
         self._background(self._listen())
         self._background(self._watch(process))
@@ -175,10 +177,10 @@ class EngineClient:
         if self._died is None:
             self._background(self._say(Abort(id)))
 
-    async def close(self) -> None:
-        """End the engine's process and remove the sockets."""
+    async def close(self, grace: float = CLOSE_SECONDS) -> None:
+        """End the engine's process, by a signal after `grace` seconds, and remove the sockets."""
         if self._process is not None:
-            await self._end(self._process)
+            await self._end(self._process, grace)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -186,11 +188,11 @@ class EngineClient:
         self._die("The server is closing.")
         self._sockets.close()
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self, process: asyncio.subprocess.Process, grace: float) -> None:
         if process.returncode is None and self._ready.done() and not self._ready.cancelled():
             await self._say(Stop())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
+                await asyncio.wait_for(process.wait(), grace)
         self._kill()
         await process.wait()
 

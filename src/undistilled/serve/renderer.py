@@ -14,6 +14,8 @@ import sys
 from threading import Lock, Timer
 from typing import Any
 
+from .. import interrupt
+
 MAX_SOURCE = 256 * 1024  # characters of a template
 MAX_OUTPUT = 8 * 1024 * 1024  # characters of a rendered prompt
 MAX_ANSWER = 6 * MAX_OUTPUT + 1024  # bytes; JSON writes a control character as six
@@ -68,7 +70,8 @@ class Renderer:
         if self._process is None or self._process.poll() is not None:
             self.stop()
             command = [sys.executable, "-P", "-m", "undistilled.serve.sandbox"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            with interrupt.shielded():
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
 
     def stop(self) -> int | None:

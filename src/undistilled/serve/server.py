@@ -15,9 +15,10 @@ from typing import Any
 
 import uvicorn
 
+from .. import interrupt
 from ..errors import CannotBind, UsageError
 from .again import Again, open_client
-from .client import EngineClient, Progress
+from .client import CLOSE_SECONDS, EngineClient, Progress
 from .generation import check_generation
 from .limits import Gate, Limits
 from .openai import make_app
@@ -29,16 +30,18 @@ DRAIN_TICK = 0.05  # seconds
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but SIGTERM first lets requests in work finish while new ones get 503."""
+    """uvicorn's, but SIGTERM first lets requests in work finish while new ones get 503; SIGINT ends now."""
 
     def __init__(self, config: uvicorn.Config, gate: Gate, shutdown_timeout: float) -> None:
         super().__init__(config)
         self.gate, self.shutdown_timeout = gate, shutdown_timeout
         self._drain_until: float | None = None
+        self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: end now."""
-        if self.gate.draining:
+        """SIGTERM: drain. A second one, or SIGINT: end now."""
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        if self.gate.draining or self.interrupted:
             self.should_exit = self.force_exit = True
         self.gate.draining = True
         self._drain_until = self._drain_until or monotonic() + self.shutdown_timeout
@@ -84,7 +87,7 @@ def serve(
     factory: str = ENGINE,
     progress: Progress | None = None,
 ) -> int:
-    """Serve the model that `options` name until a signal. Returns 0, or 1 where the engine died.
+    """Serve the model that `options` name until a signal. Returns 0, 130 after SIGINT, or 1 where the engine died.
 
     Raises UsageError and CannotBind before the model is read, and what `open_engine` raises while it is.
     """
@@ -97,7 +100,7 @@ def serve(
         except asyncio.CancelledError:  # SIGTERM before there was a server to answer it
             return 0
         except KeyboardInterrupt:
-            return 130
+            return interrupt.CODE
 
 
 async def _serve(
@@ -109,7 +112,7 @@ async def _serve(
     factory: str,
     progress: Progress | None,
 ) -> int:
-    client = await _load(options, factory, progress or show_progress)
+    client, grace = await _load(options, factory, progress or show_progress), CLOSE_SECONDS
     try:
         template = template_of(client.tokenizer)
         if template is not None:
@@ -135,9 +138,12 @@ async def _serve(
         watching = asyncio.create_task(_end_with(client, server))
         await server.serve([bound])
         watching.cancel()
+        if server.interrupted:
+            grace = interrupt.SECONDS
+            return interrupt.CODE
         return 1 if client.over else 0
     finally:
-        await client.close()
+        await client.close(grace)
 
 
 async def _load(options: dict[str, Any], factory: str, progress: Progress) -> EngineClient | Again:
