@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from undistilled.checkpoint.resolve import find
 from undistilled.generate.part import Part
+from undistilled.generate.programs import Programs
 from undistilled.generate.runner import Runner
 from undistilled.load.build import build
 from undistilled.parallel.comm import Comm
@@ -40,6 +41,7 @@ class Cell:
     device: str | None = "cpu"  # None: GPUs
     dtype: str = "float32"
     replayed: bool = True
+    recorded: bool = False  # it is an error where a rank's decode passes were not
 
     def plan(self) -> Plan:
         model = find(self.folder)
@@ -86,6 +88,8 @@ def run(cell: Cell, rank: int, comm: Comm | None) -> torch.Tensor | None:
     for one in passes(runner):  # a replayed pass's logits are good until the next
         submitted = runner.part.submit(one)
         found += [runner.part.collect(submitted).cpu()] if rank == 0 else []
+    if cell.recorded:
+        assert isinstance(runner.part.graphs, Programs) and list(runner.part.graphs.programs) == [2], "not recorded"
     return torch.cat(found) if found else None
 
 

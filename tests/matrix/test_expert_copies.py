@@ -1,5 +1,7 @@
 """Experts that several ranks hold: what one process gives, within 2e-6 of the logits' size; and what routers choose."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from ranks import Cell, Pool, run
 from tiny import WIDE, write_checkpoint
 from undistilled.generate.engine import open_engine
 from undistilled.observe.routing import balance, choices, counted
+from undistilled.ops.cpu import native
 from undistilled.plan.copies import Counts
 
 LAYOUTS = {"ep2": {"ep": 2}, "tp2 ep2": {"tp": 2, "ep": 2}, "ep4": {"ep": 4}, "ep2 pp2": {"ep": 2, "pp": 2}}
@@ -46,6 +49,13 @@ def test_a_layout_with_copies_is_the_model(pool, folder, counts, layout, scheme)
     torch.set_num_threads(threads)
     found = pool.logits(cell)
     assert ((found - expected).norm() / expected.norm()).item() < 2e-6
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.why_missing())
+def test_recorded_passes_with_copies(pool, folder, counts):
+    """Whose turn an expert is follows from a pass's tokens: it is not recorded with them."""
+    cell = Cell(folder, "int8", {"ep": 2, "copies": 3, "counts": counts}, recorded=True)
+    assert torch.equal(pool.logits(cell), pool.logits(replace(cell, replayed=False, recorded=False)))
 
 
 def test_routers_of_nano_are_counted():

@@ -1,12 +1,15 @@
 """Every scheme in every layout gives what one process gives: equal bits where sums are taken in the same order (stages
 of a pipeline), and else within 2e-6 of the logits' size, float32's rounding over a few hundred terms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ranks import Cell, Pool, run
 from tiny import CONFIGS, WIDE, write_checkpoint
 from undistilled.errors import UsageError
+from undistilled.ops.cpu import native
 
 SCHEMES = ("bf16", "fp8_block", "int8", "int4", "int8,expert=tiles16x32-2x1-3x2-4x1,dense=tiles16x32-2x1-4x1")
 LAYOUTS = {
@@ -87,3 +90,14 @@ def test_ranks_of_unequal_memory_take_unequal_shares(pool, folders, alone):
     found = pool.logits(Cell(folders["deepseek"], "fp8_block", {"tp": 2}, [3.0, 1.0]))
     expected = alone("deepseek", "fp8_block")
     assert ((found - expected).norm() / expected.norm()).item() < 2e-6
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.why_missing())
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model, scheme", [("deepseek", "int8"), ("deepseek", "int4"), ("llama", "bf16")])
+def test_recorded_passes_have_the_bits_of_others(pool, folders, model, scheme, layout):
+    """On every rank, of any stage, with experts and parts of width 0: recorded once, run again with other tokens."""
+    if model == "llama" and "ep" in LAYOUTS[layout]:
+        return
+    cell = Cell(folders[model], scheme, LAYOUTS[layout], recorded=True)
+    assert torch.equal(pool.logits(cell), pool.logits(replace(cell, replayed=False, recorded=False)))

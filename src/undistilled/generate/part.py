@@ -36,7 +36,7 @@ def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache], comm: Comm | No
     captured = capturable(decoder)
     if comm.agreed(captured) if comm else captured:
         return Graphs(decoder, caches)
-    if recordable(decoder) and comm is None:
+    if recordable(decoder):
         blocks = -(-plan.limits.context // plan.kv.block_size)
         return Programs(decoder, caches, LARGE - 1, blocks, plan.kv.block_size)
     return None

@@ -2,6 +2,7 @@
 
 The CPU's twin of graphs.py. The first pass of a number of rows is recorded while it runs; later ones copy what they are
 about into the tensors that it read, and run it again. A pass with a part that has no kernel of ours is run as it is.
+Over ranks a program has parts, between which Python sums (parallel/comm.py); each rank records for itself.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Programs:
         tokens, positions, slots = (torch.zeros(rows, dtype=long) for _ in range(3))
         tables, contexts = torch.zeros(rows, blocks, dtype=short), torch.zeros(rows, dtype=short)
         cos, sin = torch.zeros(angles), torch.zeros(angles)
+        self.before = None if decoder.first else torch.zeros(rows, decoder.spec.hidden)
         self.batch = Batch(tokens, positions, slots, tables, contexts, size, False, cos, sin)
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         if 2 * 4 * blocks * size * angles[1] <= ANGLES:
@@ -50,22 +52,24 @@ class Programs:
         self.programs: dict[int, tuple[Program, torch.Tensor]] = {}
         self.refused: dict[int, int] = {}  # how often, by rows
 
-    def __call__(self, batch: Batch, _h_TD: torch.Tensor | None = None) -> Ran:
-        """A decode batch's hidden states, good until the next call."""
+    def __call__(self, batch: Batch, h_TD: torch.Tensor | None = None) -> Ran:
+        """A decode batch's hidden states, good until the next call; `h_TD`: of the stage before this one."""
         rows, blocks = batch.tables_RB.shape
         held = self.batch.tables_RB.shape
         if rows > held[0] or blocks > held[1] or self.refused.get(rows, 0) >= TRIES or forced():
-            return Ran(self.decoder(batch, self.caches))
-        self.fill(batch)
+            return Ran(self.decoder(batch, self.caches, h_TD))
+        self.fill(batch, h_TD)
         if rows not in self.programs:
             return Ran(self._record(rows))
-        program, h_TD = self.programs[rows]
+        program, after_TD = self.programs[rows]
         program.run()
-        return Ran(h_TD)
+        return Ran(after_TD)
 
-    def fill(self, batch: Batch) -> None:
+    def fill(self, batch: Batch, h_TD: torch.Tensor | None = None) -> None:
         """Take over what a batch is about."""
         self._turn(batch)
+        if self.before is not None and h_TD is not None:
+            self.before[: len(h_TD)].copy_(h_TD)
         rows, blocks = batch.tables_RB.shape
         own = self.batch
         own.tables_RB[:rows, :blocks].copy_(batch.tables_RB)
@@ -84,7 +88,7 @@ class Programs:
     def _record(self, rows: int) -> torch.Tensor:
         program, first = Program(self.arena), self._first(rows)
         with program.recording():
-            h_TD = self.decoder.hidden(first, self.caches)
+            h_TD = self.decoder.hidden(first, self.caches, None if self.before is None else self.before[:rows])
         if program.foreign:
             self.refused[rows] = self.refused.get(rows, 0) + 1
             emit("engine.program_refused", rows=rows, operation=program.foreign)

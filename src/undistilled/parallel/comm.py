@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..events import emit
+from ..ops.cpu.program import between
 from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
 from .messages import COMPUTING, GATHER, JOINING, REDUCE, SETTLING
@@ -106,9 +107,11 @@ class Comm:
         """The sum over the stage's ranks, of x's shape."""
         if self.stage is None:
             return x
+        return between(self._sum, x.contiguous())
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
         nbytes = x.numel() * x.element_size()
         with self._during(REDUCE, nbytes, self.peers):
-            x = x.contiguous()
             if self.one_shot is not None and self.one_shot.takes(nbytes, x.dtype):
                 return self.one_shot.sum(x)
             if (nbytes > ONE_SHOT and len(x) >= LARGE) or self.device.type == "cuda":

@@ -6,12 +6,14 @@ T tokens, D hidden, E experts, k chosen.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..model.decoder import Block, Decoder
 from ..model.layers import Embedding, Linear, LocalBank, MoeLayer, SwiGlu
+from ..ops.cpu.program import between
 from ..plan.cut import Cuts
 from .comm import Comm
 
@@ -41,10 +43,13 @@ class PartBank(nn.Module):
 
     def places(self, ids_Tk: torch.Tensor) -> torch.Tensor:
         """Of the chosen experts, where they lie here."""
+        return between(self._places, ids_Tk)
+
+    def _places(self, ids_Tk: torch.Tensor) -> torch.Tensor:
         turns = len(self.numbers_PE)
         if turns == 1:
-            return self.numbers_PE[0][ids_Tk]
-        return self.numbers_PE[ids_Tk.sum(-1, keepdim=True) % turns, ids_Tk]
+            return self.numbers_PE[0][ids_Tk].to(ids_Tk.dtype)
+        return self.numbers_PE[ids_Tk.sum(-1, keepdim=True) % turns, ids_Tk].to(ids_Tk.dtype)
 
     def submit(self, x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> torch.Tensor:
         return self.bank.submit(x_TD, self.places(ids_Tk), weights_Tk)
@@ -61,6 +66,9 @@ class PartEmbedding(nn.Module):
         self.part, self.start, self.comm = part, start, comm
 
     def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return between(partial(self._rows, dtype=dtype), tokens_T)
+
+    def _rows(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         own, rows = tokens_T - self.start, self.part.stored.shape[0]
         inside = (own >= 0) & (own < rows)
         h_TD = self.part(own.clamp(0, rows - 1), dtype)
@@ -71,7 +79,7 @@ class Nothing(nn.Module):
     """A part of no width of a SwiGLU: it adds nothing."""
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(x_TD)
+        return between(torch.zeros_like, x_TD)
 
 
 def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:

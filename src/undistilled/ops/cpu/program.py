@@ -3,7 +3,8 @@
 While a program records, every native op that this thread runs is kept as well, with its pointers and sizes. The
 tensors that are made then lie in an `Arena`, which outlives them, so that memory is reused in a replay as it was in the
 recording. Whatever else PyTorch computes is foreign: a replay would leave it out, so a program that met such an
-operation is good for nothing, and says which it was.
+operation is good for nothing, and says which it was. What says that it comes `between`, as sums over ranks do, divides
+a program into parts: a replay is a call into C for each part and, after it, Python for what came there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +70,23 @@ _MAKE = {
 
 
 class _Watch(TorchDispatchMode):
-    """Lets PyTorch make tensors, in an arena, and views of them; notes the first operation that is neither."""
+    """Lets PyTorch make tensors, in a program's arena, and views of them; notes the first operation that is neither."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
-        self.arena = arena
+        self.program = program
         self.foreign = ""
+        self.paused = False
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is within is none of the program's business."""
+        self.paused = True
+        self.program.record(False)
+        try:
+            yield
+        finally:
+            self.paused = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -82,8 +94,10 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         if func in _MAKE and out.is_cpu and out.is_contiguous():
-            return self.arena.like(out)
+            return self.program.arena.like(out)
         if not self.foreign and not _is_view(func, args, kwargs, out):
             self.foreign = str(func)
         return out
@@ -98,6 +112,30 @@ def foreign(what: str) -> None:
     watch = getattr(_here, "watch", None)
     if watch is not None:
         watch.foreign = watch.foreign or what
+
+
+def between(call: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """call(*tensors), whatever that does. Where a pass is being recorded, each replay calls it again at this place,
+    with what then lies where these contiguous tensors lay, and puts the result where the first one is."""
+    watch: _Watch | None = getattr(_here, "watch", None)
+    if watch is None or watch.paused:
+        return call(*tensors)
+    with watch.elsewhere():
+        found = call(*tensors)
+        kept = watch.program.arena.like(found).copy_(found)
+    given, place = [_alias(t) for t in tensors], _alias(kept)
+    watch.program.divide(lambda: place.copy_(call(*given)))
+    return kept
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, which this does not keep from being given back."""
+    if not tensor.is_contiguous():
+        raise ValueError("what lies between parts of a program takes contiguous tensors")
+    if tensor.numel() == 0:
+        return tensor
+    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _is_view(func: Any, args: tuple, kwargs: dict | None, out: Any) -> bool:
@@ -117,53 +155,83 @@ class StepTime:
     seconds: float
 
 
+class _Part:
+    """Steps that one call into C runs."""
+
+    def __init__(self, lib: Any) -> None:
+        self.lib, self.at = lib, lib.native_program()
+        weakref.finalize(self, lib.native_program_free, self.at)
+
+    def __len__(self) -> int:
+        return self.lib.native_program_steps(self.at)
+
+    def run(self, seconds: Any = None) -> None:
+        if len(self):
+            self.lib.native_program_run(self.at, seconds)
+
+
 class Program:
-    """The native steps of what ran within `recording`. Pointers are kept, not tensors: inputs, weights and caches must
-    stay where they are, and what is made in between lies in the arena."""
+    """The native steps of what ran within `recording`, and what came between them. Pointers are kept, not tensors:
+    inputs, weights and caches must stay where they are, and what is made in between lies in the arena."""
 
     def __init__(self, arena: Arena) -> None:
         lib = native.library()
         if lib is None:
             raise RuntimeError(native.why_missing())
-        self._lib, self._at = lib, lib.native_program()
-        self.arena = arena
+        self._lib, self.arena = lib, arena
         self.foreign = ""  # the operation that a replay would leave out
-        weakref.finalize(self, lib.native_program_free, self._at)
+        self.parts = [_Part(lib)]
+        self.between: list[Callable[[], object]] = []  # after each part but the last
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Runs what is within, and keeps its native steps."""
-        self._lib.native_program_record(self._at)
+        self.record()
         try:
-            with _Watch(self.arena) as watch:
+            with _Watch(self) as watch:
                 _here.watch = watch
                 yield
         finally:
             _here.watch = None
-            self._lib.native_program_record(None)
+            self.record(False)
         self.foreign = watch.foreign
 
+    def divide(self, call: Callable[[], object]) -> None:
+        """While this is being recorded: a part ends here, and `call` follows."""
+        self.between.append(call)
+        self.parts.append(_Part(self._lib))
+        self.record()
+
+    def record(self, on: bool = True) -> None:
+        """Whether what this thread runs from now on goes into the last part."""
+        self._lib.native_program_record(self.parts[-1].at if on else None)
+
     def __len__(self) -> int:
-        return self._lib.native_program_steps(self._at)
+        return sum(map(len, self.parts))
 
     @property
     def barriers(self) -> int:
         """Steps that wait for all threads before they begin."""
-        return sum(self._lib.native_program_apart(self._at, i) for i in range(len(self)))
+        return sum(self._lib.native_program_apart(part.at, i) for part in self.parts for i in range(len(part)))
 
     def run(self) -> None:
         """All steps, in their order, on what the inputs hold now."""
         native.sized()
-        self._lib.native_program_run(self._at, None)
+        for part, call in zip(self.parts, self.between, strict=False):
+            part.run()
+            call()
+        self.parts[-1].run()
 
     def timed(self, times: int) -> list[StepTime]:
-        """Runs `times` times with a barrier around every step; each step's mean time."""
+        """Runs `times` times with a barrier around every step, without what comes between; each step's mean time."""
         native.sized()
-        seconds = (ctypes.c_double * len(self))()
+        return [step for part in self.parts for step in self._timed(part, times)]
+
+    def _timed(self, part: _Part, times: int) -> list[StepTime]:
+        lib, seconds = self._lib, (ctypes.c_double * len(part))()
         for _ in range(times):
-            self._lib.native_program_run(self._at, ctypes.cast(seconds, ctypes.c_void_p))
-        lib, at = self._lib, self._at
+            part.run(ctypes.cast(seconds, ctypes.c_void_p))
         return [
-            StepTime(lib.native_program_name(at, i).decode(), lib.native_program_weights(at, i), seconds[i] / times)
-            for i in range(len(self))
+            StepTime(lib.native_program_name(part.at, i).decode(), lib.native_program_weights(part.at, i), s / times)
+            for i, s in enumerate(seconds)
         ]
