@@ -42,8 +42,8 @@ TRIED, GROUP = 4, 64  # ranges of a weight that GPTQ is tried on, by groups of s
 
 
 def at_once(device: str) -> int:
-    """Values of stacked experts to work on together. GPTQ goes input by input, on a GPU a few launches each, whatever
-    lies in the stack: there it is as many as half of the free memory holds."""
+    """Values of stacked experts to work on together. GPTQ goes block of inputs by block, on a GPU a few launches each,
+    whatever lies in the stack: there it is as many as half of the free memory holds."""
     kind = device.split(":")[0]
     if kind == "cpu":
         return AT_ONCE[kind]
@@ -80,7 +80,7 @@ def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
     """Every option of a weight, or of all its experts together."""
     rounding = _plain if choice.solver == "rtn" else tile_solver.searching
     by_cols = {cols: _Ranked(weight, cols, rounding) for cols in _cols(weight)}
-    lost = dict.fromkeys(WHOLE if weight.is_linear else BY_ROW, 0.0)
+    lost: dict[str, list[torch.Tensor]] = {name: [] for name in (WHOLE if weight.is_linear else BY_ROW)}
     ranges = sample(weight)
     for w, uses in _stacks(weight, ranges, source, choice):
         for ranked in by_cols.values():
@@ -88,11 +88,11 @@ def options(weight: Weight, source: Source, choice: Choice) -> list[Option]:
         for name in lost:
             scheme = schemes.get(name)
             rounded = rounding(scheme, w, uses[0][0]) if isinstance(scheme, Grouped) else scheme.compress(w)
-            lost[name] += sum(float(tile_solver.lost(scheme, rounded, w, *use).sum()) for use in uses)
+            lost[name].append(torch.stack([tile_solver.lost(scheme, rounded, w, *use).sum() for use in uses]))
     left = _left(weight, ranges, source, choice)
     found = [option for ranked in by_cols.values() for option in ranked.options(left)]
-    for name, loss in lost.items():
-        scheme = schemes.get(name)
+    for name, sums in lost.items():
+        scheme, loss = schemes.get(name), sum(sum(uses) for uses in torch.stack(sums).tolist())
         share = left[scheme.bits] if isinstance(scheme, Grouped) else 1.0
         found.append(Option(name, share * loss, schemes.bytes_of(scheme, weight.full_shape)))
     return found + _as_it_is(weight, source)
@@ -154,16 +154,13 @@ def sampled(weight: Weight) -> int:
 def _stand_for(weight: Weight, ranges: list[Range], choice: Choice, use: str) -> float:
     """What the losses of these ranges are multiplied by: moments of all rows are known, so that the share of the
     ranges in trace(M) times the sum of G counts, not how many they are."""
-    total = 0.0
-    share = dict.fromkeys(ranges, 0.0)
+    everything, share = [], []
     for expert in range(weight.count):
         inputs, outputs = choice.diagonals(weight, slice(expert, expert + 1), use)
         mass = inputs.double().sum() * outputs[0].double()
-        total += float(mass.sum())
-        for at in ranges:
-            if at[0] == expert:
-                share[at] = float(mass[at[1] : at[2]].sum())
-    measured = sum(share.values())
+        everything.append(mass.sum())
+        share += [mass[start:stop].sum() for e, start, stop in ranges if e == expert]
+    total, measured = (sum(torch.stack(sums).tolist()) for sums in (everything, share))  # a GPU is waited for once
     rows = sum(stop - start for _, start, stop in ranges)
     return total / measured if measured > 0 else weight.count * weight.shape[0] / rows
 
@@ -192,21 +189,23 @@ class _Ranked:
 
     def __init__(self, weight: Weight, cols: int, rounding: tile_solver.Rounding) -> None:
         self.weight, self.cols, self.tiles, self.rounding = weight, cols, -(-weight.shape[1] // cols), rounding
-        self.lost = torch.zeros(len(WIDTHS), self.tiles)
+        self.lost: torch.Tensor | None = None  # [widths, tiles], on the device of what was added
 
     def add(self, w: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         shape = Tiles(ROWS, self.cols, ((WIDTHS[0], self.tiles),))
         lost = tile_solver.losses(shape, w, inputs, outputs, rounding=self.rounding)
         order = lost[3].argsort(-1)
-        for at, bits in enumerate(WIDTHS):
-            self.lost[at] += lost[bits].gather(-1, order).flatten(0, -2).sum(0).cpu()
+        found = torch.stack([lost[bits].gather(-1, order).flatten(0, -2).sum(0) for bits in WIDTHS])
+        self.lost = found if self.lost is None else self.lost + found
 
     def options(self, left: dict[int, float]) -> list[Option]:
         """`left`: bits -> the share of the measured losses that a solver leaves."""
+        assert self.lost is not None
         blocks = -(-self.weight.shape[0] // ROWS) * self.weight.count
         groups = [g for g in torch.arange(self.tiles).tensor_split(min(self.tiles, RANKS)) if len(g)]
         share = torch.tensor([left[bits] for bits in WIDTHS])
-        lost = share[:, None] * torch.stack([self.lost[:, g].sum(1) for g in groups], 1)  # [widths, groups]
+        by_tile = self.lost.cpu()
+        lost = share[:, None] * torch.stack([by_tile[:, g].sum(1) for g in groups], 1)  # [widths, groups]
         size = torch.tensor([[len(g) * blocks * ROWS * self.cols * b / 8 for g in groups] for b in WIDTHS])
         steps = (lost[:-1] - lost[1:]) / (size[1:] - size[:-1])
         prices = steps.clamp(min=1e-30).flatten().log().quantile(torch.linspace(0, 1, PRICES)).exp()

@@ -12,14 +12,13 @@ Families, by their levels:
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .base import Dim
 from .int8 import grouped
+from .ladder import Ladder, by_code, even, ladder, taken
 from .packing import QUANTUM, pack, unpack
 from .scales import FORMATS
 
@@ -69,7 +68,6 @@ POSITIVE = {
     ),
 }
 NORMAL = {bits: (*(-float(x) for x in reversed(half)), *map(float, half)) for bits, half in POSITIVE.items()}
-FINE = 4  # steps of a unit that separate the levels of every table here
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -142,48 +140,26 @@ class Grouped:
 
     def rank(self, x: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the levels nearest to x."""
-        import torch
-
-        first, last = self.levels[0], self.levels[-1]
-        if self.even:
-            return (x - first).round_().clamp_(0, last - first).to(torch.uint8)
-        return _taken(self._ladder.to(x.device), self._rung(x))
+        return self.ladder(x.device).rank(x)
 
     def snapped(self, x: torch.Tensor) -> torch.Tensor:
         """The levels nearest to x, float32."""
-        if self.even:
-            return x.round().clamp_(self.levels[0], self.levels[-1])
-        return _taken(self.level(self._ladder).to(x.device), self._rung(x))
+        return self.ladder(x.device).snapped(x)
 
-    def _rung(self, x: torch.Tensor) -> torch.Tensor:
-        least, most = min(self.levels), max(self.levels)
-        return (x * FINE).ceil_().clamp_(least * FINE, most * FINE).sub_(least * FINE).int()
+    def ladder(self, device: torch.device) -> Ladder:
+        """How the level nearest to a value is found there."""
+        return ladder(self.levels, device)
 
     def level(self, codes: torch.Tensor) -> torch.Tensor:
         """The levels of codes, float32."""
-        import torch
-
         if self.even:
             return codes.float() + self.levels[0]
-        return _taken(torch.tensor(self.levels, device=codes.device), codes.int())
+        return taken(by_code(self.levels, codes.device), codes.int())
 
     @cached_property
     def even(self) -> bool:
         """Whether levels are neighbouring integers."""
-        return all(b - a == 1 for a, b in pairwise(self.levels))
-
-    @cached_property
-    def _ladder(self) -> torch.Tensor:
-        """The code nearest to what lies in each step of 1 / FINE: what is halfway between levels is a step's end, so
-        that no search is needed. A value halfway takes the lower level."""
-        import torch
-
-        order = sorted(range(len(self.levels)), key=lambda c: self.levels[c])
-        rungs = [self.levels[c] for c in order]
-        between = [(a + b) / 2 for a, b in pairwise(rungs)]
-        assert all(float(x * FINE).is_integer() for x in (*between, *rungs))
-        ends = range(int(rungs[0] * FINE), int(rungs[-1] * FINE) + 1)
-        return torch.tensor([order[bisect_left(between, end / FINE)] for end in ends], dtype=torch.uint8)
+        return even(self.levels)
 
     def packed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., out, in] -> the part `values`."""
@@ -196,11 +172,6 @@ class Grouped:
         scales, low = self.steps(meta)
         value = self.level(grouped(codes, self.group)) * scales[..., None]
         return (value if low is None else value + low[..., None]).flatten(-2)[..., : codes.shape[-1]]
-
-
-def _taken(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """table[index], which takes a CPU three times as long."""
-    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 def _edge_filled(groups: torch.Tensor, rest: int, w: torch.Tensor) -> torch.Tensor:

@@ -7,32 +7,30 @@ one input of all outputs lies together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ...scheme.base import Parts
 from ...scheme.grouped import Grouped
+from ...scheme.ladder import Ladder
 from ..hessian import Factor, Hessian, factor
 from . import search
 
 BLOCK = 64  # inputs whose corrections are carried to the rest at once
 
-Nearest = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-
 
 @dataclass
 class Grid:
-    """What a value may become: level * scale + low. scale, low and kind are [B, N, K].
+    """What a value may become: a level of the ladder * scale + low. scale, low and begin are [B, N, K].
 
-    `nearest` takes values in units of their scale, and their kind, whatever that is, and gives codes and levels.
+    begin: where a value's own table begins in the ladder's, int32; None where it has one.
     """
 
     scale: torch.Tensor
     low: torch.Tensor | None
-    kind: torch.Tensor | None
-    nearest: Nearest
+    begin: torch.Tensor | None
+    ladder: Ladder
 
 
 def solve(scheme: Grouped, w: torch.Tensor, hessian: Hessian, known: Factor | None = None) -> Parts:
@@ -41,16 +39,8 @@ def solve(scheme: Grouped, w: torch.Tensor, hessian: Hessian, known: Factor | No
     s, m = scheme.steps(meta)
     wide = [None if t is None else t.repeat_interleave(scheme.group, -1)[..., : w.shape[-1]] for t in (s, m)]
     assert wide[0] is not None
-    codes = rounded(w, hessian, Grid(wide[0], wide[1], None, _nearest(scheme)), known)
+    codes = rounded(w, hessian, Grid(wide[0], wide[1], None, scheme.ladder(w.device)), known)
     return {"values": scheme.packed(codes), **meta}
-
-
-def _nearest(scheme: Grouped) -> Nearest:
-    def nearest(x: torch.Tensor, _kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = scheme.rank(x)
-        return codes, scheme.level(codes)
-
-    return nearest
 
 
 def rounded(w: torch.Tensor, hessian: Hessian, grid: Grid, known: Factor | None = None) -> torch.Tensor:
@@ -67,8 +57,8 @@ def rounded(w: torch.Tensor, hessian: Hessian, grid: Grid, known: Factor | None 
 
     scale = by_input(grid.scale, True)
     low = None if grid.low is None else by_input(grid.low, True)
-    kind = None if grid.kind is None else by_input(grid.kind, False)
-    codes = _by_blocks(by_input(w.float(), True), found.upper, Grid(scale, low, kind, grid.nearest))
+    begin = None if grid.begin is None else by_input(grid.begin, False)
+    codes = _by_blocks(by_input(w.float(), True), found.upper, Grid(scale, low, begin, grid.ladder))
     place = order.argsort(-1)[:, :, None].expand_as(codes)
     return codes.gather(1, place).transpose(1, 2).reshape(w.shape)
 
@@ -78,9 +68,9 @@ def _by_blocks(w: torch.Tensor, upper: torch.Tensor, grid: Grid) -> torch.Tensor
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
-        some = [None if t is None else t[:, start:stop] for t in (grid.scale, grid.low, grid.kind)]
+        some = [None if t is None else t[:, start:stop] for t in (grid.scale, grid.low, grid.begin)]
         assert some[0] is not None
-        block = Grid(some[0], some[1], some[2], grid.nearest)
+        block = Grid(some[0], some[1], some[2], grid.ladder)
         lost = _block(w[:, start:stop], upper[:, start:stop, start:stop], block, codes[:, start:stop])
         if stop < w.shape[1]:
             carried = upper[:, start:stop, stop:].transpose(1, 2).expand(len(w), -1, -1)
@@ -95,7 +85,7 @@ def _block(w: torch.Tensor, upper: torch.Tensor, grid: Grid, codes: torch.Tensor
     upper = upper.expand(len(w), -1, -1)
     for i in range(w.shape[1]):
         x = w[:, i] if grid.low is None else w[:, i] - grid.low[:, i]
-        code, level = grid.nearest(x * inverse[:, i], None if grid.kind is None else grid.kind[:, i])
+        code, level = grid.ladder.nearest(x * inverse[:, i], None if grid.begin is None else grid.begin[:, i])
         codes[:, i] = code
         torch.sub(x, level.mul_(grid.scale[:, i]), out=lost[:, i]).div_(upper[:, i, i, None])
         w[:, i + 1 :].baddbmm_(upper[:, i, i + 1 :, None], lost[:, i, None], alpha=-1)

@@ -6,7 +6,7 @@ output and input moments from compress/calibrate.py. E experts (or nothing), B b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +14,7 @@ import torch
 
 from ...scheme.base import Parts, Scheme
 from ...scheme.grouped import NORMAL, Grouped, normal
+from ...scheme.ladder import Ladder
 from ...scheme.packing import QUANTUM
 from ...scheme.tiles import WIDTHS, Tiles
 from ..hessian import Factor, Hessian
@@ -61,15 +62,15 @@ def corrected(
     diagonal = hessian.diagonal()
     metas = [search.fit(form, w, diagonal.reshape(1, -1), MEASURED) for form in forms]
     wide = [f.steps(m)[0].repeat_interleave(group, -1)[..., : w.shape[-1]] for f, m in zip(forms, metas, strict=True)]
-    kinds = _begins(torch.tensor(WIDTHS, device=w.device))[:, None, None].expand(-1, *w.shape)
-    grid = gptq.Grid(torch.stack(wide), None, kinds, nearest)
+    begins = _begins(WIDTHS, w.device)[:, None, None].expand(-1, *w.shape)
+    grid = gptq.Grid(torch.stack(wide), None, begins, _ladders(w.device))
     codes = gptq.rounded(w.expand(len(WIDTHS), -1, -1), hessian, grid, known)
-    found = {}
-    for bits, form, meta, own in zip(WIDTHS, forms, metas, codes, strict=True):
+    found = []
+    for form, meta, own in zip(forms, metas, codes, strict=True):
         before, after = (form.dense(c, meta) - w for c in (form.codes(w, meta), own))
         one, other = (before.square() * diagonal).sum(-1), hessian.lost(after)
-        found[bits] = float((outputs * one).sum()), float((outputs * other).sum())
-    return found
+        found.append(torch.stack([(outputs * one).sum(), (outputs * other).sum()]))
+    return {bits: (one, other) for bits, (one, other) in zip(WIDTHS, torch.stack(found).tolist(), strict=True)}
 
 
 def solve(
@@ -81,9 +82,9 @@ def solve(
     place = order.argsort(-1)
     meta = scheme.stored_scales(scales)
     steps = scheme.sorted(scheme.read_scales(meta), place)
-    kind = _begins(torch.tensor(scheme.widths, device=w.device)[place])
-    scale, kinds = (_spread(scheme, by_row, w) for by_row in (steps, kind[..., None].expand_as(steps)))
-    codes = gptq.rounded(w, hessian, gptq.Grid(scale, None, kinds, nearest), known)
+    begin = _begins(scheme.widths, w.device)[place]
+    scale, begins = (_spread(scheme, by_row, w) for by_row in (steps, begin[..., None].expand_as(steps)))
+    codes = gptq.rounded(w, hessian, gptq.Grid(scale, None, begins, _ladders(w.device)), known)
     return scheme.pack(scheme.sorted(scheme.tiled(codes), order), order, meta)
 
 
@@ -135,28 +136,19 @@ def _spread(scheme: Tiles, by_row: torch.Tensor, w: torch.Tensor) -> torch.Tenso
     return scheme.flat(by_row[..., None].expand(*by_row.shape, scheme.cols), tuple(w.shape))
 
 
-def nearest(x: torch.Tensor, kind: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and levels of values in units of their scales; `kind`: where the rungs of their width begin."""
-    assert kind is not None
-    place = (x * FINE).ceil_().clamp_(-FINE * MOST, FINE * MOST).int() + kind
-    codes, levels = (table.index_select(0, place.flatten()).view(place.shape) for table in _rungs(x.device))
-    return codes, levels
-
-
 FINE, MOST = 2, int(NORMAL[2][-1])  # what lies halfway between levels of any width is half a unit's multiple
 STEPS = 2 * FINE * MOST + 1
 
 
-def _begins(bits: torch.Tensor) -> torch.Tensor:
-    """Where the rungs of each width are, for values from -MOST to MOST."""
-    return (bits.int() - WIDTHS[0]) * STEPS + FINE * MOST
+def _begins(bits: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where the tables of widths begin in `_ladders`, int32; made without waiting for the device."""
+    found = torch.tensor([(b - WIDTHS[0]) * STEPS for b in bits], dtype=torch.int32)
+    return found.to(device, non_blocking=True)
 
 
 @cache
-def _rungs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, levels) nearest to what lies in each half unit, width after width."""
+def _ladders(device: torch.device) -> Ladder:
+    """The tables of every width, one after another."""
     ends = torch.arange(-FINE * MOST, FINE * MOST + 1) / FINE
-    forms = [normal(bits, QUANTUM) for bits in WIDTHS]
-    codes = [form.rank(ends) for form in forms]
-    levels = [form.level(code) for form, code in zip(forms, codes, strict=True)]
-    return torch.cat(codes).to(device), torch.cat(levels).to(device)
+    codes, levels = zip(*(normal(bits, QUANTUM).ladder(ends.device).nearest(ends) for bits in WIDTHS), strict=True)
+    return Ladder(-MOST, MOST, FINE, torch.cat(codes).to(device), torch.cat(levels).to(device))
