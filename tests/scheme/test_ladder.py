@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 
 
 def values(levels):
-    """Some of every kind: levels, what lies halfway, right beside that (where no integer is taken off, which rounds), and
-    what lies beyond."""
+    """Some of every kind: levels, what lies halfway, right beside that (of tables: elsewhere an offset rounds it away)
+    and what lies beyond."""
     rungs = torch.tensor(sorted(set(levels)))
     between = (rungs[1:] + rungs[:-1]) / 2
     near = [] if (rungs.diff() == 1).all() else [between.nextafter(torch.tensor(to)) for to in (-1e9, 1e9)]

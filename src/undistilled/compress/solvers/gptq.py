@@ -15,7 +15,7 @@ from ...scheme.base import Parts
 from ...scheme.grouped import Grouped
 from ...scheme.ladder import Ladder
 from ..hessian import Factor, Hessian, factor
-from . import search
+from . import on_gpu, search
 
 BLOCK = 64  # inputs whose corrections are carried to the rest at once
 
@@ -66,12 +66,15 @@ def rounded(w: torch.Tensor, hessian: Hessian, grid: Grid, known: Factor | None 
 def _by_blocks(w: torch.Tensor, upper: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes [B, K, N] of w [B, K, N], which is used up; the grid's parts lie as it does."""
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    rounds = _block
+    if on_gpu(w):
+        from .gptq_cuda import block as rounds
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
         some = [None if t is None else t[:, start:stop] for t in (grid.scale, grid.low, grid.begin)]
         assert some[0] is not None
         block = Grid(some[0], some[1], some[2], grid.ladder)
-        lost = _block(w[:, start:stop], upper[:, start:stop, start:stop], block, codes[:, start:stop])
+        lost = rounds(w[:, start:stop], upper[:, start:stop, start:stop], block, codes[:, start:stop])
         if stop < w.shape[1]:
             carried = upper[:, start:stop, stop:].transpose(1, 2).expand(len(w), -1, -1)
             w[:, stop:].baddbmm_(carried, lost, alpha=-1)
