@@ -146,6 +146,16 @@ def test_dynamic_blocks_spend_their_bits_where_they_count(experts):
     assert weighted(solved) < 0.8 * weighted(scheme.compress(w))
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nl3-g32", "int4-g32"])
+def test_groups_of_zeros_stay_zeros(name):
+    """Whose scales have no inverse."""
+    scheme, (w, _) = schemes.get(name), case()
+    w[::2, :64] = 0
+    solved = checked(scheme, search.solve(scheme, w, torch.rand(1, 160)), w.shape)
+    dense = scheme.decompress(solved, tuple(w.shape), torch.float32)
+    assert dense.isfinite().all() and not dense[::2, :64].any() and dense[1::2].any()
+
+
 def test_an_input_that_never_fires_costs_nothing_and_breaks_nothing():
     scheme, (w, moments) = schemes.get("int3-g64"), case()
     moments[:, :40] = 0

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from undistilled.compress.solvers import gptq_cuda
+from undistilled.compress.solvers import gptq_cuda, search_cuda
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 TABLE = {"table": "*u8", "levels": "*fp32"}
@@ -35,3 +35,16 @@ def test_gptq(missing):
     constants = {"INPUTS": 64, "OUTPUTS": gptq_cuda.OUTPUTS}
     kernel = compiled(gptq_cuda._rounded, types, constants, num_warps=1)
     assert kernel.asm["ptx"].count("st.local") == 0  # registers hold all
+
+
+@pytest.mark.parametrize("group", [16, 128])
+@pytest.mark.parametrize("missing", [("low", "minimums"), ("table", "levels")])
+@pytest.mark.parametrize("name", ["_refitted", "_best"])
+def test_search(name, missing, group):
+    kernel = getattr(search_cuda, name)
+    pointers = ("values", "importance", "base", "low", "factors", "scales", "minimums")
+    numbers = ("total", "rows", "by_row", "group", "candidates")
+    types = dict.fromkeys(pointers, "*fp32") | TABLE | LADDER | {"highest": "fp32"} | dict.fromkeys(numbers, "i32")
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in missing}
+    constants = {"GROUPS": search_cuda.TILE // group, "WIDTH": group}
+    assert compiled(kernel, types, constants).asm["ptx"].count("st.local") == 0

@@ -3,13 +3,16 @@
 Small ones run in Triton's interpreter too (conftest.py says how); the rest wants a GPU.
 """
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from exact import DEVICE
 
 from undistilled import scheme as schemes
 from undistilled.compress.hessian import Hessian, factor
-from undistilled.compress.solvers import gptq, on_gpu, tiles
+from undistilled.compress.solvers import gptq, on_gpu, search, tiles
+from undistilled.scheme.int8 import grouped
 
 pytest.importorskip("triton")
 from undistilled.compress.solvers import gptq_cuda
@@ -63,10 +66,64 @@ def test_a_block_is_rounded_as_by_pytorch(name, stacks, shared, k, n):
     assert torch.isclose(loss, expected, rtol=1e-3, atol=1e-3).float().mean() >= EQUAL
 
 
+SEARCHED = ["int4", "int2-g32", "int3-g64-sym", "nl2-g16", "nl3-g64", "nl6-g128", "mxfp4", "nvfp4"]
+WEIGHTS = [((5, 130), (1, 130)), ((3, 17, 64), (3, 1, 64)), ((2, 3, 7, 96), (1, 96))]  # values, importances
+WEIGHTS = [pytest.param(*shapes, marks=pytest.mark.interpreted) for shapes in WEIGHTS]
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("shape, by", [*WEIGHTS, ((576, 576), (1, 576)), ((9, 512, 1000), (9, 1, 1000))])
+def test_scales_lose_what_pytorchs_lose(monkeypatch, name, shape, by):
+    """Each group what it loses there: where candidates are as good, either may be taken."""
+    scheme, w, matter = schemes.get(name), torch.randn(shape, device=DEVICE), torch.rand(by, device=DEVICE)
+    w[..., 0, :32] = 0.0
+    found = [solved(monkeypatch, ours, lambda: search.fit(scheme, w, matter)) for ours in (True, False)]
+    lost = [_by_group(scheme, w, matter, meta) for meta in found]
+    assert torch.isclose(*lost, rtol=1e-3, atol=1e-9).float().mean() >= EQUAL
+    assert float(lost[0].sum()) == pytest.approx(float(lost[1].sum()), rel=1e-3)
+    for one, other in zip(*map(scheme.steps, found), strict=True):
+        assert one is None or torch.isclose(one, other, rtol=1e-3).float().mean() >= 0.95
+
+
+def _by_group(scheme, w, matter, meta):
+    d = scheme.dense(scheme.codes(w, meta), meta) - w
+    return grouped((matter * d.square()).double(), scheme.group).sum(-1)
+
+
+@contextmanager
+def never_waited():
+    """Where the host waits for the GPU, an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["int4", "nl3-g64", "mxfp4"])
+def test_a_search_takes_few_launches_and_waits_for_none(name):
+    w, matter, scheme = torch.randn(576, 576, device=DEVICE), torch.rand(1, 576, device=DEVICE), schemes.get(name)
+    search.fit(scheme, w, matter)
+    with never_waited(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        search.fit(scheme, w, matter)
+    launched = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 2 < len(launched) < 80, launched  # 16 candidates by PyTorch: hundreds
+
+
+def test_solving_waits_for_nothing():
+    (w, moments), outputs = case(128, 576), torch.rand(128, device=DEVICE)
+    scheme, hessian, known = schemes.get("tiles16x32-2x6-3x6-5x6"), Hessian(moments), factor(moments)
+    for again in (False, True):  # the first time makes the tables
+        with never_waited() if again else nullcontext():
+            tiles.losses(scheme, w, moments.diagonal(), outputs)
+            tiles.solve(scheme, w, hessian, outputs, known)
+
+
 def solved(monkeypatch, ours, solve):
     """What a solver finds with kernels, or without, on any device."""
     with monkeypatch.context() as patch:
-        patch.setattr(gptq, "on_gpu", lambda w: ours)
+        for module in (gptq, search):
+            patch.setattr(module, "on_gpu", lambda w: ours)
         return solve()
 
 

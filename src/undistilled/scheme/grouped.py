@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .base import Dim
 from .int8 import grouped
-from .ladder import Ladder, by_code, even, ladder, taken
+from .ladder import Ladder, by_code, even, inverse, ladder, taken
 from .packing import QUANTUM, pack, unpack
 from .scales import FORMATS
 
@@ -135,8 +135,8 @@ class Grouped:
 
     def nearest(self, w: torch.Tensor, scales: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         """Codes of w for scales (and minimums) that broadcast with it."""
-        inverse = scales.reciprocal().masked_fill_(scales == 0, 0.0)
-        return self.rank(w * inverse if low is None else w.mul(inverse).add_(-low * inverse))
+        by = inverse(scales)
+        return self.rank(w * by if low is None else w.mul(by).add_(-low * by))
 
     def rank(self, x: torch.Tensor) -> torch.Tensor:
         """Codes uint8 of the levels nearest to x."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 FINE = 4  # steps of a unit that separate the levels of every table here
+SMALLEST = 2.0**-126  # float32 numbers that are smaller have no finite inverse
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ def by_code(levels: tuple[float, ...], device: torch.device) -> torch.Tensor:
     import torch
 
     return torch.tensor(levels, device=device)
+
+
+def inverse(scales: torch.Tensor) -> torch.Tensor:
+    """1 / scales, 0 where there is none: all values become level 0."""
+    return scales.reciprocal().masked_fill_(scales.abs() < SMALLEST, 0.0)
 
 
 def taken(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

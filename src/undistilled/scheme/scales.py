@@ -36,7 +36,7 @@ class E4m3:
         import torch
 
         rows = (scales.abs().amax(-1) / LARGEST).bfloat16()
-        safe = torch.where(rows > 0, rows.float(), 1.0)
+        safe = rows.float().masked_fill_(~(rows > 0), 1.0)  # torch.where would copy the 1 to a GPU, and wait
         codes = (scales / safe[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return {"scales": codes, "multipliers": rows}
 
@@ -54,7 +54,7 @@ class E8m0:
     def compress(self, scales: torch.Tensor) -> Parts:
         import torch
 
-        exponent = torch.where(scales > 0, scales, 2.0**-127).log2().ceil()
+        exponent = scales.masked_fill(~(scales > 0), 2.0**-127).log2().ceil()
         return {"scales": (exponent + 127).clamp(0, 254).to(torch.uint8)}
 
     def decompress(self, parts: Parts) -> torch.Tensor:

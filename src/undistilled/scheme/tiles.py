@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from .base import Dim
 from .grouped import NORMAL, normal
+from .ladder import inverse
 from .packing import QUANTUM, pack, unpack
 from .scales import E4m3
 
@@ -111,8 +112,8 @@ class Tiles:
         """Parts of values [..., B, S, T, R, C] with scales [..., B, S, T, R] (in stored order), nearest levels."""
         meta = self.stored_scales(scales)
         steps = self.read_scales(meta)
-        inverse = steps.reciprocal().masked_fill_(steps == 0, 0.0)[..., None]
-        return self.pack(nearest(self.sorted(tiles, order) * inverse, self.counts), order, meta)
+        scaled = self.sorted(tiles, order) * inverse(steps)[..., None]
+        return self.pack(nearest(scaled, self.counts), order, meta)
 
     def pack(self, codes: torch.Tensor, order: torch.Tensor, meta: Parts) -> Parts:
         """Codes uint8 [..., B, S, T, R, C] in stored order -> parts."""

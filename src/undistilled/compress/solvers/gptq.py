@@ -13,7 +13,7 @@ import torch
 
 from ...scheme.base import Parts
 from ...scheme.grouped import Grouped
-from ...scheme.ladder import Ladder
+from ...scheme.ladder import Ladder, inverse
 from ..hessian import Factor, Hessian, factor
 from . import on_gpu, search
 
@@ -84,11 +84,11 @@ def _by_blocks(w: torch.Tensor, upper: torch.Tensor, grid: Grid) -> torch.Tensor
 def _block(w: torch.Tensor, upper: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
     """Rounds a few inputs [B, k, N] into `codes`; what each lost, in units of the factor's diagonal, [B, k, N]."""
     lost = torch.empty_like(w)
-    inverse = grid.scale.reciprocal().masked_fill_(grid.scale == 0, 0.0)
+    by = inverse(grid.scale)
     upper = upper.expand(len(w), -1, -1)
     for i in range(w.shape[1]):
         x = w[:, i] if grid.low is None else w[:, i] - grid.low[:, i]
-        code, level = grid.ladder.nearest(x * inverse[:, i], None if grid.begin is None else grid.begin[:, i])
+        code, level = grid.ladder.nearest(x * by[:, i], None if grid.begin is None else grid.begin[:, i])
         codes[:, i] = code
         torch.sub(x, level.mul_(grid.scale[:, i]), out=lost[:, i]).div_(upper[:, i, i, None])
         w[:, i + 1 :].baddbmm_(upper[:, i, i + 1 :, None], lost[:, i, None], alpha=-1)

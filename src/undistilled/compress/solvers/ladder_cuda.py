@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...scheme.ladder import Ladder
+from ...scheme import ladder as tables
 
 WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 numbers of this size are whole
+SMALLEST = tl.constexpr(tables.SMALLEST)
 
 
 @triton.jit
@@ -26,11 +27,12 @@ def nearest(x, begin, codes, levels, least, most, fine):
 
 @triton.jit
 def inverse(scale):
-    """1 / scale, 0 where it is 0."""
-    return tl.where(scale == 0, 0.0, tl.div_rn(1.0, tl.where(scale == 0, 1.0, scale)))
+    """1 / scale, 0 where there is none."""
+    none = tl.abs(scale) < SMALLEST
+    return tl.where(none, 0.0, tl.div_rn(1.0, tl.where(none, 1.0, scale)))
 
 
-def arguments(ladder: Ladder) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float, float]:
+def arguments(ladder: tables.Ladder) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float, float]:
     """What `nearest` takes after x and begin; floats, of which a kernel is not compiled for each value."""
     fine = float(ladder.fine)
     return ladder.codes, ladder.levels, ladder.least * fine, ladder.most * fine, fine

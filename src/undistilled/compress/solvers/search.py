@@ -11,6 +11,8 @@ import torch
 from ...scheme.base import Parts
 from ...scheme.grouped import Grouped
 from ...scheme.int8 import grouped
+from ...scheme.ladder import inverse
+from . import on_gpu
 
 CANDIDATES = 16
 PIECE = 1 << 17  # values that a CPU fits at once: what is worked out between stays in its cache
@@ -36,9 +38,22 @@ def _fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates:
     if w.shape[-1] % scheme.group:
         h[..., -1, w.shape[-1] % scheme.group :] = 0
     base, low = scheme.steps(scheme.fit(w.float()))
-    best = torch.full(base.shape, float("inf"), device=w.device)
+    factors = torch.linspace(NARROWEST, WIDEST, candidates, device=w.device)
+    best = _best
+    if on_gpu(w):
+        from .search_cuda import best
+    return scheme.stored(*best(scheme, groups, h, base, low, factors))
+
+
+def _best(
+    scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, base: torch.Tensor, low: torch.Tensor | None,
+    factors: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Scales and minimums [..., N, G] for values [..., N, G, group] and importances [..., 1, G, group], of the
+    candidates that `factors` [C] times `base` give."""
+    best = torch.full(base.shape, float("inf"), device=base.device)
     scales, minimums = base.clone(), None if low is None else low.clone()
-    for factor in torch.linspace(NARROWEST, WIDEST, candidates).tolist():
+    for factor in factors.tolist():
         s, m = base * factor, low
         if low is not None:
             m = low + base * (1 - factor) * scheme.levels[-1] / 2
@@ -51,12 +66,12 @@ def _fit(scheme: Grouped, w: torch.Tensor, importance: torch.Tensor, candidates:
         scales = torch.where(better, s, scales)
         if m is not None and minimums is not None:
             minimums = torch.where(better, m, minimums)
-    return scheme.stored(scales, minimums)
+    return scales, minimums
 
 
 def _levels(scheme: Grouped, groups: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
-    inverse = s.reciprocal().masked_fill_(s == 0, 0.0)[..., None]
-    return scheme.snapped(groups * inverse if m is None else groups.mul(inverse).add_(-m[..., None] * inverse))
+    by = inverse(s)[..., None]
+    return scheme.snapped(groups * by if m is None else groups.mul(by).add_(-m[..., None] * by))
 
 
 def _refit(scheme: Grouped, groups: torch.Tensor, h: torch.Tensor, s: torch.Tensor, m: torch.Tensor | None):
