@@ -73,7 +73,7 @@ def bank(name, count, width, hidden):
 def test_experts(name, tokens):
     """Some experts are chosen by nobody, some ids are of other banks."""
     weights = bank(name, 9, 72, 200)
-    check_experts("triton", tokens, *weights)
+    check_experts(tokens, *weights)
 
 
 def test_no_expert_of_this_bank():

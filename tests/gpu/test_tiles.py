@@ -123,7 +123,7 @@ def bank(count, width, hidden):
 def test_experts(tokens):
     """Some experts are chosen by nobody, some ids are of other banks."""
     weights = bank(9, 168, 200)
-    check_experts("triton tiles", tokens, *weights)
+    check_experts(tokens, *weights)
 
 
 @pytest.mark.interpreted
@@ -131,7 +131,7 @@ def test_experts(tokens):
 def test_few_experts(monkeypatch, few):
     """In tiles of few pairs and of many."""
     monkeypatch.setattr(routed, "FEW", few)
-    check_experts("triton tiles", 1, *bank(9, 16, 72))
+    check_experts(1, *bank(9, 16, 72))
 
 
 def test_experts_at_r1s_widths():

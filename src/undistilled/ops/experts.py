@@ -83,29 +83,22 @@ def _rows(
     return native.experts_rows(x_TD.contiguous(), checked(gate), checked(up), checked(down), chosen, shares)
 
 
-@experts.register("triton", cuda.ready, "our Triton kernels: pairs sorted by expert on the GPU, no word to the host")
+@experts.register("triton", cuda.multiplies, "our Triton kernels: pairs sorted by expert, no word to the host")
 def _triton(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    from .triton import experts as kernels
+    three = (gate, up, down)
+    if not fused(*three, x_TD.dtype):
+        return experts.reference.run(x_TD, ids_Tk, weights_Tk, *three)
+    from .triton import experts as codes
+    from .triton import mixed, tiles
 
-    run = kernels.experts if fused(gate, up, down, x_TD.dtype) else experts.reference.run
-    return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
-
-
-@experts.register("triton tiles", cuda.tiles_ready, "our Triton kernels for dynamic blocks, no word to the host")
-def _triton_tiles(
-    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
-) -> torch.Tensor:
-    from .triton import tiles as kernels
-
-    run = kernels.experts if fused(gate, up, down, x_TD.dtype) else experts.reference.run
-    return run(x_TD, ids_Tk, weights_Tk, gate, up, down)
+    blocks = [cuda.tiles_ready(w, x_TD.dtype) for w in three]
+    one_form = gate.scheme == up.scheme and not any(blocks)
+    kernels = tiles if all(blocks) else codes if one_form else mixed
+    return kernels.experts(x_TD, ids_Tk, weights_Tk, *three)
 
 
 def fused(gate: Stored, up: Stored, down: Stored, dtype: torch.dtype) -> bool:
-    """Whether one set of Triton kernels serves these three, which the choice by `gate` alone does not say."""
-    three = (gate, up, down)
-    if all(cuda.tiles_ready(w, dtype) for w in three):
-        return True
-    return gate.scheme == up.scheme and all(cuda.ready(w, dtype) for w in three)
+    """Whether Triton kernels serve these three, which the choice by `gate` alone does not say."""
+    return all(cuda.multiplies(w, dtype) for w in (gate, up, down))

@@ -47,6 +47,11 @@ def tiles_ready(weight: Stored, dtype: torch.dtype) -> bool:
     return _here(weight, dtype)
 
 
+def multiplies(weight: Stored, dtype: torch.dtype) -> bool:
+    """Whether either of both serves."""
+    return ready(weight, dtype) or tiles_ready(weight, dtype)
+
+
 def _here(weight: Stored, dtype: torch.dtype) -> bool:
     if weight.device.type != "cuda" or dtype is not torch.bfloat16 or why_missing():
         return False

@@ -15,6 +15,7 @@ import triton.language as tl
 from ...scheme import Stored
 from .form import arguments
 from .linear import BK
+from .small import silu_mul
 from .tile import multiplied, product
 
 FEW = 512  # pairs; above, tiles of many tokens and weights scaled before the product
@@ -90,12 +91,14 @@ def _up(
 
 
 @triton.jit
-def _down(
-    h, y, order, experts, starts, counts, shares,
+def _one(
+    x, y, order, experts, starts, counts, shares, k_each,
     dw, ds, dl, dm, D, K, WR, GR,
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
-    EVEN: tl.constexpr, AFTER: tl.constexpr, TALL: tl.constexpr,
+    EVEN: tl.constexpr, AFTER: tl.constexpr, TALL: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    """One product of each pair. LAST: of what lies in the order of experts, times the pair's share, into the pair's
+    place; else of its token, into the order of experts."""
     slot = tl.program_id(1)
     count = tl.load(counts + slot)
     if count == 0:
@@ -106,17 +109,22 @@ def _down(
     n = tl.minimum(rows, D - 1)
     m = tl.arange(0, G * BM) % BM
     live = m < count
-    row = (start + m).to(tl.int64) * K
+    row = start + m
+    if not LAST:
+        row = tl.load(order + row, mask=live, other=0) // k_each
     w_at, s_at = e * D * WR, e * ((D + TALL - 1) // TALL) * GR
     w, s, low = dw + w_at, ds + s_at, dl + s_at
     acc, _ = product(
-        h, row, live, w, s, low, w, s, low, n, 0, tl.cdiv(K, BK), K, WR, GR, S, BN, BM, BK, EVEN, AFTER, False
-    )
+        x, row.to(tl.int64) * K, live, w, s, low, w, s, low, n, 0, tl.cdiv(K, BK), K, WR, GR, S, BN, BM, BK, EVEN,
+        AFTER, False,
+    )  # fmt: skip
     acc = multiplied(acc, dm + e * D, n, S)
     t = tl.arange(0, BM)
-    pair = tl.load(order + start + t, mask=t < count, other=0)
-    acc = acc * tl.load(shares + pair, mask=t < count, other=0.0)[None, :]
-    at = y + pair.to(tl.int64)[None, :] * D + rows[:, None]
+    place = start + t
+    if LAST:
+        place = tl.load(order + place, mask=t < count, other=0)
+        acc = acc * tl.load(shares + place, mask=t < count, other=0.0)[None, :]
+    at = y + place.to(tl.int64)[None, :] * D + rows[:, None]
     tl.store(at, acc.to(y.dtype.element_ty), mask=(t < count)[None, :] & (rows < D)[:, None])
 
 
@@ -183,15 +191,37 @@ def experts(
     slots, made = arranged(ids, E) if few else tiles(ids, E, LARGE)
     h = x.new_empty(T * k, W)
     y = torch.empty(T * k, D, dtype=torch.float32 if few else x.dtype, device=x.device)
-    a, b, c = arguments(gate), arguments(up), arguments(down)
+    a, b = arguments(gate), arguments(up)
     _up[lambda meta: (-(-W // meta["BN"]), slots)](
         x, h, *made, k, *a.parts, *b.parts, W, D, a.row_bytes, a.groups, **_settings(a, D, few),
     )  # fmt: skip
-    _down[lambda meta: (-(-D // meta["BN"]), slots)](
-        h, y, *made, weights_Tk.float().contiguous(), *c.parts, D, W, c.row_bytes, c.groups, **_settings(c, W, few),
-    )  # fmt: skip
+    one(h, y, down, (slots, made), k, few, shares=weights_Tk.float().contiguous())
     summed(y, ids, out, E)
     return out
+
+
+def one(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: Stored,
+    arranged: tuple[int, torch.Tensor],
+    k: int,
+    few: bool,
+    up: torch.Tensor | None = None,
+    shares: torch.Tensor | None = None,
+) -> None:
+    """y [P, N], in the order of experts, of each pair's token in x [T, K]. With shares [T, k], float32 and contiguous:
+    y in the order of pairs, times them, of x [P, K], or of silu(x) * up, in the order of experts.
+
+    `arranged`: as `tiles` has it.
+    """
+    (slots, made), (_, N, K), c = arranged, weight.shape, arguments(weight)
+    if up is not None:
+        x = silu_mul(x, up).bfloat16()
+    _one[lambda meta: (-(-N // meta["BN"]), slots)](
+        x, y, *made, y if shares is None else shares, k, *c.parts, N, K, c.row_bytes, c.groups,
+        **_settings(c, K, few), LAST=shares is not None,
+    )  # fmt: skip
 
 
 def _settings(a, inputs: int, few: bool) -> dict:

@@ -146,7 +146,7 @@ def product(
                     wanted = wanted & ((kk // (U * get(S, "group") // 32))[:, None] == group[None, :])
                 else:
                     wanted = wanted & ((kk // U * 2 + p * U // 16)[:, None] == group[None, :])
-            xs = tl.load(x_at + k + p * U, mask=wanted, other=0.0)
+            xs = tl.load(x_at + k + p * U, mask=wanted, other=0.0).to(CODE)
             c = coded(w + at, scales, lows, n, k, there, GR, S, p, PER, EVEN, AFTER)
             if TWO:
                 c2 = coded(w2 + at, scales2, lows2, n, k, there, GR, S, p, PER, EVEN, AFTER)

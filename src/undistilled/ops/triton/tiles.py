@@ -41,7 +41,7 @@ from .linear import counters
 
 LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
 FEW = 64  # tokens; above, a product on a dense copy is faster
-MANY = 32  # pairs that a program of many takes; 64 took twice as long to compile
+LARGE = 32  # pairs that a program of many takes; 64 took twice as long to compile
 REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
 
 
@@ -254,8 +254,8 @@ def experts(
         return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
-    settings = _settings(1 if few else MANY // COLUMNS)
-    a, b, c = described(gate), described(up), described(down)
+    settings = _settings(1 if few else LARGE // COLUMNS)
+    a, b = described(gate), described(up)
     stride = max(a.stride, b.stride)
     middle = x.new_empty(2, pairs, W, dtype=torch.float32 if few else x.dtype)
     y = x.new_empty(pairs, D, dtype=middle.dtype)
@@ -263,16 +263,32 @@ def experts(
     if few:
         slots, made, half, factors = begun(x, ids, E, stride)
     else:
-        slots, made = routed.tiles(ids, E, MANY)
+        slots, made = routed.tiles(ids, E, LARGE)
         half, factors = halves(x, None, stride)
     _product[(-(-W // 16), slots, 2)](
         half.view(torch.int32), factors, middle, none, none, a.row, b.row, made, shares,
         0, W, stride // 2, 1, k, pairs, STAGE=UP.value, **settings,
     )  # fmt: skip
-    half, factors = halves(middle[0], middle[1], c.stride)
-    _product[(-(-D // 16), slots)](
-        half.view(torch.int32), factors, y, none, none, c.row, c.row, made, shares,
-        0, D, c.stride // 2, 1, k, pairs, STAGE=DOWN.value, **settings,
-    )  # fmt: skip
+    one(middle[0], y, down, (slots, made), k, few, middle[1], shares)
     routed.summed(y, ids, out, E)
     return out
+
+
+def one(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: Stored,
+    arranged: tuple[int, torch.Tensor],
+    k: int,
+    few: bool,
+    up: torch.Tensor | None = None,
+    shares: torch.Tensor | None = None,
+) -> None:
+    """As ops.triton.experts.one."""
+    (slots, made), (_, N, _), d = arranged, weight.shape, described(weight)
+    half, factors = halves(x, up, d.stride)
+    stage = UP if shares is None else DOWN
+    _product[(-(-N // 16), slots)](
+        half.view(torch.int32), factors, y, y, y, d.row, d.row, made, factors if shares is None else shares,
+        0, N, d.stride // 2, 1, k, made.shape[1], STAGE=stage.value, **_settings(1 if few else LARGE // COLUMNS),
+    )  # fmt: skip
