@@ -58,11 +58,21 @@ def test_libraries_of_earlier_versions_are_not_taken(built, tmp_path):
     assert isinstance(builds.choose({"flags": ALL}), str)
 
 
-def test_another_architecture_has_one_build(built, monkeypatch):
+def test_arm_has_a_build_with_products_of_bytes_and_one_without(built, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    dotprod, neon = builds.ARM
+    built(dotprod, neon, AVX2)
+    assert builds.choose({"features": "fp asimd"}) == neon and not neon.integers
+    assert builds.choose({"features": "fp asimd asimddp"}) == dotprod and dotprod.integers
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert builds.choose({}) == dotprod
+
+
+def test_another_architecture_has_one_build(built, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
     (native,) = builds.OTHERS
     built(native, AVX2)
-    assert builds.choose({"features": "asimd"}) == native
+    assert builds.choose({"isa": "rv64gcv"}) == native
 
 
 def test_a_library_of_other_sources_is_not_called(tmp_path):

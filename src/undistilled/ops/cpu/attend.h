@@ -140,7 +140,7 @@ INLINE float weigh(float* scores, long tokens, float& top, float& total) {
   float before = top;
   for (long i = tokens; i % 8; i++) scores[i] = -INFINITY;
   v8 most = splat(top), part = splat(0);
-  for (long i = 0; i < tokens; i += 8) most = max8(load(scores + i), most);
+  for (long i = 0; i < tokens; i += 8) most = greater(load(scores + i), most);
   for (int i = 0; i < 8; i++) top = most[i] > top ? most[i] : top;
   for (long i = 0; i < tokens; i += 8) {
     v8 e = exp8(load(scores + i) - splat(top));

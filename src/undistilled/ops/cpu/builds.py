@@ -33,7 +33,7 @@ class Build(NamedTuple):
     @property
     def integers(self) -> bool:
         """Whether it multiplies integers with instructions of their own."""
-        return "avx2" in self.needs
+        return "avx2" in self.needs or "asimddp" in self.needs
 
 
 X86 = (  # from what needs most to what needs least
@@ -41,12 +41,14 @@ X86 = (  # from what needs most to what needs least
     Build("avx512", ("-march=x86-64-v4", "-mavx512vnni"), (*V4, "avx512_vnni")),
     Build("avx2", ("-march=x86-64-v3",), V3),
 )
+ARM = (Build("dotprod", ("-march=armv8.2-a+dotprod",), ("asimddp",)), Build("neon", ("-march=armv8-a",)))
 OTHERS = (Build("native", ("-march=native",)),)
+MACHINES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 
 def builds() -> tuple[Build, ...]:
     """Those for this kind of machine, the best first."""
-    return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+    return MACHINES.get(platform.machine().lower(), OTHERS)
 
 
 def sources(folder: Path = FOLDER) -> str:
@@ -84,7 +86,9 @@ def choose(fields: dict[str, str]) -> Build | str:
     if not there:
         names = ", ".join(build.file for build in wanted)
         return f"no native kernels in {folder} ({names}): the package was built without a compiler"
-    flags = fields["flags"].split() if "flags" in fields else builds()[-1].needs  # macOS has no /proc/cpuinfo
+    flags = fields.get("flags", fields.get("features", "")).split()
+    if not fields:  # macOS has no /proc/cpuinfo; what it runs on has AVX2, or products of bytes
+        flags = [*X86[-1].needs, *ARM[0].needs]
     suits = next((build for build in there if set(build.needs) <= set(flags)), None)
     lacking = " ".join(flag for flag in there[-1].needs if flag not in flags)
     return suits or f"{folder / there[-1].file} needs a processor with {lacking}"

@@ -20,18 +20,8 @@ template <int BITS> struct Levels {
   }
   // w[i] = levels of the codes 8i..8i + 8 of a block.
   __attribute__((always_inline)) void load(const uint8_t* at, v8* w) const {
-    c32 codes = codes_of<BITS>(at), bytes[2] = {low.find(codes), high.find(codes)};
-#if HAS_AVX2
-    __m256i zero = _mm256_setzero_si256(), l = (__m256i)bytes[0], h = (__m256i)bytes[1];
-    for (int i = 0; i < 2; i++) {
-      __m256i words = i ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
-      __m256i a = _mm256_unpacklo_epi16(zero, words), b = _mm256_unpackhi_epi16(zero, words);
-      w[i] = (v8)_mm256_permute2x128_si256(a, b, 0x20);
-      w[i + 2] = (v8)_mm256_permute2x128_si256(a, b, 0x31);
-    }
-#else
-    for (int i = 0; i < QUANTUM; i++) w[i / 8][i % 8] = bf16_to_float(bytes[0][i] | bytes[1][i] << 8);
-#endif
+    c32 codes = codes_of<BITS>(at);
+    bf16s(low.find(codes), high.find(codes), w);
   }
 };
 

@@ -82,7 +82,7 @@ INLINE void add(const W& w, const Strip& s, const uint8_t* from, long step, cons
         const float* own = scale + r * s.by_row;
         v8 f = splat(own[0]), done = X::total(sum[r][m]);
         // the halves of a unit lie in a vector's first and last four lanes
-        if (s.halves) f = v8{own[0], own[0], own[0], own[0], own[1], own[1], own[1], own[1]};
+        if (s.halves) f = split(own[0], own[1]);
         total[r][m] = fma(X::SCALED ? done * splat(x.scales[m][share]) : done, f, total[r][m]);
         sum[r][m] = X::none();
       }
@@ -178,7 +178,7 @@ __attribute__((noinline)) void slice(const typename X::Wide* codes, const Strip&
 
 template <class X, int BLOCKS, int MR>
 void some_rows(const typename X::Wide* codes, const Strip& s, long count, const Row<X>* x, long rows, v8* totals) {
-  constexpr int NR = MR == MOST && X::SCALED ? 2 : 1;   // as many sums as registers hold beside codes
+  constexpr int NR = MR == MOST && sizeof(typename X::Sum) == sizeof(v8) ? 2 : 1;   // what registers hold
   for (; rows >= MR; rows -= MR, x += MR, totals += MR * OUTPUTS) slice<X, MR, NR, BLOCKS>(codes, s, count, x, totals);
   if constexpr (MR > 1)
     if (rows) some_rows<X, BLOCKS, MR - 1>(codes, s, count, x, rows, totals);

@@ -15,13 +15,14 @@ INLINE v8 factors_at(int format, const uint8_t* from, long i, long some) {
   if (format == SCALES_F32) by(Fp32());
   if (format == SCALES_F16) by(Fp16());
   if (format == SCALES_E4M3) by(Fp8()), v = v * splat(256);
-  if (format == SCALES_E8M0)
+  if (format == SCALES_E8M0) {
+    uint32_t bits[LANES];
     for (long j = 0; j < LANES; j++) {
-      uint32_t code = j < some ? from[i + j] : 0, bits = code ? code << 23 : 1 << 22;
-      float f;
-      memcpy(&f, &bits, 4);
-      v[j] = f;
+      uint32_t code = j < some ? from[i + j] : 0;
+      bits[j] = code ? code << 23 : 1 << 22;
     }
+    v = read<v8>(bits);
+  }
   return v;
 }
 

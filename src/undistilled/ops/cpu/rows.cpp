@@ -219,9 +219,7 @@ struct Read : Kernel<Read> {
       i8x s[8] = {};
       for (const uint8_t *p = at + i * bytes, *end = p + bytes; p < end; p += 256)
         UNROLL for (int j = 0; j < 8; j++) {
-          i8x v;
-          memcpy(&v, p + 32 * j, 32);
-          s[j] ^= v;
+          s[j] ^= read<i8x>(p + 32 * j);
         }
       for (int j = 1; j < 8; j++) s[0] ^= s[j];
       out[i] = s[0][0] ^ s[0][1] ^ s[0][2] ^ s[0][3] ^ s[0][4] ^ s[0][5] ^ s[0][6] ^ s[0][7];
