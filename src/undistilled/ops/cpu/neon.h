@@ -37,6 +37,7 @@ INLINE v8 fma(v8 a, v8 b, v8 c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_
 INLINE v8 floats(i8x v) { return {vcvtq_f32_s32(v.low), vcvtq_f32_s32(v.high)}; }
 
 INLINE v8 load_part(const float* p, long count) {
+  if (count == 8) return read<v8>(p);
   float all[8] = {};
   memcpy(all, p, count * 4);
   return read<v8>(all);

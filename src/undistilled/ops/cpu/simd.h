@@ -37,7 +37,11 @@
 
 INLINE v8 splat(float f) { return split(f, f); }
 INLINE v8 load(const float* p) { return read<v8>(p); }
-INLINE void store_part(float* p, v8 v, long count) { memcpy(p, &v, count * 4); }
+INLINE void store_part(float* p, v8 v, long count) {
+  if (count == 8) return store(p, v);
+  v8 some = v;   // which alone lies in memory
+  memcpy(p, &some, count * 4);
+}
 
 // Loaders. BYTES per weight; load(p) gives STEP / 8 vectors in the order of the row.
 struct Fp32 {
