@@ -70,7 +70,7 @@ INLINE void add(const W& w, const Strip& s, const uint8_t* from, long step, cons
         UNROLL for (int r = 0; r < NR; r++) {
           X::meet(of[r].part[p], xs, sum[r][m]);
 #if HAS_AVX2
-          if constexpr (X::SCALED && MR > 1) asm("" : "+x"(sum[r][m]));
+          if constexpr (NR > 1) asm("" : "+x"(sum[r][m]));
 #endif
         }
       }
