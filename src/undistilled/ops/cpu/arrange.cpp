@@ -42,13 +42,13 @@ template <class X> struct Arranged {
   void share(long k) {
     long left = a.k - k, all = X::UNIT * X::SHARE, end = k + all < padded(a) ? k + all : padded(a);
     float most = largest(x + k, left < all ? left : all), scale = most / X::LARGEST + most * 0;   // NaN for infinities
-    bool none = most < 0x1p-100f, nan = scale != scale;   // less would have no inverse; a scale of NaN says it all
-    if (none) scale = 0;
+    bool least = most < 0x1p-100f, none = least || scale != scale;   // less has no inverse, and NaN says it all
+    if (least) scale = 0;
     ((float*)to.scales)[k / all] = scale;
     for (; k < end; k += X::UNIT) {
       i8x v[X::UNIT / 8];
       for (long b = 0; b < X::UNIT; b += QUANTUM) {
-        int sum = round_block(x + k + b, nan ? 0 : a.k - k - b, none ? 0 : X::LARGEST / most, v + b / 8);
+        int sum = round_block(x + k + b, none ? 0 : a.k - k - b, none ? 0 : X::LARGEST / most, v + b / 8);
         if (summed(a) && k + b < a.k) ((float*)to.sums)[(k + b) / a.group] += scale * sum;
       }
       X::put(v, (typename X::Code*)to.codes + k);
