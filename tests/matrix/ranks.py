@@ -41,6 +41,7 @@ class Cell:
     device: str | None = "cpu"  # None: GPUs
     dtype: str = "float32"
     replayed: bool = True
+    sockets: bool = False  # for sums too
     recorded: bool = False  # it is an error where a rank's decode passes were not
 
     def plan(self) -> Plan:
@@ -80,6 +81,7 @@ def run(cell: Cell, rank: int, comm: Comm | None) -> torch.Tensor | None:
     decoder = build(plan, model.spec, model.source(), rank=rank)
     runner = Runner(decoder, plan)
     if comm:
+        comm.shared = None if cell.sockets else comm.shared
         share(decoder, cuts_of(plan, model.spec), rank, comm)
         runner.part = Part(decoder, plan, comm)
     if not cell.replayed:

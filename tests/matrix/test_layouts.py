@@ -101,3 +101,9 @@ def test_recorded_passes_have_the_bits_of_others(pool, folders, model, scheme, l
         return
     cell = Cell(folders[model], scheme, LAYOUTS[layout], recorded=True)
     assert torch.equal(pool.logits(cell), pool.logits(replace(cell, replayed=False, recorded=False)))
+
+
+@pytest.mark.parametrize("model, layout", [("deepseek", "tp3"), ("llama", "tp4"), ("deepseek", "tp2 ep2")])
+def test_sums_in_shared_memory_have_the_bits_of_others(pool, folders, model, layout):
+    cell = Cell(folders[model], "int8", LAYOUTS[layout])
+    assert torch.equal(pool.logits(cell), pool.logits(replace(cell, sockets=True)))

@@ -279,6 +279,7 @@ def _open_ranks(
         others = tuple(range(1, plan.mesh.size))
         with crew.guarded(lambda: Beat(0, 0, 1, JOINING, monotonic() - began, awaits=others)):
             comm = Comm(plan.mesh, 0, place.store)
+        crew.release = comm.release
         share(decoder, cuts_of(plan, model.spec), 0, comm)
         engine = warmed(Engine(decoder, plan, tokenizer, name, crew, comm))
     except BaseException:

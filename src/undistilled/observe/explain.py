@@ -34,8 +34,10 @@ def explain(engine: Engine, rows: int) -> list[dict[str, Any]]:
     bytes of weights, and `floor`, the seconds in which those are read. Each step is timed with all threads waiting
     before and after it, so that the sum is a little over a pass's time.
 
-    UsageError where no such pass was recorded: on a GPU, or where a part of it has no kernel of ours.
+    UsageError where no such pass was recorded: on a GPU, or where a part of it has no kernel of ours; and over ranks.
     """
+    if engine.runner.crew:
+        raise UsageError("--explain times one process, which has the whole pass.", "Leave --tp, --pp and --ep out.")
     programs = engine.runner.part.graphs
     found = programs.programs.get(rows) if isinstance(programs, Programs) else None
     if found is None:

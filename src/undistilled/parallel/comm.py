@@ -7,10 +7,11 @@ alone, go to the backend's all-reduce.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from time import perf_counter
 
@@ -22,6 +23,7 @@ from ..ops.cpu.program import between
 from ..ops.linear import LARGE
 from ..plan.mesh import Mesh
 from .messages import COMPUTING, GATHER, JOINING, REDUCE, SETTLING
+from .shared import ORDERED, Shared, place
 from .symmetric import OneShot
 
 ONE_SHOT = 1 << 20  # bytes
@@ -48,12 +50,13 @@ class Comm:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         with self._during(JOINING, 0, self.others):
-            shared = rendezvous(store, mesh.size)
-            dist.init_process_group(backend, store=shared, rank=rank, world_size=mesh.size, timeout=TIMEOUT)
+            met = rendezvous(store, mesh.size)
+            dist.init_process_group(backend, store=met, rank=rank, world_size=mesh.size, timeout=TIMEOUT)
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
             self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
             self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}")
+            self.shared = self._shared(met)
 
     def _groups(self, backend: str) -> dist.ProcessGroup | None:
         """The group of this rank's stage; every rank makes every group."""
@@ -77,6 +80,28 @@ class Comm:
         emit("comm.no_symmetric_memory", rank=self.rank, why=why)
         print(f"Sums over GPUs go through NCCL, which is slower: no symmetric memory ({why}).", file=sys.stderr)
         return None
+
+    def _shared(self, store: dist.Store) -> Shared | None:
+        """Memory that a stage's processes on CPUs share, where they are of one machine."""
+        if self.device.type != "cpu" or self.stage is None or not ORDERED:
+            return None
+        mine, key = self.mesh.within(self.rank), f"memory of stage {self.mesh.stage(self.rank)}"
+        path, made = store.get(key).decode() if mine else place(), None
+        with suppress(OSError):
+            made = Shared(path, self.mesh.inner, mine, ONE_SHOT)
+        if mine == 0:
+            store.set(key, path)
+        every = self.agreed(made is not None)
+        if mine == 0 and made is not None:
+            os.unlink(path)  # who has it keeps it
+        if not every:
+            emit("comm.no_shared_memory", rank=self.rank)
+        return made if every else None
+
+    def release(self) -> None:
+        """From another thread: do not wait for ranks that were lost."""
+        if self.shared is not None:
+            self.shared.left = True
 
     def agreed(self, yes: bool) -> bool:
         """Whether all ranks of the stage say yes: what only some of them do would leave the others waiting."""
@@ -118,12 +143,15 @@ class Comm:
                 dist.all_reduce(x, group=self.stage)
                 return x
             parts = self._gathered(x)
-            total = parts[0]
-            for part in parts[1:]:
+            total = parts[0] + parts[1]
+            for part in parts[2:]:
                 total += part
             return total
 
     def _gathered(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's x, to be read at once."""
+        if self.shared is not None and x.numel() * x.element_size() <= self.shared.limit:
+            return self.shared.gathered(x)
         parts = [torch.empty_like(x) for _ in range(self.mesh.inner)]
         dist.all_gather(parts, x, group=self.stage)
         return parts

@@ -41,6 +41,7 @@ class Crew:
         self.fault: UndistilledError | None = None
         self.beats: dict[int, Beat] = {}
         self.moves: dict[int, list[Handed]] = {}  # of ranks that `watch` asked for them
+        self.release: Callable[[], None] = lambda: None  # has the driver not wait for ranks that were lost
         self._step: Callable[[], Beat] | None = None  # while the driver is in a step
         self._left = False  # a pass by the driver, whose error explains that the others wait
         self._heard = dict.fromkeys(range(1, place.size), time.monotonic() + STARTED)
@@ -226,6 +227,7 @@ class Crew:
             self.fault = fault
         emit("rank.lost", message=fault.message)
         self._kill()
+        self.release()
         until = time.monotonic() + GRACE
         while self._step is not None:
             if time.monotonic() > until:
