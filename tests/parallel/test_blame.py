@@ -5,7 +5,7 @@ import pytest
 from undistilled.parallel.blame import Limits, dead, doing, silent, stalled
 from undistilled.parallel.comm import RECEIVING, RETURNED
 from undistilled.parallel.messages import COMPUTING, IDLE, JOINING, REDUCE, SETTLING, Beat
-from undistilled.parallel.places import LOST
+from undistilled.parallel.places import LOST, UNTOLD
 
 LIMITS = Limits(watchdog=60)
 
@@ -119,7 +119,13 @@ def test_all_in_one_collective_for_too_long():
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(-9, "was killed by signal 9"), (3, "ended with code 3"), (0, "ended with code 0"), (LOST, "is gone")],
+    [
+        (-9, "was killed by signal 9"),
+        (3, "ended with code 3"),
+        (0, "ended with code 0"),
+        (LOST, "is gone, and its host"),
+        (UNTOLD, "is gone with what kept it"),
+    ],
 )
 def test_dead(code, said):
     found = dead({2: code}, {2: computing(2, 1)})

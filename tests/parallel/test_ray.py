@@ -136,6 +136,22 @@ def test_a_lost_rank_ends_the_run_by_its_node(raylets, folder, number):
         engine.close()
 
 
+def test_a_lost_actor_is_told_from_a_lost_host(raylets, folder):
+    """What Ray runs for a rank is killed, as for want of memory; the rank's process ends with it."""
+    engine = open_engine(options(folder, cluster="ray", tp=2, context=256))
+    try:
+        [process] = [p for node in raylets.list_all_nodes() for p in ranks_of(node)]
+        process.parent().kill()
+        with pytest.raises(RankLost, match=r"Rank 1 on node [0-9.]+ is gone with what kept it on its host"):
+            until = time.monotonic() + 30
+            while time.monotonic() < until:
+                engine.stats()
+                time.sleep(0.1)
+        gone([process])
+    finally:
+        engine.close()
+
+
 def test_a_node_without_the_model_is_named(raylets, folder, tmp_path):
     from undistilled.parallel.places import place_for
 
@@ -182,7 +198,7 @@ def test_a_lost_node_ends_the_run(raylets, folder):
         [(node, process)] = [(node, p) for node in raylets.list_all_nodes() for p in ranks_of(node)]
         for each in node.all_processes["raylet"]:
             each.process.kill()
-        with pytest.raises(RankLost, match="Rank 1 on node"):
+        with pytest.raises(RankLost, match=r"Rank 1 on node [0-9.]+ is gone, and its host with it; it was idle\."):
             until = time.monotonic() + 30
             while time.monotonic() < until:
                 engine.stats()

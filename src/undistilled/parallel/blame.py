@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .messages import COMPUTING, IDLE, JOINING, SETTLING, TOGETHER, Beat
-from .places import LOST
+from .places import LOST, UNTOLD
 
 FAILED = 1  # the exit code of a rank that could not go on, as when another one was lost
 RESTART = "The run is over: start it again."
+GONE = {LOST: "is gone, and its host with it", UNTOLD: "is gone with what kept it on its host, which is there"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,13 @@ def doing(beat: Beat | None) -> str:
 
 
 def dead(codes: Mapping[int, int], beats: Mapping[int, Beat]) -> Verdict | None:
-    """Of ranks whose processes have ended, with exit codes (minus a signal's number, or LOST): the one to blame. Who
-    failed did so because another was lost, if one was."""
+    """Of ranks whose processes have ended, with exit codes (minus a signal's number, or one of GONE): the one to blame.
+    Who failed did so because another was lost, if one was."""
     if not codes:
         return None
     rank = min(codes, key=lambda r: (codes[r] == FAILED, r))
     code, was = codes[rank], doing(beats.get(rank))
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    how = "is gone, and its host with it" if code == LOST else how
+    how = f"was killed by signal {-code}" if code < 0 else GONE.get(code, f"ended with code {code}")
     return Verdict(rank, "dead", was, f"{how}; it was {was}.")
 
 

@@ -14,7 +14,8 @@ from ..errors import UsageError
 from ..plan.hardware import Machine
 from ..plan.plan import Plan
 
-LOST = 1 << 16  # in an exit code's place, where whoever could have told it is gone too
+# in an exit code's place, where whoever could have told it is gone: with its host, or alone
+LOST, UNTOLD = 1 << 16, 1 << 17
 
 
 class Process(Protocol):
@@ -23,7 +24,7 @@ class Process(Protocol):
     where: str
 
     def poll(self) -> int | None:
-        """Its exit code, minus a signal's number, or LOST; None while it runs."""
+        """Its exit code, minus a signal's number, LOST or UNTOLD; None while it runs."""
 
     def kill(self) -> None: ...
 

@@ -24,7 +24,7 @@ from ..plan.plan import Plan, config_hash
 from ..wire import hidden, private_directory
 from .cluster import merged
 from .local import Spawned, threads
-from .places import LOST
+from .places import LOST, UNTOLD
 
 PLACED = 30.0  # seconds that Ray may take to find room
 ANSWERS = 120.0  # seconds for an actor to start and say what its node has
@@ -61,10 +61,12 @@ class Keeper:
     """An actor on a rank's node: says what is there, and holds the rank's process."""
 
     def look(self, model: str, config: str) -> dict[str, Any]:
-        """address, gpus, free bytes of main memory; `lacks`: why the node cannot run the model with this hash."""
+        """address, node (Ray's id), gpus, free bytes of main memory; `lacks`: why the node cannot run the model with
+        this hash."""
         import ray
 
         found: dict[str, Any] = {"address": ray.util.get_node_ip_address(), "gpus": ray.get_gpu_ids(), "lacks": ""}
+        found["node"] = ray.get_runtime_context().get_node_id()
         found["free"] = next((d.free_bytes for d in load_machine("this").devices if d.kind == "cpu"), 0)
         try:
             here = find(model)
@@ -90,10 +92,10 @@ class Keeper:
 
 
 class Remote:
-    """A rank's process on a node, as the driver sees it."""
+    """A rank's process on a node, as the driver sees it. node: Ray's id of that."""
 
-    def __init__(self, ray: Any, keeper: Any, where: str, run: Any) -> None:
-        self.ray, self.keeper, self.where, self._run = ray, keeper, where, run
+    def __init__(self, ray: Any, keeper: Any, where: str, node: str, run: Any) -> None:
+        self.ray, self.keeper, self.where, self.node, self._run = ray, keeper, where, node, run
         self._code: int | None = None
 
     def poll(self) -> int | None:
@@ -101,8 +103,11 @@ class Remote:
             try:
                 self._code = self.ray.get(self._run)
             except self.ray.exceptions.RayError:
-                self._code = LOST
+                self._code = UNTOLD if self._node_lives() else LOST
         return self._code
+
+    def _node_lives(self) -> bool:
+        return any(each["NodeID"] == self.node and each["Alive"] for each in self.ray.nodes())
 
     def kill(self) -> None:
         with contextlib.suppress(Exception):
@@ -225,7 +230,7 @@ class RayNodes:
             "store": self.store,
         }
         run = keeper.run.remote(boot, self.plan.model_dump_json(), self.sharing[address])
-        return Remote(self.ray, keeper, f"node {address}", run)
+        return Remote(self.ray, keeper, f"node {address}", self.nodes[rank]["node"], run)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # of a cluster that is gone there is nothing to give back
