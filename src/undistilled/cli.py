@@ -13,7 +13,7 @@ import typer
 from . import interrupt, show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
-from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PLAN, SCHEME, ranked
+from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PROVE, RANKS, RUN, SCHEME, taking
 
 app = typer.Typer(
     add_completion=False,
@@ -54,10 +54,10 @@ def inspect(model: MODEL, as_json: JSON = False) -> None:
 
 
 @app.command()
-@ranked
+@taking(RANKS)
 def plan(
     model: MODEL,
-    ranks: dict[str, Any],
+    options: dict[str, Any],
     machine: Annotated[str, typer.Option(help="`this`, the name of a preset, or a machine file.")] = "this",
     scheme: SCHEME = None,
     context: CONTEXT = None,
@@ -79,8 +79,8 @@ def plan(
     if output:
         check_new(output)
     found = find(model)
-    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(ranks))
-    known = machine_of(ranks["cluster"]) if ranks["cluster"] else load_machine(machine)
+    ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(options))
+    known = machine_of(options["cluster"]) if options["cluster"] else load_machine(machine)
     made = solve(found.name, found.config, found.spec, known, ask)
     if output:
         made.write(output)
@@ -100,27 +100,21 @@ def _engine(model: str, options: dict[str, Any]):
 
 
 @app.command()
-@ranked
+@taking(RUN)
 def generate(
     model: MODEL,
-    ranks: dict[str, Any],
+    options: dict[str, Any],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int | None, typer.Option()] = None,
-    plan_file: PLAN = None,
-    scheme: SCHEME = None,
-    context: CONTEXT = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
     as_json: JSON = False,
 ) -> None:
     """Continue a text."""
     from .generate.once import generate_text
     from .schedule.request import Sampling
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     result = generate_text(engine, prompt, sampling, on_text=None if as_json else show.stream)
@@ -128,15 +122,10 @@ def generate(
 
 
 @app.command()
-@ranked
+@taking(RUN)
 def chat(
     model: MODEL,
-    ranks: dict[str, Any],
-    plan_file: PLAN = None,
-    scheme: SCHEME = None,
-    context: CONTEXT = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
+    options: dict[str, Any],
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
@@ -144,7 +133,6 @@ def chat(
     """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
     from .serve.terminal import converse
 
-    options = {"plan": plan_file, "scheme": scheme, "context": context, "device": device, "dtype": dtype, **ranks}
     engine = _engine(model, options)
     converse(
         engine,
@@ -158,60 +146,44 @@ def chat(
 
 
 @app.command()
-@ranked
+@taking(RUN)
 def serve(
     model: MODEL,
-    ranks: dict[str, Any],
+    options: dict[str, Any],
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="UNDISTILLED_API_KEY")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of context; the same as --context.")] = None,
-    plan_file: PLAN = None,
-    scheme: SCHEME = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; default 8.")] = None,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
     from .serve.server import serve as run
 
-    options = {
-        "model": model,
-        "plan": str(plan_file) if plan_file else None,
-        "scheme": scheme,
-        "context": max_model_len,
-        "batch": batch or (None if plan_file else 8),
-        "device": device,
-        "dtype": dtype,
-        **ranks,
-    }
+    plan_file = options["plan"]
+    options |= {"model": model, "plan": str(plan_file) if plan_file else None}
+    options |= {"context": max_model_len or options["context"], "batch": batch or (None if plan_file else 8)}
     raise typer.Exit(run(options, host=host, port=port, api_key=api_key, shutdown_timeout=shutdown_timeout))
 
 
 @app.command()
-@ranked
+@taking({name: said for name, said in RUN.items() if name != "context"})
 def bench(
     model: MODEL,
-    ranks: dict[str, Any],
-    plan_file: PLAN = None,
-    scheme: SCHEME = None,
+    options: dict[str, Any],
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     batch: BATCH = 1,
     repeat: Annotated[int, typer.Option(min=1)] = 3,
-    device: DEVICE = None,
-    dtype: DTYPE = None,
     explain: Annotated[bool, typer.Option(help="Each kind of kernel beside the time its bytes take.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Measure prefill and decode speed and peak memory."""
     from .observe.bench import bench as run
 
-    room = None if plan_file else prompt_tokens + new_tokens
-    wanted = None if plan_file else batch
-    options = {"scheme": scheme, "context": room, "batch": wanted, "device": device, "dtype": dtype, **ranks}
-    engine = _engine(model, {"plan": plan_file, **options})
+    if not options["plan"]:
+        options |= {"context": prompt_tokens + new_tokens, "batch": batch}
+    engine = _engine(model, options)
     result = run(engine, prompt_tokens, new_tokens, batch, repeat)
     if explain:
         from .observe.explain import explain as explained
@@ -221,25 +193,10 @@ def bench(
 
 
 @app.command()
+@taking(PROVE)
 def prove(
     model: MODEL,
-    plan_file: PLAN = None,
-    scheme: SCHEME = None,
-    original: Annotated[
-        str | None, typer.Option(help="The model to compare with; default: what it was made from, or itself.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to compare on.")] = 2048,
-    context: CONTEXT = None,
-    dtype: DTYPE = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Questions of each task; default: all of a file, 100 of each of the suite.")
-    ] = None,
+    options: dict[str, Any],
     suite: Annotated[
         bool, typer.Option("--suite", help="Ask held-out reasoning questions too; both models answer them.")
     ] = False,
@@ -248,9 +205,6 @@ def prove(
     ] = None,
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Whether the suite's answers may begin with reasoning.")
-    ] = True,
-    speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Whether memory and speed are measured, in a fresh process.")
     ] = True,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the receipt here, and a page beside it.")
@@ -262,26 +216,11 @@ def prove(
     from .prove.receipt import check_output, write_receipt
     from .prove.receipt import prove as run
 
-    asked = wanted(suite, suite_task or (), thinking)
+    options |= {"suite": wanted(suite, suite_task or (), thinking), "tasks": options["tasks"] or ()}
     if output:
         check_output(output)
-
     with show.steps() as progress:
-        receipt = run(
-            model,
-            plan_file=plan_file,
-            scheme=scheme,
-            original=original,
-            text=text,
-            tasks=tasks or (),
-            tokens=tokens,
-            limit=limit,
-            context=context,
-            dtype=dtype,
-            suite=asked,
-            speed=speed,
-            progress=progress,
-        )
+        receipt = run(model, **options, progress=progress)
     if output:
         write_receipt(receipt, output)
     _print_json(receipt) if as_json else show_quality.receipt(receipt, output)

@@ -58,16 +58,53 @@ DTYPE = Annotated[
 ]
 
 
-def ranked(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with the options of RANKS, which it gets together as `ranks`."""
+RUN: dict[str, Any] = {"plan": PLAN, "scheme": SCHEME, "context": CONTEXT, "device": DEVICE, "dtype": DTYPE} | RANKS
+PROVE: dict[str, Any] = {
+    "plan_file": PLAN,
+    "scheme": SCHEME,
+    "original": Annotated[
+        str | None, typer.Option(help="The model to compare with; default: what it was made from, or itself.")
+    ],
+    "text": Annotated[
+        Path | None, typer.Option(help="A text file; default: an excerpt that comes with the program.")
+    ],
+    "tasks": Annotated[
+        list[Path] | None, typer.Option(help="Multiple-choice files (.jsonl, .jsonl.gz); may repeat.")
+    ],
+    "tokens": (Annotated[int, typer.Option(help="Tokens of the text to compare on.")], 2048),
+    "context": CONTEXT,
+    "dtype": DTYPE,
+    "limit": Annotated[
+        int | None, typer.Option(help="Questions of each task; default: all of a file, 100 of each of the suite.")
+    ],
+    "speed": (
+        Annotated[
+            bool,
+            typer.Option("--speed/--no-speed", help="Whether memory and speed are measured, in a fresh process."),
+        ],
+        True,
+    ),
+}
 
-    @functools.wraps(verb)
-    def run(**given: Any) -> None:
-        verb(ranks={name: given.pop(name) for name in RANKS}, **given)
 
-    kept = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "ranks"]
-    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=said)
-            for name, said in RANKS.items()]  # fmt: skip
-    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept] + more)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*kept, *more]}
-    return run
+def taking(options: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A verb with these options, which it gets together as `options`. By name: how typer reads it, and, where that is
+    not None, its default."""
+
+    def with_them(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def run(**given: Any) -> None:
+            verb(options={name: given.pop(name) for name in options}, **given)
+
+        kept = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "options"]
+        more = [_parameter(name, said) for name, said in options.items()]
+        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in kept] + more)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*kept, *more]}
+        return run
+
+    return with_them
+
+
+def _parameter(name: str, said: Any) -> inspect.Parameter:
+    annotation, default = said if isinstance(said, tuple) else (said, None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

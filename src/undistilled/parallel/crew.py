@@ -52,13 +52,7 @@ class Crew:
         self._closing = self._closed = False
         key = secrets.token_hex(16)
         self._wire = Wire(key, Report)
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        bounded(self._inbox)
-        self._out = self._context.socket(zmq.PUB)
-        self._out.set(zmq.SNDHWM, 0)
-        self._out.set(zmq.LINGER, 1000)
-        place.bind(self._out, self._inbox)
+        self._open()
         try:
             told = {"key": key, "patience": max(PATIENCE, 3 * watchdog)}  # the driver's own verdict comes first
             self.processes = {rank: place.start(rank, told) for rank in range(1, place.size)}
@@ -68,6 +62,16 @@ class Crew:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         interrupt.LAST.append(self._kill)
+
+    def _open(self) -> None:
+        """The sockets, where the place has them."""
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        bounded(self._inbox)
+        self._out = self._context.socket(zmq.PUB)
+        self._out.set(zmq.SNDHWM, 0)
+        self._out.set(zmq.LINGER, 1000)
+        self.place.bind(self._out, self._inbox)
 
     def wait_ready(self) -> None:
         """Until every rank has its weights. Raises what a rank could not do."""

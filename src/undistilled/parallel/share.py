@@ -88,19 +88,9 @@ def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:
         block.register_forward_hook(lambda *_: comm.progress())
     if cuts.mesh.inner == 1:
         return
-
-    def reduce(_module: nn.Module, _inputs: object, y_TD: torch.Tensor) -> torch.Tensor:
-        return comm.all_reduce(y_TD)
-
     for layer, block in zip(cuts.mesh.layers(rank), decoder.layers, strict=True):
         assert isinstance(block, Block)
-        output = block.self_attn.o_proj
-        assert isinstance(output, Linear)
-        if cuts.mesh.within(rank):  # the sum has the bias once
-            output.bias = None
-        output.register_forward_hook(reduce)
-        block.mlp = _mlp(block.mlp, cuts, rank, layer)
-        block.mlp.register_forward_hook(reduce)
+        _share_block(block, cuts, rank, layer, comm)
     embed = "model.embed_tokens.weight"
     if decoder.first:
         place = cuts.slice(embed, rank)
@@ -111,6 +101,19 @@ def share(decoder: Decoder, cuts: Cuts, rank: int, comm: Comm) -> None:
         places = [cuts.slice(name, peer) for peer in cuts.mesh.peers(rank)]
         widths = [place.stop - place.start for place in places if place is not None]
         decoder.lm_head.register_forward_hook(lambda _module, _inputs, y_TV: comm.all_gather(y_TV, widths))
+
+
+def _share_block(block: Block, cuts: Cuts, rank: int, layer: int, comm: Comm) -> None:
+    def reduce(_module: nn.Module, _inputs: object, y_TD: torch.Tensor) -> torch.Tensor:
+        return comm.all_reduce(y_TD)
+
+    output = block.self_attn.o_proj
+    assert isinstance(output, Linear)
+    if cuts.mesh.within(rank):  # the sum has the bias once
+        output.bias = None
+    output.register_forward_hook(reduce)
+    block.mlp = _mlp(block.mlp, cuts, rank, layer)
+    block.mlp.register_forward_hook(reduce)
 
 
 def _mlp(mlp: nn.Module, cuts: Cuts, rank: int, layer: int) -> nn.Module:

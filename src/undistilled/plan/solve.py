@@ -139,25 +139,11 @@ def _compute(ask: Ask, scheme: str, device: Device, rows: list[Row]) -> Compute:
 
 
 def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> Predicted:
-    spec, limits, per_token = layouts.spec, layout.limits, layout.kv.bytes_per_token
+    spec, limits, used = layouts.spec, layout.limits, {name: machine.device(name) for name in layout.devices}
     met = [p for p in layout.placed if not p.weight.mtp]  # by a token: nothing runs the MTP layers yet
-    used = {name: machine.device(name) for name in layout.devices}
-    if isinstance(layouts, RankLayouts):
-        prefill, decode = speeds(layouts, layout, machine, active)
-    else:
-        prefill, decode = cost.seconds(
-            met,
-            spec,
-            used,
-            active=active,
-            batch=limits.batch,
-            context=limits.context,
-            chunk=limits.chunk,
-            kv_bytes=per_token,
-            compute=layouts.compute,
-        )
+    prefill, decode = _speeds(layouts, layout, machine, met, active)
     lengths = [n for n in LENGTHS if n < spec.max_context]
-    read = cost.decode_bytes(met, spec, limits.batch, limits.context, per_token)
+    read = cost.decode_bytes(met, spec, limits.batch, limits.context, layout.kv.bytes_per_token)
     return Predicted(
         devices=layout.devices,
         ranks=layout.ranks,
@@ -166,6 +152,25 @@ def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) 
         decode_tokens_per_s=decode,
         decode_bytes_per_token=int(sum(read.values()) / limits.batch),
         basis=_basis(used),
+    )
+
+
+def _speeds(
+    layouts: Layouts, layout: Layout, machine: Machine, met: list[cost.Placed], active: int
+) -> tuple[float, float]:
+    """(prefill, decode) in tokens a second."""
+    if isinstance(layouts, RankLayouts):
+        return speeds(layouts, layout, machine, active)
+    return cost.seconds(
+        met,
+        layouts.spec,
+        {name: machine.device(name) for name in layout.devices},
+        active=active,
+        batch=layout.limits.batch,
+        context=layout.limits.context,
+        chunk=layout.limits.chunk,
+        kv_bytes=layout.kv.bytes_per_token,
+        compute=layouts.compute,
     )
 
 

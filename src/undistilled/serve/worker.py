@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Protocol
 
@@ -161,41 +162,49 @@ def tell(event: Event) -> None:
         print(said, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def _sockets(directory: str) -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
+    """Where commands come from, and where reports go."""
+    with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+        outbox.set(zmq.SNDHWM, 0)
+        outbox.set(zmq.LINGER, 2000)
+        outbox.connect(f"ipc://{directory}/reports")
+        bounded(inbox)
+        inbox.bind(f"ipc://{directory}/commands")
+        yield inbox, outbox
+
+
+def _work(boot: dict[str, Any], inbox: zmq.Socket[bytes], send: Callable[[Report], None], wire: Wire) -> int:
+    """Open the engine and answer until the end; the exit code."""
+
+    def last_words(event: Event) -> None:
+        """Of a process that hangs in a collective and is about to be ended by its watchdog."""
+        if event.name == "rank.hung":
+            send(Failed(event.fields["kind"], event.fields["message"], event.fields["hint"]))
+
+    try:
+        with subscribed(last_words):
+            engine = _open(boot["factory"], boot["options"], send)
+            send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
+            Worker(engine, inbox, send, wire).run(boot["parent"])
+    except UndistilledError as error:
+        send(Failed(type(error).__name__, error.message, error.hint))
+        return error.exit_code
+    return 0
+
+
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a signal to the group is the server's to answer
     boot = json.loads(sys.stdin.readline())
     die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
-    with (
-        subscribed(tell),
-        zmq.Context() as context,
-        context.socket(zmq.PULL) as inbox,
-        context.socket(zmq.PUSH) as outbox,
-    ):
-        outbox.set(zmq.SNDHWM, 0)
-        outbox.set(zmq.LINGER, 2000)
-        outbox.connect(f"ipc://{boot['directory']}/reports")
-        bounded(inbox)
-        inbox.bind(f"ipc://{boot['directory']}/commands")
+    with subscribed(tell), _sockets(boot["directory"]) as (inbox, outbox):
 
         def send(report: Report) -> None:
             outbox.send_multipart(wire.pack(report))
 
-        def last_words(event: Event) -> None:
-            """Of a process that hangs in a collective and is about to be ended by its watchdog."""
-            if event.name == "rank.hung":
-                send(Failed(event.fields["kind"], event.fields["message"], event.fields["hint"]))
-
-        try:
-            with subscribed(last_words):
-                engine = _open(boot["factory"], boot["options"], send)
-                send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
-                Worker(engine, inbox, send, wire).run(boot["parent"])
-        except UndistilledError as error:
-            send(Failed(type(error).__name__, error.message, error.hint))
-            return error.exit_code
-    return 0
+        return _work(boot, inbox, send, wire)
 
 
 if __name__ == "__main__":
