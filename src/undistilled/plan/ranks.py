@@ -77,28 +77,40 @@ def mesh_for(
 ) -> Mesh:
     """The mesh over these devices, stages on the fastest links: a GPU a rank where there are any, else processes."""
     degrees.check(spec.layers)
+    inner, used = degrees.tp * degrees.ep, _used(degrees, devices, links)
+    stages = [used[at : at + inner] for at in range(0, len(used), inner)]
+    mesh = Mesh(
+        tp=degrees.tp,
+        ep=degrees.ep,
+        stages=tuple(balanced(layer_bytes(spec, stored), [_speed(stage) for stage in stages])),
+        devices=tuple(d.name for d in used),
+        shares=_shares(stages),
+        microbatches=degrees.microbatches or degrees.pp,
+    )
+    return mesh.model_copy(update={"copies": _copies(degrees, Cuts(spec, mesh, stored))}) if degrees.copies else mesh
+
+
+def _used(degrees: Degrees, devices: Sequence[Device], links: Sequence[Link]) -> list[Device]:
+    """The device of each rank. UsageError where there are too few GPUs."""
     gpus = [d for d in devices if d.kind == "cuda"]
-    if gpus and degrees.size > len(gpus):
+    if not gpus:
+        return [devices[0]] * degrees.size
+    if degrees.size > len(gpus):
         raise UsageError(
             f"{degrees.size} ranks, but {len(gpus)} GPU{'s' * (len(gpus) > 1)}.",
             "Fewer ranks, or --device cpu, where they are processes.",
         )
-    inner = degrees.tp * degrees.ep
-    used = ordered(gpus, inner, degrees.pp, Links(links)) if gpus else [devices[0]] * degrees.size
-    stages = [used[at : at + inner] for at in range(0, len(used), inner)]
-    room = [float(sum(stage[i].free_bytes for stage in stages)) for i in range(inner)]
-    uneven = max(room) > 1.1 * min(room)
-    each = layer_bytes(spec, stored)
-    speeds = [sum(d.ceilings.read_bytes_per_s for d in stage) for stage in stages]
-    mesh = Mesh(
-        tp=degrees.tp,
-        ep=degrees.ep,
-        stages=tuple(balanced(each, speeds)),
-        devices=tuple(d.name for d in used),
-        shares=tuple(share / min(room) for share in room) if uneven else (),
-        microbatches=degrees.microbatches or degrees.pp,
-    )
-    return mesh.model_copy(update={"copies": _copies(degrees, Cuts(spec, mesh, stored))}) if degrees.copies else mesh
+    return ordered(gpus, degrees.tp * degrees.ep, degrees.pp, Links(links))
+
+
+def _speed(stage: list[Device]) -> float:
+    return sum(d.ceilings.read_bytes_per_s for d in stage)
+
+
+def _shares(stages: list[list[Device]]) -> tuple[float, ...]:
+    """How much each rank of a stage takes, where their memory differs; of all stages alike."""
+    room = [float(sum(d.free_bytes for d in column)) for column in zip(*stages, strict=True)]
+    return tuple(share / min(room) for share in room) if max(room) > 1.1 * min(room) else ()
 
 
 def _copies(degrees: Degrees, cuts: Cuts) -> tuple[Copy, ...]:
@@ -269,7 +281,7 @@ def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) 
         read += part * layout.kv.bytes_per_token * limits.context * limits.batch
         small, launched = (
             part * cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
-            for tokens, recorded in ((limits.batch, device.kind == "cuda"), (limits.chunk, False))
+            for tokens, recorded in ((limits.batch, True), (limits.chunk, False))
         )
         decode += read / mesh.inner * shared / device.ceilings.read_bytes_per_s
         decode += small + layouts.talk(rank, limits.batch)
