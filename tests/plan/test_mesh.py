@@ -13,9 +13,10 @@ from undistilled.plan.check import check
 from undistilled.plan.cut import Cuts
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.mesh import Mesh, even, ranges
-from undistilled.plan.ranks import Degrees, balanced
+from undistilled.plan.ranks import Degrees
 from undistilled.plan.recipes import scheme_of
 from undistilled.plan.solve import Ask, solve
+from undistilled.plan.stages import balanced
 
 R1 = find("deepseek-r1")
 STORED = {w.name: scheme_of(w, R1.spec, "fp8_block") for w in weights(R1.spec) if not w.mtp}

@@ -13,7 +13,7 @@ from ..generate.engine import Engine
 from ..memory import peak_on
 from ..parallel.moves import Moves, overlap
 from ..plan.mesh import Mesh
-from ..plan.ranks import balanced
+from ..plan.stages import balanced
 
 SETTLE = 0.4  # seconds after which every rank's last sign of life is of the time after the last pass
 

@@ -13,8 +13,8 @@ from ..model.weights import counts
 from ..plan.hardware import load_machine
 from ..plan.mesh import Mesh
 from ..plan.plan import Plan, check_new, read_plan
-from ..plan.ranks import layer_bytes
 from ..plan.solve import moved
+from ..plan.stages import layer_bytes
 from .bench import bench
 from .ranks import rebalanced
 

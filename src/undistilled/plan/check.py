@@ -184,10 +184,14 @@ def check_devices(plan: Plan, available: dict[str, int]) -> None:
                 f"The plan uses {device}; this machine has {', '.join(available)}.", "Plan again with --machine this."
             )
         if prediction.bytes.total > available[device]:
+            staged = plan.mesh is not None and plan.mesh.pp > 1
             raise DoesNotFit(
                 f"{plan.model} needs {prediction.bytes.total / 1e9:.2f} GB on {device}, "
                 f"{available[device] / 1e9:.2f} GB are free.",
-                "Plan again with a smaller --context or another --scheme.",
+                "Plan again: layers are then shared out by the memory that is free now. If that is not enough, "
+                "with a smaller --context or another --scheme."
+                if staged
+                else "Plan again with a smaller --context or another --scheme.",
             )
     if len(plan.predicted.devices) > 1 and not plan.mesh:
         raise DoesNotFit(

@@ -1,7 +1,4 @@
-"""A plan for several processes: which rank computes where, what each holds, and what talking costs.
-
-Layers are shared out by the time that a decode step spends in them, not by their number.
-"""
+"""A plan for several processes: which rank computes where, what each holds, and what talking costs."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from .layout import BLOCK, Layout, Layouts, sized
 from .mesh import Mesh
 from .order import Links, ordered
 from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
+from .stages import Room, balanced, held, layer_bytes
 
 # bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
 RANK_RUNTIME = {"cpu": 262_000_000, "cuda": 600_000_000}
@@ -113,43 +111,23 @@ def _shares(stages: list[list[Device]]) -> tuple[float, ...]:
     return tuple(share / min(room) for share in room) if max(room) > 1.1 * min(room) else ()
 
 
+def by_memory(layouts: RankLayouts, layout: Layout, devices: Sequence[Device]) -> Mesh | None:
+    """A mesh whose stages fit where those of this layout, shared out by time alone, do not; None where none does."""
+    mesh = layouts.mesh
+    if layout.fits or mesh.pp == 1 or len(set(mesh.devices)) < mesh.size:
+        return None
+    known, stored = {d.name: d for d in devices}, {p.row.name: p.row.scheme for p in layouts.loaded}
+    used = [known[name] for name in mesh.devices]
+    speeds = [_speed(used[at : at + mesh.inner]) for at in range(0, mesh.size, mesh.inner)]
+    stages = held(layer_bytes(layouts.spec, stored), speeds, Room(layouts, layout).fits)
+    return mesh.model_copy(update={"stages": tuple(stages)}) if stages else None
+
+
 def _copies(degrees: Degrees, cuts: Cuts) -> tuple[Copy, ...]:
     counts = read_counts(Path(degrees.counts or ""), cuts.spec)
     if cuts.groups < 2:
         raise UsageError("The ranks share every expert by width: there is nobody to copy one to.", "Give --ep.")
     return choose(counts, [held[0] for held in cuts.holders(cuts.spec.layers - 1)], cuts.groups, degrees.copies)
-
-
-def layer_bytes(spec: ModelSpec, stored: Mapping[str, str]) -> list[float]:
-    """Bytes that a decode step of one request reads in each layer; the head counts with the last."""
-    read = [0.0] * spec.layers
-    for weight in weights(spec):
-        if not weight.mtp and weight.name in stored and weight.role != "embed":
-            size = cost.row_bytes(weight, stored[weight.name])
-            read[spec.layers - 1 if weight.layer is None else weight.layer] += size * cost.touched(weight, spec, 1)
-    return read
-
-
-def balanced(costs: Sequence[float], speeds: Sequence[float]) -> list[tuple[int, int]]:
-    """Layers [first, past the last) of each stage, so that the slowest stage takes the least time.
-
-    costs: of each layer, in any unit; speeds: units a second of each stage.
-    """
-    count, sums = len(costs), [0.0]
-    for each in costs:
-        sums.append(sums[-1] + each)
-    best: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(float("inf"), 0)] * count]
-    for speed in speeds:
-        row = [(float("inf"), 0)] * (count + 1)
-        for end in range(1, count + 1):
-            row[end] = min((max(best[-1][start][0], (sums[end] - sums[start]) / speed), start) for start in range(end))
-        best.append(row)
-    found, end = [], count
-    for row in reversed(best[1:]):
-        start = row[end][1]
-        found.append((start, end))
-        end = start
-    return found[::-1]
 
 
 def placed_of(plan: Plan, spec: ModelSpec) -> list[Placed]:
@@ -224,18 +202,22 @@ class RankLayouts(Layouts):
         return f"stage:{self.mesh.stage(first)}"
 
     def _rank(self, rank: int, limits: Limits, kv: Kv) -> RankPrediction:
-        device, spec = self.mesh.devices[rank], self.cuts.spec_of(rank)
+        device = self.mesh.devices[rank]
         kind = device.split(":")[0]
         cache = kv.blocks * kv.block_size * self.cuts.cache_values(rank) * WIDTH[kv.dtype]
-        narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
-        if self.mesh.stage(rank) != self.mesh.pp - 1:
-            narrow = replace(narrow, vocab=1)
-        working = max(self.working(narrow, limits), cost.load_bytes(self.loaded) - cache)
+        working = max(self.work(rank, limits), cost.load_bytes(self.loaded) - cache)
         constant = GROUPS[kind] + (cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind])
         held = self._weights[rank]
         total = held + cache + working + constant
         found = Bytes(weights=held, kv=cache, activations=working, runtime=constant, total=total)
         return RankPrediction(device=device, bytes=found, collective_s=self.talk(rank, limits.batch))
+
+    def work(self, rank: int, limits: Limits) -> int:
+        """Bytes that a rank's passes work in."""
+        spec = self.cuts.spec_of(rank)
+        narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
+        last = self.mesh.stage(rank) == self.mesh.pp - 1
+        return self.working(narrow if last else replace(narrow, vocab=1), limits)
 
     def talk(self, rank: int, rows: int) -> float:
         """Seconds of collectives and messages of one step over `rows` rows, as the links allow."""

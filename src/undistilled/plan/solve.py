@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .. import scheme as schemes
@@ -17,7 +18,7 @@ from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
-from .ranks import ONE, Degrees, RankLayouts, layouts_of, mesh_for, speeds
+from .ranks import ONE, Degrees, RankLayouts, by_memory, layouts_of, mesh_for, speeds
 from .recipes import INTEGERS, parse, products_of, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
@@ -52,7 +53,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")
     scheme = ask.scheme or spec.native
     _check_dtype(ask, scheme)
-    layouts = _layouts(spec, machine, ask, scheme)
+    layouts = _layouts(spec, machine, ask, scheme, context)
     layout = layouts.at(context, ask.batch)
     homes = {p.weight.name: p.row for p in layout.placed}
     rows = [homes.get(w.name) or _row(w, spec, scheme, "unloaded") for w in weights(spec)]
@@ -78,7 +79,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
     )
 
 
-def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layouts:
+def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int) -> Layouts:
     devices = _devices(machine, ask)
     wanted = [w for w in weights(spec) if ask.mtp or not w.mtp]
     loaded = [Placed(_row(w, spec, scheme, devices[0].name), w) for w in wanted]
@@ -89,10 +90,11 @@ def _layouts(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str) -> Layout
         return Layouts(spec, loaded, free, scheme=scheme, compute=compute, cache=cache)
     if ask.mtp:
         raise UsageError("The multi-token-prediction layer is not cut over ranks yet.", "Leave --mtp out.")
-    mesh = mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded}, machine.links)
-    return RankLayouts(
-        spec, loaded, free, mesh=mesh, scheme=scheme, compute=compute, cache=cache, links=machine.links
-    )
+    over = partial(RankLayouts, spec, loaded, free, scheme=scheme, compute=compute, cache=cache, links=machine.links)
+    made = over(mesh=mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded}, machine.links))
+    # where what is asked for fits nowhere: the least that there is, so that advice is of stages that fit
+    mesh = by_memory(made, made.at(context, ask.batch), devices) or by_memory(made, made.at(BLOCK, 1), devices)
+    return over(mesh=mesh) if mesh else made
 
 
 def moved(plan: Plan, mesh: Mesh, spec: ModelSpec, machine: Machine, active: int) -> Plan:
@@ -214,7 +216,7 @@ def _advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     """The largest context of this scheme that fits, else the largest batch, else the first scheme that does."""
     if options := _smaller(layouts, context, ask.batch):
         return f"With {options} it fits."
-    others = [_layouts(layouts.spec, machine, ask, s) for s in CANDIDATES if s != layouts.scheme]
+    others = [_layouts(layouts.spec, machine, ask, s, context) for s in CANDIDATES if s != layouts.scheme]
     for other in others:
         if other.at(context, ask.batch).fits:
             return f"With --scheme {other.scheme} it fits."
