@@ -58,7 +58,9 @@ def inspect(model: MODEL, as_json: JSON = False) -> None:
 def plan(
     model: MODEL,
     options: dict[str, Any],
-    machine: Annotated[str, typer.Option(help="`this`, the name of a preset, or a machine file.")] = "this",
+    machine: Annotated[
+        str, typer.Option(help="`this`, a preset's name, or a machine file; with --cluster one a node: A,B.")
+    ] = "this",
     scheme: SCHEME = None,
     context: CONTEXT = None,
     batch: BATCH = 1,
@@ -71,7 +73,6 @@ def plan(
     """Which bytes go where, what they take at each context length, and how fast it will run. Reads no weights."""
     from .checkpoint.resolve import find
     from .parallel.places import machine_of
-    from .plan.hardware import load_machine
     from .plan.plan import check_new
     from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
@@ -80,7 +81,7 @@ def plan(
         check_new(output)
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(options))
-    known = machine_of(options["cluster"]) if options["cluster"] else load_machine(machine)
+    known = machine_of(options["cluster"] or "local", machine)
     made = solve(found.name, found.config, found.spec, known, ask)
     if output:
         made.write(output)

@@ -1,6 +1,12 @@
 """Several machines as one: names, memory, and links that cross the network."""
 
+import sys
+
+import pytest
+
+from undistilled.errors import UndistilledError, UsageError
 from undistilled.parallel.cluster import merged
+from undistilled.parallel.places import machine_of
 from undistilled.plan.hardware import load_machine
 
 
@@ -22,3 +28,17 @@ def test_two_machines_are_one():
 def test_one_machine_is_itself():
     one = load_machine("8x-h100")
     assert merged([one]) is one
+
+
+def test_a_cluster_that_is_planned_for_ahead(monkeypatch):
+    """Machines are named, and no Ray is asked."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    planned = machine_of("ray", "8x-h100, h100")
+    assert sum(d.kind == "cuda" for d in planned.devices) == 9 and planned.name == "8x-h100 and 1 more"
+    assert machine_of("ray", "h100") == load_machine("h100") == machine_of("local", "h100")
+    with pytest.raises(UsageError, match=r"undistilled\[cluster\]"):
+        machine_of("ray")
+    with pytest.raises(UndistilledError, match="nope"):
+        machine_of("ray", "h100,nope")
+    with pytest.raises(UsageError, match="Known: ray"):
+        machine_of("slurm", "h100")

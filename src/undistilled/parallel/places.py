@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import zmq
 
 from ..errors import UsageError
-from ..plan.hardware import Machine
+from ..plan.hardware import Machine, load_machine
 from ..plan.plan import Plan
+from .cluster import merged
 
 # in an exit code's place, where whoever could have told it is gone: with its host, or alone
 LOST, UNTOLD = 1 << 16, 1 << 17
@@ -69,7 +70,11 @@ def place_for(kind: str, plan: Plan, model: str) -> Place:
     return made
 
 
-def machine_of(kind: str) -> Machine:
-    """All devices that such a place offers, as one machine to plan for."""
-    found: Machine = _module(kind).machine()
+def machine_of(kind: str, named: str = "this") -> Machine:
+    """All devices that such a place offers, as one machine to plan for. Or those that it will: of a machine that is
+    `named` as in `load_machine`, of a cluster one for each node, with commas between."""
+    module = _module(kind)
+    if kind != "local" and named != "this":
+        return merged([load_machine(each.strip()) for each in named.split(",")])
+    found: Machine = load_machine(named) if named != "this" else module.machine()
     return found
