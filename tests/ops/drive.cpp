@@ -134,11 +134,15 @@ static void products(const Weight& w) {
   Many<float> dense(a.n * a.k), x = floats_drawn(35 * a.k);
   native_dequantise(&a, dense.data(), 0, a.n);
   say(name + " dense", dense);
-  for (long m : {1, 2, 3, 4, 35}) {
-    Many<float> y(m * a.n);
-    (a.rounds ? native_linear_rounded : native_linear)(&a, x.data(), y.data(), m);
-    say(name + " rows " + std::to_string(m), y);
-  }
+  auto multiply = [&](long m, const std::string& what) {
+    Many<float> in(x.begin(), x.begin() + m * a.k), y(m * a.n);   // nothing behind the last row
+    (a.rounds ? native_linear_rounded : native_linear)(&a, in.data(), y.data(), m);
+    for (float& f : y) f = f == f ? f : 7;                         // NaN has other bits elsewhere
+    say(name + " rows " + what, y);
+  };
+  for (long m : {1, 2, 3, 4, 35}) multiply(m, std::to_string(m));
+  for (long i = 0; i < a.k; i++) x[i] = NAN, x[a.k + i] = i % 2 ? INFINITY : -INFINITY, x[2 * a.k + i] *= 1e-38f;
+  multiply(4, "of no numbers");
 }
 
 static void weights(long n, long k) {
