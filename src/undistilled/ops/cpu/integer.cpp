@@ -55,6 +55,7 @@ template <class X, int MR, int NR, int BLOCKS, class W>
 INLINE void add(const W& w, const Strip& s, const uint8_t* from, long step, const Inputs<X, MR>& x, const float* scale,
                 long blocks, long left, v8 (*total)[MR]) {
   constexpr int PARTS = sizeof(typename X::Wide) / 32;
+  constexpr bool APART = NR > 1 || (MR == 3 && X::SHARE > 1 && BLOCKS >= X::SHARE);   // which was found to be faster
   typename X::Sum sum[NR][MR];
   UNROLL for (int r = 0; r < NR; r++)
     UNROLL for (int m = 0; m < MR; m++) sum[r][m] = X::none();
@@ -70,7 +71,7 @@ INLINE void add(const W& w, const Strip& s, const uint8_t* from, long step, cons
         UNROLL for (int r = 0; r < NR; r++) {
           X::meet(of[r].part[p], xs, sum[r][m]);
 #if HAS_AVX2
-          if constexpr (NR > 1) asm("" : "+x"(sum[r][m]));
+          if constexpr (APART) asm("" : "+x"(sum[r][m]));
 #endif
         }
       }
