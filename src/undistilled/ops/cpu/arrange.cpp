@@ -84,3 +84,9 @@ long arranged_integer(const Matrix& a) {
 void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
   with_activations(a, [&](auto of) { Arranged<decltype(of)>{a, x, {a, out}}.run(); });
 }
+
+#if HAS_AVX2
+void arrange_crossed(const Matrix& a, const float* x, uint16_t* out) { Arranged<Crossed>{a, x, {a, out}}.run(); }
+#else
+void arrange_crossed(const Matrix&, const float*, uint16_t*) { abort(); }
+#endif

@@ -35,6 +35,11 @@ class Build(NamedTuple):
         """Whether it multiplies integers with instructions of their own."""
         return "avx2" in self.needs or "asimddp" in self.needs
 
+    @property
+    def crosses(self) -> bool:
+        """Whether crossed.cpp is in it."""
+        return "avx2" in self.needs
+
 
 X86 = (  # from what needs most to what needs least
     Build("avx512_bf16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), (*V4, "avx512_vnni", "avx512_bf16")),

@@ -1,6 +1,7 @@
 // Linear layers on stored weights.
 #include "coded.h"
 #include "pool.h"
+#include "integer.h"
 #include "product.h"
 
 namespace {
@@ -136,6 +137,7 @@ struct Rounded : Kernel<Rounded> {
   }
   static constexpr const char* NAMES[] = {"", "linear bf16", "linear int8", "linear int16", "linear"};
   bool own() const { return small || m * a.k <= OWN; }
+  bool crossed() const { return m >= ROWS && crosses(a); }
   struct Rows {
     const uint16_t** x;
     float** y;
@@ -162,7 +164,7 @@ struct Rounded : Kernel<Rounded> {
     each_row(team, own(), m, [&](long i) {
       r.x[i] = r.buffer + i * row;
       r.y[i] = y + i * a.n;
-      arrange(a, x + i * a.k, r.buffer + i * row);
+      (crossed() ? arrange_crossed : arrange)(a, x + i * a.k, r.buffer + i * row);
     });
     // Rows of weights stay in a core's cache while a block of rows of x passes by.
     long width = m < ROWS ? TILE : 4 * TILE, block = m < PART ? m : PART;
@@ -170,7 +172,9 @@ struct Rounded : Kernel<Rounded> {
     long last = panels * (team.rank + 1) / team.size * width;
     team.share(panels * parts, [&](long at) {
       long n0 = at / parts * width, m0 = at % parts * block;
-      product(a, n0, a.n - n0 < width ? a.n - n0 : width, r.x + m0, m - m0 < block ? m - m0 : block, r.y + m0, last);
+      long n = a.n - n0 < width ? a.n - n0 : width, rows = m - m0 < block ? m - m0 : block;
+      if (crossed()) return product_crossed(a, n0, n, r.x + m0, rows, r.y + m0);
+      product(a, n0, n, r.x + m0, rows, r.y + m0, last);
     });
   }
 };

@@ -98,6 +98,13 @@ def rounds() -> bool:
     return found is not None and found.rounds
 
 
+@cache
+def crosses() -> bool:
+    """Whether many rows of INT16 have a kernel of their own (crossed.cpp)."""
+    found = build()
+    return found is not None and found.crosses
+
+
 def why_missing() -> str:
     """Why `library()` is None; empty where it is not."""
     return _load()[1]

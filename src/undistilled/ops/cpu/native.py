@@ -10,7 +10,7 @@ D head width, W cache width, B blocks of a table. Activations are float32 and co
 import torch
 from torch import Tensor
 
-from .loader import FLOATS, build, kernels, library, pointer, rounds, serves, sized, why_missing
+from .loader import FLOATS, build, crosses, kernels, library, pointer, rounds, serves, sized, why_missing
 from .matrix import Matrix, check
 from .rows import (
     PIECE,
@@ -31,6 +31,7 @@ __all__ = [
     "absorb",
     "attend_rows",
     "build",
+    "crosses",
     "dequantise",
     "experts_rows",
     "library",
