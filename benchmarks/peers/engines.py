@@ -33,11 +33,13 @@ ENGINES = {
     "transformers bf16": Engine("", "transformers", folder, ""),
     "transformers fp32": Engine("", "transformers", folder, "", ":float32"),
     "ours int8": Engine("", "ours", _named, "int8"),
+    "ours int8-g128": Engine("", "ours", _named, "int8-g128"),
     "ours int8, a8": Engine("", "ours", _named, "int8/int8"),
     "llama.cpp Q8_0": Engine("llama", "llama", gguf_file, "Q8_0"),
     "ONNX Runtime int8": Engine("onnx", "onnx", onnx_folder, "int8"),
     "OpenVINO int8": Engine("openvino", "openvino", openvino_folder, "int8"),
     "ours int4": Engine("", "ours", _named, "int4"),
+    "ours int4, head too": Engine("", "ours", _named, "int4,head=int4"),
     "ours q4_0": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym"),
     "ours q4_0, a8": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym/int8"),
     "llama.cpp Q4_0": Engine("llama", "llama", gguf_file, "Q4_0"),
@@ -47,10 +49,13 @@ ENGINES = {
 RIVALS = {  # whom each of ours is compared with
     "ours bf16": ("llama.cpp BF16", "transformers bf16", "transformers fp32"),
     "ours int8": ("llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
+    "ours int8-g128": Engine("", "ours", _named, "int8-g128"),
+    "ours int8-g128": ("llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
     "ours int8, a8": ("ours int8", "llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
     "ours q4_0": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours q4_0, a8": ("ours q4_0", "llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours int4": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
+    "ours int4, head too": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
 }
 ORIGINAL = ENGINES["transformers fp32"]  # the BF16 weights with float32 products
 
