@@ -49,7 +49,6 @@ ENGINES = {
 RIVALS = {  # whom each of ours is compared with
     "ours bf16": ("llama.cpp BF16", "transformers bf16", "transformers fp32"),
     "ours int8": ("llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
-    "ours int8-g128": Engine("", "ours", _named, "int8-g128"),
     "ours int8-g128": ("llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
     "ours int8, a8": ("ours int8", "llama.cpp Q8_0", "ONNX Runtime int8", "OpenVINO int8"),
     "ours q4_0": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
