@@ -1,4 +1,5 @@
 // Rows of x for products by tiles: rounded to INT8 or INT16, or in the order in which FP8 meets them.
+#include <cstdlib>
 #include "decoders.h"
 #include "integer.h"
 
