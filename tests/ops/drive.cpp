@@ -1,5 +1,6 @@
 // Calls the kernels on drawn data and prints a hash of every result: builds that have a fused product and sum print the
-// same. What the numbers should be, the tests in Python say of one build.
+// same, up to 31 rows (AVX2 sums more of INT16 in another order, crossed.cpp). What the numbers should be, the tests in
+// Python say of one build.
 #include <cmath>
 #include <cstdio>
 #include <deque>
@@ -131,7 +132,7 @@ static void tiled(Weight& w, int rounds, long n, long k, long rows, long cols, M
 static void products(const Weight& w) {
   const Matrix& a = w.a;
   std::string name = w.name + " rounds " + std::to_string(a.rounds) + " k " + std::to_string(a.k);
-  Many<float> dense(a.n * a.k), x = floats_drawn(35 * a.k);
+  Many<float> dense(a.n * a.k), x = floats_drawn(31 * a.k);
   native_dequantise(&a, dense.data(), 0, a.n);
   say(name + " dense", dense);
   auto multiply = [&](long m, const std::string& what) {
@@ -140,7 +141,7 @@ static void products(const Weight& w) {
     for (float& f : y) f = f == f ? f : 7;                         // NaN has other bits elsewhere
     say(name + " rows " + what, y);
   };
-  for (long m : {1, 2, 3, 4, 35}) multiply(m, std::to_string(m));
+  for (long m : {1, 2, 3, 4, 31}) multiply(m, std::to_string(m));
   for (long i = 0; i < a.k; i++) x[i] = NAN, x[a.k + i] = i % 2 ? INFINITY : -INFINITY, x[2 * a.k + i] *= 1e-38f;
   multiply(4, "of no numbers");
 }
