@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from environments import program
-from models import folder, gguf_file, onnx_folder, openvino_folder
+from models import folder, gguf_file, onnx_folder, openvino_folder, quantized
 
 HERE = Path(__file__).parent
 
@@ -39,7 +39,7 @@ ENGINES = {
     "ONNX Runtime int8": Engine("onnx", "onnx", onnx_folder, "int8"),
     "OpenVINO int8": Engine("openvino", "openvino", openvino_folder, "int8"),
     "ours int4": Engine("", "ours", _named, "int4"),
-    "ours int4, head too": Engine("", "ours", _named, "int4,head=int4"),
+    "ours int4, calibrated": Engine("", "ours", quantized, "int4,head=int4"),
     "ours q4_0": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym"),
     "ours q4_0, a8": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym/int8"),
     "llama.cpp Q4_0": Engine("llama", "llama", gguf_file, "Q4_0"),
@@ -54,7 +54,7 @@ RIVALS = {  # whom each of ours is compared with
     "ours q4_0": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours q4_0, a8": ("ours q4_0", "llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours int4": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
-    "ours int4, head too": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
+    "ours int4, calibrated": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
 }
 ORIGINAL = ENGINES["transformers fp32"]  # the BF16 weights with float32 products
 

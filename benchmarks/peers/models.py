@@ -34,6 +34,15 @@ def folder(peers: Path, _: str = "") -> Path:
     return path
 
 
+def quantized(peers: Path, scheme: str) -> Path:
+    """As `quantize` makes it, calibrated on its built-in text."""
+    path = peers / f"ours-{scheme}"
+    if not path.exists():
+        make = [program(peers, ""), "-m", "undistilled", "quantize", folder(peers), path]
+        subprocess.run([*make, "--scheme", scheme, "--traces", "0"], check=True)
+    return path
+
+
 def gguf_file(peers: Path, kind: str) -> Path:
     """With its matrices in a type of GGML's."""
     path = peers / f"smollm2-{kind}.gguf"

@@ -1,5 +1,11 @@
-"""SmolLM2 in a scheme of ours; the model's argument is the scheme, with a dtype of products behind a slash."""
+"""SmolLM2 in a scheme of ours; the model's argument is the scheme, with a dtype of products behind a slash, or a folder
+that `quantize` made."""
 
+from pathlib import Path
+
+import undistilled  # noqa: F401  # before torch, as its commands do: PyTorch's threads then do not spin while ours work
+
+# isort: split
 import torch
 from measured import NEW, PROMPT, TOGETHER, main
 
@@ -11,8 +17,9 @@ from undistilled.prove.score import Scorer
 class Ours:
     def __init__(self, model, threads):
         scheme, _, dtype = model.partition("/")
+        named = {"model": "smollm2", "scheme": scheme, "dtype": dtype or "auto"}
         torch.set_num_threads(threads)
-        self.engine = open_engine({"model": "smollm2", "scheme": scheme, "dtype": dtype or "auto", "device": "cpu",
+        self.engine = open_engine({**({"model": model} if Path(model).is_dir() else named), "device": "cpu",
                                    "batch": TOGETHER, "context": PROMPT + NEW + 1})  # fmt: skip
 
     def run(self, prompts, new):
