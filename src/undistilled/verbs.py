@@ -52,9 +52,6 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(help="Folder that keeps the calibration for further runs.")
     ] = None,
-    refit: Annotated[
-        int, typer.Option(min=0, help="Passes that refit norms and multipliers of linears' rows.")
-    ] = 0,
     device: Annotated[str | None, typer.Option(help="cpu keeps GPUs out.")] = None,
     as_json: JSON = False,
 ) -> None:
@@ -66,7 +63,7 @@ def quantize(
     text_, questions_, kept = (str(file) if file else None for file in (text, questions, calibration))
     own = tokens // 2 if traces is None else min(traces, tokens)
     bytes_ = size(size_) if size_ else None
-    request = Request(scheme, bits, bytes_, solver, tokens, own, text_, questions_, kept, refit, _home(device))
+    request = Request(scheme, bits, bytes_, solver, tokens, own, text_, questions_, kept, _home(device))
     try:
         with show.steps() as say:
             done = run(find(model), out, request, say)

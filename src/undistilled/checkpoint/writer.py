@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import BadArtefact, UndistilledError
 from ..scheme.base import PartSpec
-from .safetensors import DTYPES, Entry
+from .safetensors import DTYPES
 
 KIND = {str(dtype).removeprefix("torch."): kind for kind, dtype in DTYPES.items()}
 CHUNK = 8 << 20  # bytes read back at once
@@ -49,34 +49,9 @@ def write(file: Path, tensors: list[Tensor], values: Iterable[torch.Tensor]) -> 
         ) from None
     wrote = digest.hexdigest()
     if sha256(part) != wrote:
-        raise _unsound(part)
+        raise BadArtefact(f"{part}: the disk gives back something else than was written.", "Is the disk sound?")
     os.replace(part, file)
     return wrote
-
-
-def overwrite(entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors over those of their names, which are of their shape and dtype. Errors are those of `write`."""
-    for name, value in tensors.items():
-        entry = entries[name]
-        if tuple(value.shape) != entry.shape or value.dtype != entry.dtype:
-            raise ValueError(f"{name}: {list(entry.shape)} {entry.dtype}: got {list(value.shape)} {value.dtype}")
-        block = value.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        try:
-            with entry.file.open("r+b") as f:
-                f.seek(entry.start)
-                f.write(block)
-                f.flush()
-                os.fsync(f.fileno())
-                f.seek(entry.start)
-                same = f.read(len(block)) == block
-        except OSError as error:
-            raise DiskFull(f"Cannot write {entry.file}: {error.strerror}.", "Give the same command again.") from None
-        if not same:
-            raise _unsound(entry.file)
-
-
-def _unsound(file: Path) -> BadArtefact:
-    return BadArtefact(f"{file}: the disk gives back something else than was written.", "Is the disk sound?")
 
 
 def _blocks(tensors: list[Tensor], values: Iterable[torch.Tensor]):

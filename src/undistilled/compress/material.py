@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .run import Request
 
 FORMAT = 3  # of a calibration on disk: raised whenever what it holds changes
-WINDOWS = "windows.json"  # what was read, as token ids
 WITHOUT = "without-answers"  # a file that says so of a calibration
 FEWEST = 64  # tokens
 WINDOW = 512  # tokens, or the model's longest context
@@ -33,7 +32,7 @@ def moments_of(model: Model, request: Request, folder: Path, say: Callable[[str]
     another model or request."""
     with alone(folder, wait=True):
         _claim(folder / "calibration.json", model, request)
-        file, without = folder / WINDOWS, folder / WITHOUT
+        file, without = folder / "windows.json", folder / WITHOUT
         if without.exists():
             say(f"{folder} has no answers of {model.name}'s own, which did not fit: remove it to try again with them")
         if not file.exists():

@@ -27,7 +27,7 @@ from ..model.spec import OURS
 from ..model.weights import Weight, weights
 from ..plan.recipes import scheme_of
 from ..scheme.base import Parts, Scheme, parts_of
-from . import material, refit
+from . import material
 from .choose import CALIBRATION, FACTORS, UNCALIBRATED, Choice, at_once, budget, check, choose
 from .files import LOCK, alone, keep, kept
 from .pace import Pace
@@ -44,8 +44,7 @@ class Request:
 
     `solver`: a row of choose.SOLVERS. It calibrates on `tokens`, of which up to `traces` are the model's own answers to
     `questions` (a file) and the rest `text` (a file); what it finds is kept in the folder `calibration`, if one is
-    given. `refit`: passes over what it calibrates on, in which norms and rows' multipliers are refitted (refit.py), if
-    the model in float32 fits in memory. `device`: where it computes.
+    given. `device`: where it computes.
     """
 
     scheme: str | None = None
@@ -57,7 +56,6 @@ class Request:
     text: str | None = None
     questions: str | None = None
     calibration: str | None = None
-    refit: int = 0
     device: str = "cpu"
     shard: int = SHARD
 
@@ -69,8 +67,6 @@ def quantize(model: Model, out: Path, request: Request, say: Say = lambda _: Non
         raise UsageError("Say how small: one of --scheme, --bits and --bytes.")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each say how small.", "Give one of them, not both.")
-    if request.refit and request.solver in UNCALIBRATED:
-        raise UsageError(f"--solver {request.solver} reads nothing to refit on.", "Leave --refit out.")
     check(request)
     budget(model, request)
     if out.exists():
@@ -113,10 +109,7 @@ def _made(model: Model, out: Path, folder: Path, request: Request, say: Say) -> 
     table = {w.name: choice.schemes.get(w.name) or scheme_of(w, model.spec, choice.base) for w in weights(model.spec)}
     files = _files(model, table, request.shard)
     wrote = _write(folder, model, table, files, choice, say)
-    _describe(folder, model, table, files, request)
-    if request.refit:
-        _refit(folder, model, request, say)
-    _finish(folder, out)
+    _finish(folder, out, model, table, files, request)
     return {
         "out": str(out),
         "bytes": wrote,
@@ -144,7 +137,6 @@ def _open(folder: Path, model: Model, request: Request) -> None:
         keep(file, said)
         return
     before = kept(file)
-    before.setdefault("refit", 0)  # of a folder from before there was one
     other = next((key for key in said if before.get(key) != said[key]), None)
     if other and {f.name for f in folder.iterdir()} <= NOTHING:
         keep(file, said)
@@ -188,7 +180,7 @@ def _write(folder: Path, model: Model, table: dict[str, str], files: list, choic
     for at, content in enumerate(files, 1):
         file, tensors = folder / shard_name(at, len(files)), _tensors(table, content)
         size = sum(spec.nbytes for _, spec in tensors)
-        if file.exists() and (refit.found(folder) or done.get(file.name) == sha256(file)):
+        if file.exists() and done.get(file.name) == sha256(file):
             pace.found(size)
         else:
             digest = write(file, tensors, _values(source, table, content, choice))
@@ -243,8 +235,8 @@ def _solved(weight: Weight, experts: range, scheme: Scheme, source: Source, choi
     yield from ({part: tensor[at] for part, tensor in stacked.items()} for at in range(len(experts)))
 
 
-def _describe(folder: Path, model: Model, table: dict[str, str], files: list, request: Request) -> None:
-    """Index, config and tokenizer."""
+def _finish(folder: Path, out: Path, model: Model, table: dict[str, str], files: list, request: Request) -> None:
+    """Index, config and tokenizer; then the folder gets its name."""
     where, total = {}, 0
     for at, content in enumerate(files, 1):
         for name, spec in _tensors(table, content):
@@ -260,22 +252,8 @@ def _describe(folder: Path, model: Model, table: dict[str, str], files: list, re
     }
     model.tokenizer().save(folder)
     write_index(folder, where, total, config)
-
-
-def _refit(folder: Path, model: Model, request: Request, say: Say) -> None:
-    """Refit what was written, where memory has room for it."""
-    lacking = refit.lacking(model.spec, min(material.WINDOW, model.spec.max_context), request.device)
-    if lacking and not refit.found(folder):
-        say(f"{model.name} is not refitted: in float32 it takes {lacking / 1e9:,.1f} GB more memory than is free")
-        return
-    windows = kept((Path(request.calibration) if request.calibration else folder / CALIBRATION) / material.WINDOWS)
-    refit.refit(model, folder, windows, request.refit, request.device, say)
-
-
-def _finish(folder: Path, out: Path) -> None:
-    """The folder gets its name, and what only the work needed goes."""
     os.replace(folder, out)  # before anything of the work is removed: a kill in between loses none of it
     for name in ("request.json", "journal.jsonl", "choice.json", LOCK):
         (out / name).unlink(missing_ok=True)
-    for name in (CALIBRATION, FACTORS, refit.WORK):
+    for name in (CALIBRATION, FACTORS):
         shutil.rmtree(out / name, ignore_errors=True)
