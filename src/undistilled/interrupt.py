@@ -29,9 +29,11 @@ def bound(seconds: float = SECONDS) -> None:
         while signal.SIGINT not in reader.recv(64):
             pass
         time.sleep(seconds)
-        for call in LAST:
-            call()
-        os._exit(CODE)
+        try:
+            for call in tuple(LAST):
+                call()
+        finally:
+            os._exit(CODE)
 
     threading.Thread(target=wait, name="interrupt", daemon=True).start()
     _KEPT.append(writer)  # C writes to its number

@@ -144,3 +144,19 @@ ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
     time.sleep(1)  # until it is there
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
+
+
+def test_what_cannot_be_done_at_the_end_does_not_keep_the_process():
+    code = """
+import signal, time
+from undistilled import interrupt
+interrupt.bound(0.1)
+interrupt.LAST.append(lambda: 1 / 0)
+signal.signal(signal.SIGINT, lambda *_: print("x", flush=True))
+print("x", flush=True)
+time.sleep(30)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130

@@ -135,7 +135,6 @@ class Rank:
                 case Pass():
                     self.part.submit(command)
 
-
     def end(self, code: int) -> NoReturn:
         """Be gone once all is said: it takes Python and PyTorch half a second to take themselves down."""
         self.lock.acquire()  # the other thread says no more

@@ -31,6 +31,8 @@ BLAME = 2.0  # seconds in which it shows that another rank is at fault for the d
 SIGN = 0.5  # seconds between the driver's own signs of life
 PATIENCE = 10.0  # seconds, at least, that a rank goes on without one
 STARTED = 300.0  # seconds for a process to give its first sign of life
+CLOSING = 2.0  # seconds that a place may take to be given up, where this process must end
+OVER = "Open the engine again."
 
 
 class Crew:
@@ -61,7 +63,7 @@ class Crew:
             raise
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        interrupt.LAST.append(self._kill)
+        interrupt.LAST.append(self._abandon)
 
     def _open(self) -> None:
         """The sockets, where the place has them."""
@@ -115,6 +117,7 @@ class Crew:
             raise self.fault from error
         except BaseException:  # Ctrl-C: before what this rank leaves behind tells the others, who would say so
             self._closing = True
+            self.fault = self.fault or RankLost("A pass was interrupted, which ended the other ranks.", OVER)
             self._kill()
             raise
         finally:
@@ -132,7 +135,7 @@ class Crew:
             for process in self.processes.values():
                 process.wait(max(0.0, until - time.monotonic()))
         self._kill()
-        interrupt.LAST.remove(self._kill)
+        interrupt.LAST.remove(self._abandon)
         self._thread.join(2)
         self._out.close()
         self._inbox.close()
@@ -145,6 +148,13 @@ class Crew:
                 process.kill()
         for process in self.processes.values():
             process.wait(GRACE)
+
+    def _abandon(self) -> None:
+        """End the others and leave nothing behind, before an end of this process that is not orderly."""
+        self._kill()
+        closing = threading.Thread(target=self.place.close, daemon=True)
+        closing.start()
+        closing.join(CLOSING)
 
     def _watch(self) -> None:
         while not self._closing and self.fault is None:
@@ -238,8 +248,6 @@ class Crew:
                 emit("rank.hung", kind=type(fault).__name__, message=fault.message, hint=fault.hint)
                 print(f"{fault.message} {fault.hint}", file=sys.stderr, flush=True)
                 time.sleep(0.2)  # for who was told by the event
-                closing = threading.Thread(target=self.place.close, daemon=True)
-                closing.start()
-                closing.join(2)
+                self._abandon()
                 os._exit(fault.exit_code)
             time.sleep(0.05)
