@@ -126,3 +126,16 @@ def test_messages_name_the_way_out(arguments, code, said, tmp_path):
     assert done.returncode == code and "Traceback" not in told
     assert all("".join(words.split()) in told for words in said)
     assert "written to" not in told
+
+
+def test_what_a_new_user_types_first():
+    from undistilled import __version__
+
+    assert run("--version").stdout.strip() == f"undistilled {__version__}"
+    for words, wanted in (
+        (("plan", "r1-nano", "--scheme", "expert=int4"), "Put it first: int8,expert=int4"),
+        (("plan", "r1-nano", "--device", "cuda"), "without it a GPU is used"),
+        (("plan", "r1-nano", "--tp", "2", "--device", "cpu"), "such as --scheme int8"),
+    ):
+        done = run(*words)
+        assert done.returncode == 2 and wanted in " ".join(done.stderr.split()), done.stderr

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import interrupt, show, show_quality, verbs
+from . import __version__, interrupt, show, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
 from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PROVE, RANKS, RUN, SCHEME, taking
@@ -21,6 +21,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan, run and prove the whole DeepSeek-R1 (and its smaller relatives) on the hardware you have.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"undistilled {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _print_json(value: Any) -> None:

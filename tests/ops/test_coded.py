@@ -54,7 +54,9 @@ def test_products_are_what_float64_says_of_what_is_stored(name, products, n, k, 
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed + 1))
     assert ops.linear.resolve(stored, x.dtype).name == KERNELS[products]
     y = ops.apply(x, stored)
-    x = rows_of(x, products)
+    if not (products == "int16" and m >= ops.LARGE and not ops.crosses(stored)):  # else a dense copy meets them
+        x = rows_of(x, products)
+    x = x.double()
     size = x.abs() @ (exact.abs() + 2 * offsets(stored)).T
     assert torch.all((y.double() - x @ exact.T).abs() <= size * 2e-6)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, fp8_channel, plain
+from ..scheme.packing import QUANTUM
 from . import integers
 from . import triton as cuda
 from .add import add
@@ -115,7 +116,12 @@ def _native_rounded(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 @linear.register("native int16", fine_ready, "our C kernels: INT16 products, for few tokens and for many")
 def _native_fine(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     """Without a kernel for many rows these meet a dense copy: INT16 moves activations so little that they may stay."""
-    return (_native_rounded if native.crosses() else _native)(x_TK, weight)
+    return (_native_rounded if crosses(weight) else _native)(x_TK, weight)
+
+
+def crosses(w: Stored) -> bool:
+    """Whether the kernel for many rows of INT16 takes it: where a build has one, and scales serve whole blocks."""
+    return native.crosses() and getattr(w.scheme, "group", 0) != QUANTUM // 2
 
 
 def _fp8_rows(w: Stored, dtype: torch.dtype) -> bool:

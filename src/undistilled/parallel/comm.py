@@ -11,7 +11,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from time import perf_counter
 
@@ -86,16 +86,20 @@ class Comm:
         if self.device.type != "cpu" or self.stage is None or not ORDERED:
             return None
         mine, key = self.mesh.within(self.rank), f"memory of stage {self.mesh.stage(self.rank)}"
-        path, made = store.get(key).decode() if mine else place(), None
-        with suppress(OSError):
+        path, made, why = store.get(key).decode() if mine else place(), None, "another rank cannot map it"
+        try:
             made = Shared(path, self.mesh.inner, mine, ONE_SHOT)
+        except OSError as error:
+            why = str(error)
         if mine == 0:
             store.set(key, path)
         every = self.agreed(made is not None)
         if mine == 0 and made is not None:
             os.unlink(path)  # who has it keeps it
         if not every:
-            emit("comm.no_shared_memory", rank=self.rank)
+            emit("comm.no_shared_memory", rank=self.rank, why=why)
+            if mine == 0:
+                print(f"Sums go through sockets, which is slower: no shared memory ({why}).", file=sys.stderr)
         return made if every else None
 
     def release(self) -> None:

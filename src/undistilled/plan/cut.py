@@ -120,7 +120,7 @@ class Cuts:
             raise UsageError(
                 f"{len(shares)} ranks cannot share the {units} {_UNITS[kind]}"
                 + (f" {together} at a time, which {culprit} in {self.stored[culprit]} needs." if culprit else "."),
-                "Fewer ranks in a stage, or a scheme with smaller groups.",
+                _OTHERS if culprit else "Fewer ranks in a stage.",
             )
         return [(min(a * together, units), min(b * together, units)) for a, b in found]
 
@@ -208,7 +208,7 @@ class Cuts:
             raise UsageError(
                 f"{self.mesh.inner} ranks would cut {weight.name} at {start} to {stop}, within the {together} that "
                 f"{scheme} keeps together.",
-                "Fewer ranks in a stage, or a scheme with smaller groups.",
+                _OTHERS,
             )
 
     def held(self, weight: Weight, rank: int) -> bool:
@@ -229,4 +229,5 @@ class Cuts:
         return self.spec_of(rank).kv_values * len(self.mesh.layers(rank))
 
 
+_OTHERS = "Fewer ranks in a stage, or a scheme that keeps fewer together, such as --scheme int8."
 _UNITS = {"heads": "heads or groups of heads", "vocab": "rows of the vocabulary"}

@@ -45,6 +45,8 @@ def family(scheme: str) -> str:
 def parse(asked: str) -> tuple[str, Mapping[str, str]]:
     """(scheme of the large matrices, role -> scheme that departs from it). UsageError names what is not known."""
     base, *rest = asked.split(",")
+    if "=" in base:
+        raise UsageError(f"{asked!r:.80} names no scheme for the other weights.", f"Put it first: int8,{asked:.80}")
     if base in RECIPES:
         base, *before = RECIPES[base].split(",")
         rest = [*before, *rest]

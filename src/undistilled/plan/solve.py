@@ -40,6 +40,13 @@ class Ask:
     degrees: Degrees = ONE
 
 
+def unknown_device(asked: str) -> UsageError:
+    return UsageError(
+        f"--device {asked!r} is not known.",
+        "Known: cpu, which leaves GPUs out; without it a GPU is used if there is one.",
+    )
+
+
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
     """The plan for this model on this machine; where it does not fit, `fits` is false and `advice` says what would."""
     if ask.batch < 1 or (ask.context is not None and ask.context < 1):
@@ -47,7 +54,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
     if ask.mtp and not spec.mtp_layers:
         raise UsageError(f"{name} has no multi-token-prediction layer.", "Leave --mtp out.")
     if ask.device not in (None, "cpu"):
-        raise UsageError(f"--device {ask.device!r} is not known.", "Known: cpu, which leaves GPUs out.")
+        raise unknown_device(ask.device)
     context = ask.context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")
