@@ -4,11 +4,10 @@
 
 Environments and models are made under --peers (default benchmarks/.peers) when they are first needed: llama.cpp is
 built with -DGGML_NATIVE=ON, which takes minutes. All models are made from one BF16 original; our int4 keeps the head,
-which is the embedding, in INT8; our q4_0 has llama.cpp's form of it all; "calibrated" is INT4 of it all as
-`quantize` makes it; "a8" is --dtype int8. Rounds alternate
-engines, so that a drift of the machine meets them all; what counts are the ratios, round by round. Rounds are added to
-those of the same engines and threads that --json holds already. --kl compares next-token distributions with the
-original's instead, on 512 tokens of Persuasion.
+which is the embedding, in INT8; our q4_0 has llama.cpp's form of it all; "calibrated" is INT4 of it all as `quantize`
+makes it; "a8" is --dtype int8. Rounds alternate engines, so that a drift of the machine meets them all; what counts are
+the ratios, round by round. Rounds are added to those of the same engines and threads that --json holds already. --kl
+compares next-token distributions with the original's instead, on 512 tokens of Persuasion.
 """
 
 from __future__ import annotations

@@ -27,10 +27,9 @@ def size(text: str) -> int:
 def _home(device: str | None) -> str:
     """Where to compute: a GPU if there is one, unless "cpu" is asked for."""
     from .plan.hardware import load_machine
-    from .plan.solve import unknown_device
+    from .plan.solve import check_device
 
-    if device not in (None, "cpu"):
-        raise unknown_device(device)
+    check_device(device)
     gpus = [] if device else [d.name for d in load_machine("this").devices if d.kind == "cuda"]
     return gpus[0] if gpus else "cpu"
 

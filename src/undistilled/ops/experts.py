@@ -88,7 +88,7 @@ def _triton(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     three = (gate, up, down)
-    if not fused(*three, x_TD.dtype):
+    if not fused(*three, x_TD.dtype) or not len(x_TD):
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, *three)
     from .triton import experts as codes
     from .triton import mixed, tiles

@@ -24,11 +24,11 @@ def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
             f"The plan was made for {plan.model!r}, or for another config.json of that name.",
             "Make one for this model with `undistilled plan`.",
         )
-    _check_rows(plan, spec)
+    known = {w.name: w for w in weights(spec)}
+    _check_rows(plan, spec, known)
     _check_same("architecture", plan.architecture, spec.model_type)
     _check_same("parameters", (plan.parameters, plan.active_parameters), counts(spec))
     _check_same("tensors", plan.tensors, sum(row.tensors for row in plan.rows))
-    known = {w.name: w for w in weights(spec)}
     _check_same("scheme", plan.scheme, label([(known[r.name], r.scheme) for r in plan.rows], spec, plan.scheme))
     _check_totals(plan, spec)
     _check_bytes(plan, spec)
@@ -37,9 +37,9 @@ def check(plan: Plan, spec: ModelSpec, config: dict) -> None:
         raise DoesNotFit(f"{plan.model} does not fit {plan.machine} by this plan.", plan.advice)
 
 
-def _check_rows(plan: Plan, spec: ModelSpec) -> None:
-    """A row that makes sense for each weight."""
-    known, named = {w.name: w for w in weights(spec)}, {row.name for row in plan.rows}
+def _check_rows(plan: Plan, spec: ModelSpec, known: dict[str, Weight]) -> None:
+    """A row that makes sense for each weight, by its name."""
+    named = {row.name for row in plan.rows}
     if len(named) != len(plan.rows):
         raise BadArtefact("The plan names a weight twice.", "Was it edited?")
     for name in known.keys() - named:

@@ -40,11 +40,13 @@ class Ask:
     degrees: Degrees = ONE
 
 
-def unknown_device(asked: str) -> UsageError:
-    return UsageError(
-        f"--device {asked!r} is not known.",
-        "Known: cpu, which leaves GPUs out; without it a GPU is used if there is one.",
-    )
+def check_device(asked: str | None) -> None:
+    """UsageError where it is none that can be asked for."""
+    if asked not in (None, "cpu"):
+        raise UsageError(
+            f"--device {asked!r} is not known.",
+            "Known: cpu, which leaves GPUs out; without it a GPU is used if there is one.",
+        )
 
 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
@@ -53,8 +55,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         raise UsageError("--batch and --context start at 1.")
     if ask.mtp and not spec.mtp_layers:
         raise UsageError(f"{name} has no multi-token-prediction layer.", "Leave --mtp out.")
-    if ask.device not in (None, "cpu"):
-        raise unknown_device(ask.device)
+    check_device(ask.device)
     context = ask.context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")

@@ -61,6 +61,7 @@ INLINE c32 pair_of(const int16_t* x) {
   memcpy(&both, x, 4);
   return (c32)_mm256_set1_epi32(both);
 }
+
 // totals[m] += the runs times MR rows of x.
 template <int MR>
 __attribute__((noinline)) void block(const Run* runs, long count, const Row<Crossed>* x, float (*totals)[OUTPUTS]) {
@@ -125,7 +126,7 @@ struct Work {
     const uint8_t* from = tile_at(t, c, p.n, 0);
     for (long q = 0; q < all;) {
       long used = 0, made = 0;
-      for (long i = 0; q < all && used + of <= SLICE / QUANTUM + (i ? 0 : of); i++, q++) {
+      for (long i = 0; q < all && (!i || used + of <= SLICE / QUANTUM); i++, q++) {   // a slice: one tile at least
         long k = p.at[first + q], end = k + t.cols;
         if (end > t.padded) end = t.padded;   // the last of a row's tiles may be stored in part
         for (long r = 0; r < OUTPUTS; r++)

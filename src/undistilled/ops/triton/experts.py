@@ -172,20 +172,19 @@ def tiles(ids: torch.Tensor, experts: int, size: int) -> tuple[int, torch.Tensor
     return most, made
 
 
-def summed(y: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, experts: int) -> None:
-    """Adds the results [P, D] of each token's choices into `out` [T, D]."""
-    T, D = out.shape
-    _sum[(-(-D // 1024), T)](y, ids, out, D, experts, k_each=ids.shape[1], BLOCK=1024)
+def summed(y: torch.Tensor, ids: torch.Tensor, experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """The sums [T, D] of the results [P, D] of each token's choices."""
+    (T, k), D = ids.shape, y.shape[1]
+    out = y.new_empty(T, D, dtype=dtype)
+    _sum[(-(-D // 1024), T)](y, ids, out, D, experts, k_each=k, BLOCK=1024)
+    return out
 
 
 def experts(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    """The op's meaning, in [T, D] of x's dtype."""
+    """The op's meaning, in [T, D] of x's dtype, for one token at least."""
     (T, D), k, (E, W, _) = x_TD.shape, ids_Tk.shape[1], gate.shape
-    out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    if T == 0:
-        return out
     few = T * k <= FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
     slots, made = arranged(ids, E) if few else tiles(ids, E, LARGE)
@@ -196,8 +195,7 @@ def experts(
         x, h, *made, k, *a.parts, *b.parts, W, D, a.row_bytes, a.groups, **_settings(a, D, few),
     )  # fmt: skip
     one(h, y, down, (slots, made), k, few, shares=weights_Tk.float().contiguous())
-    summed(y, ids, out, E)
-    return out
+    return summed(y, ids, E, x.dtype)
 
 
 def one(

@@ -17,11 +17,8 @@ from . import tiles
 def experts(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    """The op's meaning, in [T, D] of x's dtype."""
+    """The op's meaning, in [T, D] of x's dtype, for one token at least."""
     (T, D), k, (E, W, _) = x_TD.shape, ids_Tk.shape[1], gate.shape
-    out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    if T == 0:
-        return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids, shares = x_TD.contiguous(), ids_Tk.contiguous(), weights_Tk.float().contiguous()
     together = routed.arranged(ids, E) if few else None
@@ -32,5 +29,4 @@ def experts(
     of[0].one(x, g, gate, arranged[of[0]], k, few)
     of[1].one(x, u, up, arranged[of[1]], k, few)
     of[2].one(g, y, down, arranged[of[2]], k, few, u, shares)
-    routed.summed(y, ids, out, E)
-    return out
+    return routed.summed(y, ids, E, x.dtype)

@@ -247,11 +247,8 @@ def groups_for(rows: int) -> int:
 def experts(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
-    """The op's meaning, in [T, D] of x's dtype; the three weights may have different tiles."""
+    """The op's meaning, in [T, D] of x's dtype, for one token at least; the three weights may have different tiles."""
     (T, D), k, (E, W, _) = x_TD.shape, ids_Tk.shape[1], gate.shape
-    out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    if T == 0:
-        return out
     pairs, few = T * k, T * k <= routed.FEW
     x, ids = x_TD.contiguous(), ids_Tk.contiguous()
     settings = _settings(1 if few else LARGE // COLUMNS)
@@ -270,8 +267,7 @@ def experts(
         0, W, stride // 2, 1, k, pairs, STAGE=UP.value, **settings,
     )  # fmt: skip
     one(middle[0], y, down, (slots, made), k, few, middle[1], shares)
-    routed.summed(y, ids, out, E)
-    return out
+    return routed.summed(y, ids, E, x.dtype)
 
 
 def one(
