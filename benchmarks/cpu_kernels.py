@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python benchmarks/cpu_kernels.py [--only int8 fp8_block] [--threads N] [--rounds 5] [--json OUT]
 
-Every call takes another copy of its weight (or other experts), all of them larger than the caches together. A round is
-a read of a large array by the same threads, then each copy once: shares are round by round, and what is printed are
-medians with the least and most. mix64 is dynamic blocks, see random_weights.py.
+Every call takes another copy of its weight (or other experts), all of them larger than the caches together. Calls are
+recorded and run as a decode pass is, with a barrier around each (`bench --explain`'s way). A round is a read of a large
+array by the same threads, then each copy once: shares are round by round, and what is printed are medians with the
+least and most. mix64 is dynamic blocks, see random_weights.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from random_weights import random_weight
+from random_weights import PAGES, random_weight
 from undistilled.ops.cpu import native
+from undistilled.ops.cpu.program import Arena, Program
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply
 from undistilled.plan.recipes import INTEGERS, products_of
@@ -51,12 +53,15 @@ def timed(call: Callable[[], object]) -> float:
 
 def measure(calls: list[Callable[[], object]], nbytes: int, memory: torch.Tensor, rounds: int) -> CELL:
     """Of calls that read nbytes each: microseconds, GB/s, and their share of what `memory` is read with."""
-    for call in calls:
-        call()
+    program = Program(Arena())
+    with program.recording():
+        held = [call() for call in calls]  # what a step writes to must not be another's
+    assert not program.foreign and len(program) == len(held), program.foreign
+    program.run()
     seconds, shares, reads = [], [], []
     for _ in range(rounds):
         reads.append(memory.nbytes / timed(lambda: native.read(memory)))
-        seconds.append(statistics.median(timed(call) for call in calls))
+        seconds.append(statistics.median(step.seconds for step in program.timed(1)))
         shares.append(nbytes / seconds[-1] / reads[-1])
     middle = statistics.median(seconds)
     spread = {"share": statistics.median(shares), "least": min(shares), "most": max(shares)}
@@ -79,7 +84,8 @@ def linear(scheme: str, outputs: int, inputs: int, products: str | None, memory:
 
 
 def copy_of(weight: Stored) -> Stored:
-    return Stored(weight.scheme, weight.shape, {k: v.clone() for k, v in weight.parts.items()}, weight.products)
+    parts = {name: PAGES.empty(tuple(part.shape), part.dtype).copy_(part) for name, part in weight.parts.items()}
+    return Stored(weight.scheme, weight.shape, parts, weight.products)
 
 
 def bank(scheme: str, products: str | None, memory: torch.Tensor, rounds: int) -> CELL:
@@ -87,10 +93,10 @@ def bank(scheme: str, products: str | None, memory: torch.Tensor, rounds: int) -
     gate, up, down = (random_weight(scheme, *shape, device="cpu", products=products) for shape in shapes)
     each = (gate.nbytes + up.nbytes + down.nbytes) // EXPERTS
     x, shares = torch.randn(1, HIDDEN) * 0.1, torch.rand(1, CHOSEN)
-    halves = torch.arange(EXPERTS).view(-1, CHOSEN)
+    halves = torch.arange(EXPERTS, dtype=torch.int32).view(-1, CHOSEN)
     run = experts.resolve(gate, x.dtype).run
     calls = [lambda i=i: run(x, i[None], shares, gate, up, down) for i in halves]
-    reference = experts.reference.run(x, halves[:1], shares, gate, up, down)
+    reference = experts.reference.run(x, halves[:1].long(), shares, gate, up, down)
     off = error(calls[0](), reference.double())
     return {"scheme": scheme, "what": f"{CHOSEN} of {EXPERTS} experts", "error": off,
             **measure(calls * 2, CHOSEN * each, memory, rounds)}  # fmt: skip
@@ -120,7 +126,8 @@ def main() -> None:
     assert build, native.why_missing()
     wanted = args.products or ("bfloat16" if native.rounds() else "int16")
     torch.set_num_threads(args.threads)
-    memory = torch.ones(max(512 << 20, 4 * cache_bytes()) // native.PIECE * native.PIECE // 4)
+    nbytes = max(512 << 20, 4 * cache_bytes()) // native.PIECE * native.PIECE
+    memory = PAGES.empty((nbytes,), torch.uint8).fill_(1)
     print(f"kernels built for {build.name}, {wanted} products if a scheme has them, {args.threads} threads", flush=True)
     cells = []
     with torch.inference_mode():

@@ -1,9 +1,15 @@
 """Random weights in any scheme, made in place: no dense copy ever exists."""
 
+from functools import partial
+
 import torch
 
 from undistilled import scheme as schemes
+from undistilled.load.pages import Pages
+from undistilled.ops.cpu import matrix
 from undistilled.scheme import Stored
+
+PAGES = Pages()
 
 MIX = {2: 0.25, 3: 0.45, 4: 0.25, 5: 0.05}  # of tiles; values take 3.1 bits on average
 
@@ -19,14 +25,17 @@ def scheme_for(name: str, inputs: int) -> str:
 
 
 def random_weight(name: str, *shape: int, device: str = "cuda", products: str | None = None) -> Stored:
-    """A weight of random bytes and scales; `products` as in Stored."""
+    """A weight of random bytes and scales, lying as it would be loaded; `products` as in Stored."""
     scheme = schemes.get(scheme_for(name, shape[-1]))
+    if device == "cpu":
+        scheme = matrix.laid(scheme, shape, products)
     specs = schemes.parts_of(scheme, shape)
     return Stored(scheme, shape, {part: _part(part, spec, device) for part, spec in specs.items()}, products)
 
 
 def _part(name: str, spec, device: str) -> torch.Tensor:
-    t = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    empty = PAGES.empty if device == "cpu" else partial(torch.empty, device=device)
+    t = empty(spec.shape, dtype=getattr(torch, spec.dtype))
     if name == "order":
         t.copy_(torch.rand(spec.shape, device=device).argsort(-1))
     elif name.startswith("values") and t.dtype.itemsize > 1:

@@ -20,6 +20,7 @@ from ..events import emit
 from ..model.decoder import Decoder
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
+from ..ops.cpu import matrix
 from ..plan.cut import Slice
 from ..plan.plan import Plan, Row
 from ..plan.ranks import cuts_of
@@ -74,6 +75,9 @@ class Memory:
         if name not in self.held:
             row, shape = self.rows[name], self.place(name).shape(self.known[name])
             scheme, device = schemes.get(row.scheme), self.device(row)
+            products = products_of(row.role, row.scheme, device.split(":")[0], self.compute)
+            if device == "cpu":
+                scheme = matrix.laid(scheme, shape, products)
             try:
                 parts = {
                     part: self.empty(spec.shape, getattr(torch, spec.dtype), device)
@@ -81,7 +85,6 @@ class Memory:
                 }
             except (OSError, RuntimeError, torch.OutOfMemoryError) as error:
                 raise DoesNotFit(f"No memory for {name} ({row.nbytes} bytes) on {device}: {error}") from None
-            products = products_of(row.role, row.scheme, device.split(":")[0], self.compute)
             self.held[name] = Stored(scheme, shape, parts, products)
         return self.held[name]
 

@@ -9,10 +9,12 @@ import torch
 from .. import scheme as schemes
 from ..checkpoint.source import Source
 from ..errors import BadArtefact
+from ..ops.cpu.matrix import lay
 from ..ops.linear import dense
 from ..plan.cost import RANGE
 from ..plan.cut import Slice
 from ..scheme import Stored
+from ..scheme.across import Across
 from ..scheme.base import Parts, Scheme, quantum
 
 WHOLE = Slice()
@@ -28,6 +30,8 @@ def fill(target: Stored, source: Source, name: str, place: Slice = WHOLE) -> Non
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         parts = window.parts(start, stop)
+        if isinstance(target.scheme, Across):
+            parts = lay(target.scheme, parts)
         into = target.narrow("out", start, stop) if matrix else target
         for part, tensor in into.parts.items():
             tensor.copy_(parts[part])
@@ -39,10 +43,11 @@ def apart(scheme: Scheme) -> bool:
 
 
 class Window:
-    """Rows of what a rank holds of one tensor, in the scheme that it holds it in."""
+    """Rows of what a rank holds of one tensor, in the scheme that it holds it in, by rows."""
 
     def __init__(self, target: Stored, source: Source, name: str, place: Slice) -> None:
         self.target, self.source, self.name = target, source, name
+        self.scheme = target.scheme.of if isinstance(target.scheme, Across) else target.scheme
         self.native = source.scheme(name)
         self.shape = tuple(source.shape(name))
         self.first = place.start if place.axis == "out" else 0
@@ -60,14 +65,14 @@ class Window:
     def parts(self, start: int, stop: int) -> Parts:
         """Rows [start, stop) of the target; what was read is checked before it is turned into anything."""
         start, stop = start + self.first, stop + self.first
-        if self.native == self.target.scheme.name:
+        if self.native == self.scheme.name:
             parts = self.source.parts(self.name, start, stop, self.columns)
             self._check_finite(parts)
             return parts
-        if self.columns is None or apart(self.target.scheme):
+        if self.columns is None or apart(self.scheme):
             return self._compressed(self._values(start, stop, self.columns))
         whole = self._compressed(self._values(start, stop, None))
-        return Stored(self.target.scheme, (stop - start, self.shape[1]), whole).narrow("in", *self.columns).parts
+        return Stored(self.scheme, (stop - start, self.shape[1]), whole).narrow("in", *self.columns).parts
 
     def _values(self, start: int, stop: int, columns: tuple[int, int] | None) -> torch.Tensor:
         """Dense rows [start, stop), of these columns; reads whole quanta of the scheme that they are stored in."""
@@ -85,10 +90,10 @@ class Window:
 
     def _compressed(self, values: torch.Tensor) -> Parts:
         """float16 overflows where the values that were read do not."""
-        parts = self.target.scheme.compress(values)
+        parts = self.scheme.compress(values)
         if any(t.dtype is torch.float16 and not t.isfinite().all() for t in parts.values()):
             raise BadArtefact(
-                f"{self._where} overflows the float16 numbers of {self.target.scheme.name}.",
+                f"{self._where} overflows the float16 numbers of {self.scheme.name}.",
                 "Use bf16, int8 or fp8_block.",
             )
         return parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..scheme import Scheme, grouped, int8, tiles
+from ..scheme import Scheme, across, grouped, int8, tiles
 
 GROUP, LARGEST = int8.ACTIVATIONS, int8.LARGEST  # by products
 LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
@@ -16,7 +16,7 @@ LEAST = 2.0**-100  # groups whose largest magnitude is less become zeros
 
 def serves(scheme: Scheme) -> bool:
     """Whether a scheme's codes are integers that such activations may be multiplied with."""
-    return isinstance(scheme, int8.Int8 | grouped.Grouped | tiles.Tiles)
+    return isinstance(scheme, int8.Int8 | grouped.Grouped | tiles.Tiles | across.Across)
 
 
 def rounded(x: torch.Tensor, products: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..scheme import Stored
+from ..scheme import Stored, row_quantum
 from .cpu import native
 from .linear import checked, native_reads
 from .registry import op
@@ -13,8 +13,10 @@ from .registry import op
 @op
 def embed(tokens_T: torch.Tensor, weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a stored weight [V, D], decompressed one by one: [T, D]. Ids are in [0, V)."""
-    rows = {name: part[tokens_T] for name, part in weight.parts.items()}
-    return weight.scheme.decompress(rows, (len(tokens_T), weight.shape[1]), dtype)
+    together, k = row_quantum(weight.scheme), weight.shape[1]  # rows that lie side by side are decompressed together
+    rows = {name: part[tokens_T // together] for name, part in weight.parts.items()}
+    several = weight.scheme.decompress(rows, (len(tokens_T) * together, k), dtype).view(-1, together, k)
+    return several[torch.arange(len(tokens_T)), tokens_T % together]
 
 
 @embed.register("native", native_reads, "our C kernel: the rows straight from their codes")

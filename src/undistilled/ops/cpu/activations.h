@@ -56,6 +56,7 @@ INLINE long padded(const Matrix& a) {
 
 // Sums of x that its product may need: over groups of codes that count from their least level, or have minimums.
 INLINE long summed(const Matrix& a) {
+  if (a.kind == ACROSS) return a.tiling.codes[0].bits == 4 ? lanes(a.groups()) : 0;
   return a.kind == CODED && !a.tiling.order.at && a.group >= QUANTUM ? lanes(a.groups()) : 0;
 }
 

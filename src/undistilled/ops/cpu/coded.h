@@ -6,7 +6,7 @@
 #pragma once
 #include "matrix.h"
 
-enum ScaleFormat { SCALES_F16, SCALES_E4M3, SCALES_E8M0 };
+enum ScaleFormat { SCALES_F16, SCALES_E4M3, SCALES_E8M0, SCALES_F32 };   // the last of ACROSS alone
 
 constexpr int QUANTUM = 32;   // codes that lie together in 4 bytes for each bit, see scheme/packing.py
 constexpr int MAIN[] = {0, 0, 2, 2, 4, 4, 4};   // bits of the plane that comes first; 0 to 2 more are in another

@@ -3,27 +3,13 @@
 //
 // As in integer.cpp products are summed as integers as far as both scales reach, which is exact, and the sum meets both
 // scales in float32. A row's bits do not depend on the others, nor on the number of threads.
+#include "crossed.h"
 #include "integer.h"
-#include "panel.h"
 #include "scratch.h"
 
 #if HAS_AVX2
 
 namespace {
-
-constexpr int MOST = 6;           // rows of x at a time: their sums, a pair's codes and a pair of x fill 15 registers
-constexpr long SLICE = 512;       // inputs whose codes are unpacked at a time: they stay in the first cache
-constexpr long PAIRS = QUANTUM / 2;
-
-// The codes of a unit and 16 outputs: [pair][output], the pair's two words side by side.
-typedef int16_t Unit[PAIRS][OUTPUTS][2];
-
-// Inputs that share both scales.
-struct Run {
-  const Unit* codes;              // from their first pair on
-  long k, pairs;                  // the first input
-  const float* factors;           // [OUTPUTS]
-};
 
 // Eight vectors of eight 32-bit lanes, rows to columns.
 INLINE void transpose(__m256i* v) {
@@ -56,53 +42,12 @@ INLINE void cross(const Crossed::Wide* rows, Unit& unit, long first) {
   }
 }
 
-INLINE c32 pair_of(const int16_t* x) {
-  int32_t both;
-  memcpy(&both, x, 4);
-  return (c32)_mm256_set1_epi32(both);
-}
-
-// totals[m] += the runs times MR rows of x.
-template <int MR>
-__attribute__((noinline)) void block(const Run* runs, long count, const Row<Crossed>* x, float (*totals)[OUTPUTS]) {
-  for (const Run* r = runs; r < runs + count; r++) {
-    const int16_t* xs[MR];
-    i8x sum[MR][2];
-    UNROLL for (int m = 0; m < MR; m++) xs[m] = x[m].codes + r->k, sum[m][0] = sum[m][1] = Crossed::none();
-    const c32* w = (const c32*)r->codes;
-    UNROLL for (int m = 0; m < MR; m++)   // the next rows, of which no stream is to be seen
-      UNROLL for (long o = 0; o < 4; o++) __builtin_prefetch(x[m + MR].codes + r->k + 32 * o, 0, 3);
-    for (long p = 0; p < r->pairs; p++, w += 2) {
-      c32 first = w[0], second = w[1];
-      UNROLL for (int m = 0; m < MR; m++) {
-        c32 pair = pair_of(xs[m] + 2 * p);
-        Crossed::meet(first, pair, sum[m][0]);
-        Crossed::meet(second, pair, sum[m][1]);
-      }
-    }
-    long share = r->k / (Crossed::UNIT * Crossed::SHARE);
-    UNROLL for (int m = 0; m < MR; m++)
-      UNROLL for (int j = 0; j < 2; j++) {
-        float* total = totals[m] + 8 * j;
-        v8 done = Crossed::total(sum[m][j]) * splat(x[m].scales[share]);
-        store(total, fma(done, load(r->factors + 8 * j), load(total)));
-      }
-  }
-}
-
-template <int MR>
-void blocks(const Run* runs, long count, const Row<Crossed>* x, long rows, float (*totals)[OUTPUTS]) {
-  for (; rows >= MR; rows -= MR, x += MR, totals += MR) block<MR>(runs, count, x, totals);
-  if constexpr (MR > 1)
-    if (rows) blocks<MR - 1>(runs, count, x, rows, totals);
-}
-
 struct Work {
   const Matrix& a;
   const Panel& p;
   Unit* units;                    // of a slice
   Run* runs;
-  float (*factors)[OUTPUTS];      // of a slice's tiles
+  float (*factors)[OUTPUTS], (*lows)[OUTPUTS];   // of a slice's tiles
   float (*totals)[OUTPUTS];       // of each row of x
 
   // The tile at `from`, its rows `step` bytes apart, from input k on: units from `to` on.
@@ -129,32 +74,21 @@ struct Work {
       for (long i = 0; q < all && (!i || used + of <= SLICE / QUANTUM); i++, q++) {   // a slice: one tile at least
         long k = p.at[first + q], end = k + t.cols;
         if (end > t.padded) end = t.padded;   // the last of a row's tiles may be stored in part
-        for (long r = 0; r < OUTPUTS; r++)
+        bool low = a.mins.at || p.least;   // then a tile is a group
+        for (long r = 0; r < OUTPUTS; r++) {
           factors[i][r] = r < p.count ? p.scales[r * p.by_row + (first + q) * p.by_tile] : 0;
+          if (low) lows[i][r] = r < p.count ? p.mins[r * p.by_row + q] : 0;
+        }
         unpack(w, from + q * tile * t.height, step, k, (end - k) / QUANTUM, units + used);
         constexpr long SHARE = Crossed::UNIT * Crossed::SHARE;
         for (long next; k < end; k = next) {
           next = (k / SHARE + 1) * SHARE < end ? (k / SHARE + 1) * SHARE : end;
-          runs[made++] = {units + used, k, (next - k) / 2, factors[i]};
+          runs[made++] = {units + used, k, (next - k) / 2, factors[i], low ? lows[i] : nullptr, q};
+          low = false;
           used += (next - k) / QUANTUM;
         }
       }
       blocks<MOST>(runs, made, x, rows, totals);
-    }
-  }
-
-  // Totals begin with the minimums times the sums of x.
-  void begin(const Row<Crossed>* x, long rows, float (*lows)[OUTPUTS]) {
-    long groups = a.mins.at || p.least ? p.by_row : 0;
-    for (long g = 0; g < groups; g++)
-      for (long r = 0; r < OUTPUTS; r++) lows[g][r] = r < p.count ? p.mins[r * p.by_row + g] : 0;
-    for (long m = 0; m < rows; m++) {
-      v8 one = splat(0), two = splat(0);
-      for (long g = 0; g < groups; g++) {
-        v8 by = splat(x[m].sums[g]);
-        one = fma(load(lows[g]), by, one), two = fma(load(lows[g] + 8), by, two);
-      }
-      store(totals[m], one), store(totals[m] + 8, two);
     }
   }
 
@@ -181,7 +115,9 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-bool crosses(const Matrix& a) { return a.rounds == TO_INT16 && (a.kind != CODED || a.group >= QUANTUM); }
+bool crosses(const Matrix& a) {
+  return a.rounds == TO_INT16 && (a.kind == INT8 || (a.kind == CODED && a.group >= QUANTUM));
+}
 
 void product_crossed(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
   const Lying lying(a, Crossed::UNIT);
@@ -198,7 +134,7 @@ void product_crossed(const Matrix& a, long n, long count, const uint16_t* const*
     scales = c.take<float>(most), mins = c.take<float>(most), at = c.take<int32_t>(tiles);
     codes = c.take<Unit>(units), runs = c.take<Run>(units);
     factors = (float(*)[OUTPUTS])c.take<float>(some * OUTPUTS);
-    lows = (float(*)[OUTPUTS])c.take<float>(t.factors * OUTPUTS);
+    lows = (float(*)[OUTPUTS])c.take<float>(some * OUTPUTS);
     totals = (float(*)[OUTPUTS])c.take<float>(rows * OUTPUTS);
     return c.at - (char*)nullptr;
   };
@@ -210,8 +146,8 @@ void product_crossed(const Matrix& a, long n, long count, const uint16_t* const*
     if (next > end) next = end;
     Panel p = {a, lying, n, next - n, a.n, at, scales, mins, nullptr, {}, 0, 0, 0};
     p.template prepare<Crossed>();
-    Work work = {a, p, codes, runs, factors, totals};
-    work.begin(r, rows, lows);
+    Work work = {a, p, codes, runs, factors, lows, totals};
+    memset(totals, 0, rows * sizeof *totals);
     for (long w = 0, first = 0; w < t.widths; first += t.sections * t.codes[w++].count)
       with_decoder<Crossed>(a, t.codes[w], [&](const auto& of) { work.add_width(of, t.codes[w], first, r, rows); });
     work.put(rows, y);

@@ -27,6 +27,7 @@ _ARGUMENTS = {
     "native_rope_rows": [*[_P] * 3, *[_L] * 4, _I],
     "native_write_rows": [_I, *[_P] * 3, *[_L] * 3],
     "native_pick_rows": [*[_P] * 3, _L],
+    "native_lay_across": [*[_P] * 2, *[_L] * 2, _I],
     "native_absorb": [*[_P] * 3, *[_L] * 4],
     "native_release": [*[_P] * 3, *[_L] * 3],
     "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],

@@ -3,7 +3,7 @@
 #include <type_traits>
 #include "simd.h"
 
-enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED };
+enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED, ACROSS };
 enum Rounding { TO_NOTHING, TO_BF16, TO_INT8, TO_INT16, TO_ORDER };   // TO_ORDER: FP8, as it is in another order
 
 struct Part {            // of a weight, for its first expert
@@ -34,10 +34,10 @@ struct Tiling {          // how a CODED matrix lies
 struct Matrix {          // [n, k], row-major
   int kind, rounds;      // rounds: the Rounding of x in its products
   long n, k, group;      // group: elements along k that share a scale
-  Part values;           // but for CODED
+  Part values;           // but for CODED; ACROSS: see scheme/across.py, as its other parts
   Part scales;           // fp8: f32 [n/128, k/128]; int8: f32 [n, g]; int4: f16 [n, g]; coded: of tiling.format
   Part mins;             // int4, coded: f16 [n, g], or null for symmetric schemes
-  Tiling tiling;         // of CODED
+  Tiling tiling;         // of CODED; of ACROSS the format, multipliers, and bits and levels of codes[0]
 
   long groups() const { return (k + group - 1) / group; }
   long row_bytes() const {

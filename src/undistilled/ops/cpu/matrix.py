@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ...errors import BadArtefact
-from ...scheme import Stored, fp8_block, grouped, int8, plain, tiles
+from ...scheme import Scheme, Stored, across, fp8_block, grouped, int8, plain, tiles
 from ...scheme.packing import QUANTUM
+from .loader import crosses, kernels, sized
 
-KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6}
+KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6, "across": 7}
 """How a weight matrix [N, K] is stored.
 
 - fp32, fp16, bf16: values [N, K].
@@ -29,6 +30,7 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
   scales (w = q * scale + min) or None (w = (q - 8) * scale).
 - coded: levels by groups (scheme/grouped.py), int4 with rounded activations among them, or in tiles
   (scheme/tiles.py).
+- across: int8 or codes of 4 bits, 16 outputs side by side (scheme/across.py); products of INT16 alone.
 """
 ROUNDS = {None: 0, "bfloat16": 1, "int8": 2, "int16": 3}
 """What products may round activations to: bfloat16 where `loader.rounds()`, integers for int8 and coded."""
@@ -43,7 +45,7 @@ _VALUES = (
     (torch.uint8,),
 )
 _SCALES = {3: torch.float32, 4: torch.float32, 5: torch.float16}
-_FORMATS = {"float16": 0, "e4m3": 1, "e8m0": 2}
+_FORMATS = {"float16": 0, "e4m3": 1, "e8m0": 2, "float32": 3}
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 
@@ -81,8 +83,9 @@ class Matrix:
     def __init__(self, kind: int, n: int, k: int, group: int, products: str | None, experts: int | None):
         check(products != "bfloat16" or kind > KIND["fp16"], "products: not bfloat16 for fp32 and fp16")
         if products in int8.LARGEST:
-            check(kind in (KIND["int8"], KIND["coded"]), f"products: {products} for int8 and codes alone")
-            whole = kind == KIND["coded"] or group % QUANTUM == 0
+            codes = kind in (KIND["coded"], KIND["across"])
+            check(codes or kind == KIND["int8"], f"products: {products} for int8 and codes alone")
+            whole = codes or group % QUANTUM == 0
             check(whole, f"group: products of {products} want a multiple of {QUANTUM}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
         rounds = REORDERED if kind == KIND["fp8_block"] and not products else ROUNDS[products]
@@ -201,6 +204,27 @@ def _in_tiles(
     return made
 
 
+def _across(
+    scheme: across.Across, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
+) -> Matrix:
+    check(products == "int16", "products: across wants int16")
+    made = Matrix(KIND["across"], n, k, scheme.group, products, experts)
+    check(scheme.suits(scheme.of, (n, k)), f"shape: {n} x {k} in groups of {scheme.group} cannot lie across")
+    groups, tiling, of = -(-k // made.struct.group), made.struct.tiling, scheme.of
+    coded = of if isinstance(of, grouped.Grouped) else None
+    made.struct.values = made.part(parts["values"], (torch.uint8,), (n, k // 8 * scheme.bits), "values")
+    form = grouped.FORMATS[coded.scale] if coded else None
+    dtype = getattr(torch, form.dtype) if form else torch.float32
+    made.struct.scales = made.part(parts["scales"], (dtype,), (n, groups), "scales")
+    if coded and coded.affine:
+        made.struct.mins = made.part(parts["minimums"], (torch.float16,), (n, groups), "minimums")
+    if form and form.by_row:
+        tiling.multipliers = made.part(parts["multipliers"], (torch.bfloat16,), (n,), "multipliers")
+    tiling.format = _FORMATS[coded.scale if coded else "float32"]
+    tiling.codes[0].bits, tiling.codes[0].levels = scheme.bits, _levels(coded).data_ptr() if coded else None
+    return made
+
+
 def _plainly(kind: str | None) -> Callable[..., Matrix]:
     """What takes a KIND whose parts are values, scales and minimums; None: the scheme's name is the kind."""
 
@@ -225,7 +249,25 @@ TAKES: dict[type, Callable[..., Matrix]] = {
     int8.Int8: _plainly("int8"),
     grouped.Grouped: _codes,
     tiles.Tiles: _in_tiles,
+    across.Across: _across,
 }
+
+
+def lay(scheme: across.Across, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of a weight [N, K] by rows as `scheme` has them, as `scheme.arranged` says, by our kernel."""
+    values = parts["values"].contiguous()
+    n, k = values.shape[0], values[0].numel() * 8 // scheme.bits
+    out = torch.empty((n // across.LANES, k // QUANTUM, across.LANES * QUANTUM * scheme.bits // 8), dtype=torch.uint8)
+    sized()
+    kernels.lay_across(values.data_ptr(), out.data_ptr(), n, k, scheme.bits)
+    rest = {name: part for name, part in parts.items() if name != "values"}
+    return {"values": out, **scheme.arranged(rest)}
+
+
+def laid(scheme: Scheme, shape: tuple[int, ...], products: str | None) -> Scheme:
+    """How a weight [..., N, K] in `scheme` should lie for the kernels of this machine: across where it can."""
+    lies = products == "int16" and crosses() and across.Across.suits(scheme, shape)
+    return across.Across(scheme) if lies else scheme  # type: ignore[arg-type]
 
 
 def takes(stored: Stored) -> bool:

@@ -5,7 +5,6 @@
 constexpr long OUTPUTS = TILE;    // of a panel
 
 // Up to 8 scales or minimums from the i-th stored number on, of which `some` are there.
-enum { SCALES_F32 = SCALES_E8M0 + 1 };
 INLINE v8 factors_at(int format, const uint8_t* from, long i, long some) {
   v8 v = splat(0);
   auto by = [&](auto loader) {

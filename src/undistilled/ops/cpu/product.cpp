@@ -4,6 +4,7 @@
 // meets the float32 sum. A vector holds 8 codes of each of 4 outputs and meets 8 values of a row of x four times:
 // x stays as it lies, and sums of 16 outputs are folded together. What a lane sums, and in which order, depends on
 // the matrix alone: a row has the same bits in a product of one row and of a thousand, on any number of threads.
+#include "across.h"
 #include "coded.h"
 #include "integer.h"
 #include "product.h"
@@ -245,9 +246,10 @@ void product_bf16(const Matrix&, long, long, const uint16_t* const*, long, float
 long arranged(const Matrix& a) { return a.rounds >= TO_INT8 ? arranged_integer(a) : arranged_bf16(a); }
 
 void arrange(const Matrix& a, const float* x, uint16_t* out) {
-  (a.rounds >= TO_INT8 ? arrange_integer : arrange_bf16)(a, x, out);
+  (a.kind == ACROSS ? arrange_crossed : a.rounds >= TO_INT8 ? arrange_integer : arrange_bf16)(a, x, out);
 }
 
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
+  if (a.kind == ACROSS) return product_across(a, n, count, x, rows, y);
   (a.rounds >= TO_INT8 ? product_integer : product_bf16)(a, n, count, x, rows, y, last);
 }

@@ -1,0 +1,9 @@
+// Products of rows of x, rounded to INT16, with matrices whose outputs lie side by side (ACROSS, scheme/across.py).
+#pragma once
+#include "matrix.h"
+
+// As arranged(), arrange() and product() of product.h, for ACROSS; n and count are multiples of 16.
+void product_across(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
+
+// out[0..k) = row `row` of a, as float32.
+void decode_across(const Matrix& a, long row, float* out);

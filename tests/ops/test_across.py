@@ -1,0 +1,139 @@
+"""Weights whose outputs lie side by side: the layout against the scheme that it has by rows, and its kernels against
+float64 of what is stored. P panels of 16 outputs, B blocks of 32 inputs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_coded import make, offsets
+from test_native import _restore_threads, routed  # noqa: F401
+
+from undistilled import scheme as schemes
+from undistilled.ops import integers, table
+from undistilled.ops import linear as ops
+from undistilled.ops.cpu import matrix, native
+from undistilled.ops.experts import experts
+from undistilled.scheme import Stored, parts_of
+from undistilled.scheme.across import LANES, Across
+from undistilled.scheme.packing import QUANTUM
+
+pytestmark = pytest.mark.skipif(not native.crosses(), reason="no kernels for weights that lie across")
+
+NAMES = [name for name, scheme in schemes.SCHEMES.items() if Across.suits(scheme, (LANES, QUANTUM))]
+ROWS = (1, 2, 3, 4, 7, 31, 70)
+
+
+def both(name, shape, seed=0):
+    """(by rows, across, values in float64) of a random weight."""
+    rows, exact = make(name, shape, "int16", seed)
+    lies = matrix.laid(rows.scheme, shape, "int16")
+    assert isinstance(lies, Across) and lies.name == name
+    parts = {part: tensor.contiguous() for part, tensor in lies.arranged(rows.parts).items()}
+    return rows, Stored(lies, shape, parts, "int16"), exact
+
+
+def test_which_schemes_lie_across():
+    families = {name.split("-")[0] for name in NAMES}
+    assert families == {"int8", "int4", "nl4", "mxfp4"}
+    for shape in ((24, 64), (16, 48), (16,)):
+        assert not Across.suits(schemes.get("int8"), shape)
+    assert matrix.laid(schemes.get("int4"), (16, 64), "int8") is schemes.get("int4")
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (48, 416), (3, 32, 160)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bytes_in_another_order(name, shape):
+    rows, across, exact = both(name, shape)
+    assert {n: tuple(p.shape) for n, p in across.parts.items()} == {
+        n: spec.shape for n, spec in parts_of(across.scheme, shape).items()
+    }
+    assert across.nbytes == rows.nbytes
+    for part, tensor in across.scheme.by_rows(across.parts).items():
+        assert torch.equal(tensor.contiguous().view(torch.uint8), rows.parts[part].contiguous().view(torch.uint8))
+    assert torch.equal(across.dense(torch.float32).double(), exact)
+    half = across.narrow("out", 0, 16)
+    assert torch.equal(half.dense(torch.float32).double(), exact[..., :16, :])
+    if len(shape) == 2:
+        laid = matrix.lay(across.scheme, rows.parts)
+        for part, tensor in laid.items():
+            assert torch.equal(tensor.contiguous().view(torch.uint8), across.parts[part].view(torch.uint8))
+        assert torch.equal(native.dequantise(matrix.of(across), (3, shape[0])).double(), exact[3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=8, deadline=None)
+@given(
+    panels=st.integers(1, 4), blocks=st.one_of(st.integers(1, 9), st.integers(15, 36)), m=st.sampled_from(ROWS),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_products_are_what_float64_says_of_what_is_stored(name, panels, blocks, m, seed):
+    n, k = LANES * panels, QUANTUM * blocks
+    rows, across, exact = both(name, (n, k), seed)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed + 1))
+    assert ops.linear.resolve(across, x.dtype).name == "native int16"
+    y = ops.apply(x, across).double()
+    x = integers.rounded(x, "int16").double()
+    added = 2 * offsets(rows) if name.startswith("int4") else 0
+    assert torch.all((y - x @ exact.T).abs() <= x.abs() @ (exact.abs() + added).T * 2e-6)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4", "int4-g32-sym", "nl4-g64", "mxfp4"])
+def test_a_row_has_the_same_bits_in_any_company_on_any_threads_and_in_a_slice(name):
+    _, across, _ = both(name, (112, 1568))
+    x = torch.randn(70, 1568, generator=torch.Generator().manual_seed(2))
+    torch.set_num_threads(2)
+    together = native.linear(x, matrix.of(across))
+    for some in (1, 2, 3, 4, 7, 32, 69):
+        assert torch.equal(native.linear(x[:some].clone(), matrix.of(across)), together[:some])
+    torch.set_num_threads(1)
+    assert torch.equal(native.linear(x, matrix.of(across)), together)
+    upper = across.narrow("out", 64, 112)
+    assert torch.equal(native.linear(x[:5].clone(), matrix.of(upper)), together[:5, 64:])
+    x[1:] = float("nan")
+    assert torch.equal(native.linear(x, matrix.of(across))[0], together[0])
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-149, 2.0**-99, 2.0**59])
+@pytest.mark.parametrize("name", ["int8", "int4", "nl4-g32"])
+def test_rows_without_a_scale_stay_by_themselves(name, size):
+    _, across, exact = both(name, (32, 96))
+    x = torch.randn(3, 96) * size
+    x[1, 5] = float("inf")
+    y = native.linear(x, matrix.of(across))
+    assert not y[1].isfinite().any()
+    seen = integers.rounded(x[::2], "int16").double()
+    bound = seen.abs() @ (exact.abs() + 16 * exact.abs().amax()).T * 2e-6
+    assert torch.all((y[::2].double() - seen @ exact.T).abs() <= bound)
+
+
+PAIRS = [("int4", "int4"), ("int8", "int4-g32"), ("nl4-g64", "int8-g128"), ("int4", "nl3-g64")]
+
+
+@pytest.mark.parametrize("gate, down", PAIRS)
+def test_experts(gate, down):
+    """Also where one projection lies across and another does not."""
+    count, d, inner, top = 7, 96, 64, 2
+    shapes = (gate, (count, inner, d)), (gate, (count, inner, d)), (down, (count, d, inner))
+    rows = [make(name, shape, "int16", at)[0] for at, (name, shape) in enumerate(shapes)]
+    held = []
+    for one in rows:
+        lies = matrix.laid(one.scheme, one.shape, "int16")
+        parts = one.parts if lies is one.scheme else {n: p.contiguous() for n, p in lies.arranged(one.parts).items()}
+        held.append(Stored(lies, one.shape, parts, "int16"))
+    found = experts.resolve(held[0], torch.float32)
+    assert found.name == "native"
+    for many in (1, 5, 40):
+        x, chosen, shares = routed(many, top, count, d, many)
+        chosen[chosen == 3] = 5
+        got, want = found.run(x, chosen, shares, *held), experts.reference.run(x, chosen, shares, *rows)
+        assert (got - want).norm() <= 2e-3 * want.norm() + 1e-6  # one step of h, rounded
+        one = slice(many - 1, many)
+        assert torch.equal(found.run(x[one], chosen[one], shares[one], *held), got[one])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nl4-g64"])
+def test_rows_of_a_table(name):
+    _, across, exact = both(name, (64, 96))
+    tokens = torch.tensor([0, 63, 17, 17, 16])
+    for run in (table.embed.reference.run, table.embed.resolve(across, torch.float32).run):
+        assert torch.equal(run(tokens, across, torch.float32).double(), exact[tokens])
