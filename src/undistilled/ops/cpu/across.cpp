@@ -89,18 +89,17 @@ extern "C" void native_lay_across(const uint8_t* rows, uint8_t* out, long n, lon
 
 namespace {
 
-// Decoders: each() calls f(pair, codes of eight outputs, codes of the other eight) for each pair of inputs of 32, whose
-// values are (codes + least) times `unit`.
+// Decoders: each() calls f(pair, codes of 16 outputs) for each pair of inputs of 32, whose values are (codes + least)
+// times `unit`. Of lanes of 64 bytes a pair is words.
 struct Eights {
   static constexpr float unit = 1, least = 0;
   typedef Fp32 Scale;
   static constexpr long BLOCK = 512;
   template <class F> INLINE void each(const Eights&, const uint8_t* w, F f) {
     UNROLL for (int q = 0; q < 8; q++) {
-      c32 even[2], odd[2];
-      UNROLL for (int j = 0; j < 2; j++) widen<false>(codes_at(w + 64 * q + 32 * j), even[j], odd[j]);
-      f(2 * q, even[0], even[1]);
-      f(2 * q + 1, odd[0], odd[1]);
+      Lanes even, odd;
+      widen(lanes_at(w + 64 * q), even, odd);
+      f(2 * q, even), f(2 * q + 1, odd);
     }
   }
 };
@@ -110,14 +109,10 @@ struct CountedFours : Steps {
   typedef Fp16 Scale;   // as all such schemes have
   static constexpr long BLOCK = 256;
   template <class F> INLINE void each(const CountedFours&, const uint8_t* w, F f) {
-    const __m256i few = _mm256_set1_epi16(15);
     UNROLL for (int q = 0; q < 4; q++) {
-      __m256i v[2] = {(__m256i)codes_at(w + 64 * q), (__m256i)codes_at(w + 64 * q + 32)};
-      auto from = [&](int j, int bits) { return (c32)_mm256_and_si256(_mm256_srli_epi16(v[j], bits), few); };
-      f(4 * q, (c32)_mm256_and_si256(v[0], few), (c32)_mm256_and_si256(v[1], few));
-      f(4 * q + 1, from(0, 8), from(1, 8));
-      f(4 * q + 2, from(0, 4), from(1, 4));
-      f(4 * q + 3, (c32)_mm256_srli_epi16(v[0], 12), (c32)_mm256_srli_epi16(v[1], 12));
+      Lanes v = lanes_at(w + 64 * q);
+      f(4 * q, few(v, 15)), f(4 * q + 1, few(right<8>(v), 15));
+      f(4 * q + 2, few(right<4>(v), 15)), f(4 * q + 3, right<12>(v));
     }
   }
 };
@@ -128,16 +123,11 @@ struct DecodedFours : Whole<4> {
   static constexpr long BLOCK = 256;
   template <class F> INLINE void each(const DecodedFours& w, const uint8_t* from, F f) {
     UNROLL for (int q = 0; q < 4; q++) {
-      c32 even[2][2], odd[2][2];   // of low and of high nibbles
-      UNROLL for (int j = 0; j < 2; j++) {
-        c32 both = codes_at(from + 64 * q + 32 * j);
-        widen<false>(w.lookup.find(both & 15), even[0][j], odd[0][j]);
-        widen<false>(w.lookup.find(both >> 4), even[1][j], odd[1][j]);
-      }
-      UNROLL for (int s = 0; s < 2; s++) {
-        f(4 * q + 2 * s, even[s][0], even[s][1]);
-        f(4 * q + 2 * s + 1, odd[s][0], odd[s][1]);
-      }
+      Lanes v = lanes_at(from + 64 * q), even, odd;
+      widen(found(w.lookup, few(v, 0x0f0f)), even, odd);
+      f(4 * q, even), f(4 * q + 1, odd);
+      widen(found(w.lookup, few(right<4>(v), 0x0f0f)), even, odd);
+      f(4 * q + 2, even), f(4 * q + 3, odd);
     }
   }
 };
@@ -170,22 +160,20 @@ struct Strip {
   __attribute__((always_inline)) const uint8_t* codes(long block, long k) const {
     return a.values.at + (n / OUTPUTS * (a.k / QUANTUM) + k / QUANTUM) * block;
   }
-  // Of eight of them, scales or minimums of group g.
-  template <class L> __attribute__((always_inline)) v8 factors(const Part& from, long g, int half) const {
-    v8 v;
-    L::load(from.at + ((n / OUTPUTS * groups + g) * OUTPUTS + 8 * half) * L::BYTES, &v);
-    return v;
-  }
-  template <class W> __attribute__((always_inline)) v8 scales(const W& w, long g, int half) const {
-    if constexpr (std::is_same<typename W::Scale, void>::value)
-      return factors_at(a.tiling.format, a.scales.at, (n / OUTPUTS * groups + g) * OUTPUTS + 8 * half, 8) * splat(w.unit);
-    else
-      return factors<typename W::Scale>(a.scales, g, half);   // the unit is one
+  // Their scales or minimums in group g.
+  long place(long g) const { return (n / OUTPUTS * groups + g) * OUTPUTS; }
+  template <class W> __attribute__((always_inline)) v16 scales(const W& w, long g) const {
+    if constexpr (std::is_same<typename W::Scale, Fp32>::value) return load16((const float*)a.scales.at + place(g));
+    if constexpr (std::is_same<typename W::Scale, Fp16>::value) return half_precision(a.scales.at + 2 * place(g));
+    float all[OUTPUTS];
+    for (int i = 0; i < OUTPUTS; i += 8)
+      store(all + i, factors_at(a.tiling.format, a.scales.at, place(g) + i, 8) * splat(w.unit));
+    return load16(all);
   }
   // What the level of code 0 and minimums add for each of x in a group whose scales are `f`, where there are such.
   template <class W> bool offset(const W& w) const { return a.mins.at || w.least; }
-  template <class W> __attribute__((always_inline)) v8 lows(const W& w, v8 f, long g, int half) const {
-    return a.mins.at ? factors<Fp16>(a.mins, g, half) : f * splat(w.least);
+  template <class W> __attribute__((always_inline)) v16 lows(const W& w, v16 f, long g) const {
+    return a.mins.at ? half_precision(a.mins.at + 2 * place(g)) : times(f, splat16(w.least));
   }
   // Asks for the next ones' scales and minimums: short streams that the processor would not foresee.
   template <class W> void ask(const W&) const {
@@ -213,38 +201,32 @@ __attribute__((noinline)) void straight(const W& from, const Strip& strip, const
   const W w = from;
   const Strip s = strip;
   const uint8_t* at = s.codes(W::BLOCK, 0);
-  v8 total[MR][2];
-  UNROLL for (int m = 0; m < MR; m++)
-    UNROLL for (int j = 0; j < 2; j++) total[m][j] = load(totals[m] + 8 * j);
+  v16 total[MR];
+  UNROLL for (int m = 0; m < MR; m++) total[m] = load16(totals[m]);
   each_run(s.a, 0, s.a.k, [&](long k, long end, long g) {
-    v8 f[2] = {s.scales(w, g, 0), s.scales(w, g, 1)};
-    i8x sum[MR][2][CHAINS] = {};
+    v16 f = s.scales(w, g);
+    Lanes sum[MR][CHAINS];
+    UNROLL for (int m = 0; m < MR; m++)
+      UNROLL for (int c = 0; c < CHAINS; c++) sum[m][c] = no_lanes();
     const long first = k;
     if (s.offset(w) && k == g * s.a.group)
-      UNROLL for (int m = 0; m < MR; m++)
-        UNROLL for (int j = 0; j < 2; j++) total[m][j] = fma(s.lows(w, f[j], g, j), splat(x[m].sums[g]), total[m][j]);
+      UNROLL for (int m = 0; m < MR; m++) total[m] = fma16(s.lows(w, f, g), splat16(x[m].sums[g]), total[m]);
     for (; k < end; k += QUANTUM, at += W::BLOCK) {
       UNROLL for (long o = 0; o < W::BLOCK; o += LINE) __builtin_prefetch(at + NEAR + o, 0, 2);
-      W::each(w, at, [&](int p, c32 low, c32 high) {
+      W::each(w, at, [&](int p, Lanes codes) {
         UNROLL for (int m = 0; m < MR; m++) {
-          const c32 pair = pair_of(x[m].codes + k + 2 * p), codes[2] = {low, high};
-          UNROLL for (int j = 0; j < 2; j++) {
-            i8x& one = sum[m][j][p % CHAINS];
-            Crossed::meet(codes[j], pair, one);
-            if (MR > 1) asm("" : "+x"(one));   // each sum by itself instead of all products first
-          }
+          Lanes& one = sum[m][p % CHAINS];
+          meet(codes, pair_of(x[m].codes + k + 2 * p), one);
+          if (MR > 1) ALONE(one);   // each sum by itself instead of all products first
         }
       });
     }
-    UNROLL for (int m = 0; m < MR; m++)
-      UNROLL for (int j = 0; j < 2; j++) {
-        i8x all = sum[m][j][0];
-        if (CHAINS > 1) all += sum[m][j][CHAINS - 1];
-        total[m][j] = fma(Crossed::total(all) * splat(x[m].scales[first / SHARE]), f[j], total[m][j]);
-      }
+    UNROLL for (int m = 0; m < MR; m++) {
+      Lanes all = CHAINS > 1 ? plus(sum[m][0], sum[m][CHAINS - 1]) : sum[m][0];
+      total[m] = fma16(times(floats16(all), splat16(x[m].scales[first / SHARE])), f, total[m]);
+    }
   });
-  UNROLL for (int m = 0; m < MR; m++)
-    UNROLL for (int j = 0; j < 2; j++) store(totals[m] + 8 * j, total[m][j]);
+  UNROLL for (int m = 0; m < MR; m++) store16(totals[m], total[m]);
 }
 
 // The same for any number of rows, by codes unpacked in the first cache.
@@ -257,17 +239,13 @@ void sliced(const W& w, const Strip& s, const Row<Crossed>* x, long rows, float 
     to = from + SLICE < s.a.k ? from + SLICE : s.a.k;
     const uint8_t* at = s.codes(W::BLOCK, from);
     for (long k = from; k < to; k += QUANTUM, at += W::BLOCK)
-      W::each(w, at, [&](int p, c32 low, c32 high) {
-        memcpy(units[(k - from) / QUANTUM][p], &low, 32), memcpy(units[(k - from) / QUANTUM][p][8], &high, 32);
-      });
+      W::each(w, at, [&](int p, Lanes codes) { put_lanes(units[(k - from) / QUANTUM][p], codes); });
     long made = 0;
     each_run(s.a, from, to, [&](long k, long end, long g) {
       bool low = s.offset(w) && k == g * s.a.group;
-      for (int j = 0; j < 2; j++) {
-        v8 f = s.scales(w, g, j);
-        store(factors[made] + 8 * j, f);
-        if (low) store(lows[made] + 8 * j, s.lows(w, f, g, j));
-      }
+      v16 f = s.scales(w, g);
+      store16(factors[made], f);
+      if (low) store16(lows[made], s.lows(w, f, g));
       runs[made] = {units + (k - from) / QUANTUM, k, (end - k) / 2, factors[made], low ? lows[made] : nullptr, g};
       made++;
     });

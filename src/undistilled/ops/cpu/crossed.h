@@ -1,11 +1,11 @@
-// Products of rows of x, rounded to INT16, with codes of 16 outputs side by side in two vectors, a pair of inputs in each
-// lane: what matrices that are turned over (crossed.cpp) and those that lie so (across.cpp) share.
+// Products of rows of x, rounded to INT16, with codes of 16 outputs side by side, a pair of inputs in each lane: what
+// matrices that are turned over (crossed.cpp) and those that lie so (across.cpp) share.
 #pragma once
 #include "panel.h"
+#include "sixteen.h"
 
 #if HAS_AVX2
 
-constexpr int MOST = 6;           // rows of x at a time: their sums, a pair's codes and a pair of x fill 15 registers
 constexpr long SLICE = 512;       // inputs whose codes are unpacked at a time: they stay in the first cache
 constexpr long PAIRS = QUANTUM / 2;
 
@@ -21,38 +21,29 @@ struct Run {
   long group;
 };
 
-INLINE c32 pair_of(const int16_t* x) {
-  int32_t both;
-  memcpy(&both, x, 4);
-  return (c32)_mm256_set1_epi32(both);
-}
-
 // totals[m] += the runs times MR rows of x.
 template <int MR>
 __attribute__((noinline)) void block(const Run* runs, long count, const Row<Crossed>* x, float (*totals)[OUTPUTS]) {
   for (const Run* r = runs; r < runs + count; r++) {
     const int16_t* xs[MR];
-    i8x sum[MR][2];
-    UNROLL for (int m = 0; m < MR; m++) xs[m] = x[m].codes + r->k, sum[m][0] = sum[m][1] = Crossed::none();
-    const c32* w = (const c32*)r->codes;
+    Lanes sum[MR];
+    UNROLL for (int m = 0; m < MR; m++) xs[m] = x[m].codes + r->k, sum[m] = no_lanes();
+    const Unit* unit = r->codes;
     UNROLL for (int m = 0; m < MR; m++)   // the next rows, of which no stream is to be seen
       UNROLL for (long o = 0; o < 4; o++) __builtin_prefetch(x[m + MR].codes + r->k + 32 * o, 0, 3);
-    for (long p = 0; p < r->pairs; p++, w += 2) {
-      c32 first = w[0], second = w[1];
+    for (long p = 0; p < r->pairs; p++) {
+      Lanes codes = lanes_at((*unit)[p]);
       UNROLL for (int m = 0; m < MR; m++) {
-        c32 pair = pair_of(xs[m] + 2 * p);
-        Crossed::meet(first, pair, sum[m][0]);
-        Crossed::meet(second, pair, sum[m][1]);
+        meet(codes, pair_of(xs[m] + 2 * p), sum[m]);
+        ALONE(sum[m]);   // in its registers, instead of all products first
       }
     }
     long share = r->k / (Crossed::UNIT * Crossed::SHARE);
-    UNROLL for (int m = 0; m < MR; m++)
-      UNROLL for (int j = 0; j < 2; j++) {
-        float* to = totals[m] + 8 * j;
-        v8 total = load(to), done = Crossed::total(sum[m][j]) * splat(x[m].scales[share]);
-        if (r->lows) total = fma(load(r->lows + 8 * j), splat(x[m].sums[r->group]), total);
-        store(to, fma(done, load(r->factors + 8 * j), total));
-      }
+    UNROLL for (int m = 0; m < MR; m++) {
+      v16 total = load16(totals[m]), done = times(floats16(sum[m]), splat16(x[m].scales[share]));
+      if (r->lows) total = fma16(load16(r->lows), splat16(x[m].sums[r->group]), total);
+      store16(totals[m], fma16(done, load16(r->factors), total));
+    }
   }
 }
 

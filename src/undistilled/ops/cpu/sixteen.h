@@ -1,0 +1,109 @@
+// Sixteen lanes of 32 bits, an output each: a register of AVX-512, or two of AVX2.
+//   Lanes, v16            int32, of which halves and bytes are codes; float32
+//   lanes_at(p), pair_of(x)   64 bytes at any address; two neighbours of x in every lane
+//   few(v, mask), right<N>(v)   the bits of `mask` in each word; words shifted right, zeros above
+//   widen(bytes, even, odd)   bytes at even places as words with their sign, and those at odd ones
+//   found(lookup, codes)      a byte for each of 64 codes of 4 bits
+//   meet(w, x, sum)       sum + the products of both words of a lane; plus(a, b)
+//   load16, store16, splat16, times, fma16, floats16   as v8 has them
+//   half_precision(p)     16 float16
+#pragma once
+#include "decoders.h"
+
+#if HAS_AVX2
+#if HAS_VNNI
+#pragma GCC diagnostic ignored "-Wuninitialized"   // GCC 12 sees both inside its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+typedef __m512i Lanes;
+typedef __m512 v16;
+constexpr int MOST = 12;          // rows of x at a time: their sums wait for none of them
+
+INLINE Lanes lanes_at(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void put_lanes(void* p, Lanes v) { _mm512_storeu_si512(p, v); }
+INLINE Lanes no_lanes() { return _mm512_setzero_si512(); }
+INLINE Lanes pair_of(const int16_t* x) {
+  int32_t both;
+  memcpy(&both, x, 4);
+  return _mm512_set1_epi32(both);
+}
+INLINE Lanes few(Lanes v, short mask) { return _mm512_and_si512(v, _mm512_set1_epi16(mask)); }
+template <int N> INLINE Lanes right(Lanes v) { return _mm512_srli_epi16(v, N); }
+INLINE void widen(Lanes v, Lanes& even, Lanes& odd) {
+  even = _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8);
+  odd = _mm512_srai_epi16(v, 8);
+}
+INLINE Lanes found(const Lookup<4>& of, Lanes codes) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm256_castsi256_si128(of.tables[0])), codes);
+}
+INLINE void meet(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpwssd_epi32(sum, w, x); }
+INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
+
+INLINE v16 load16(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store16(float* p, v16 v) { _mm512_storeu_ps(p, v); }
+INLINE v16 splat16(float f) { return _mm512_set1_ps(f); }
+INLINE v16 times(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+INLINE v16 fma16(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE v16 floats16(Lanes v) { return _mm512_cvtepi32_ps(v); }
+INLINE v16 half_precision(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#define ALONE(sum) asm("" : "+v"(sum))
+
+#else
+
+struct Lanes { __m256i of[2]; };
+struct v16 { v8 of[2]; };
+constexpr int MOST = 6;           // rows of x at a time: their sums, a pair's codes and a pair of x fill 15 registers
+
+template <class F> INLINE Lanes each_half(F f) { return {{f(0), f(1)}}; }
+template <class F> INLINE v16 each_eight(F f) { return {{f(0), f(1)}}; }
+
+INLINE Lanes lanes_at(const void* p) {
+  return each_half([&](int i) { return _mm256_loadu_si256((const __m256i*)p + i); });
+}
+INLINE void put_lanes(void* p, Lanes v) {   // apart: a copy of the whole would go by way of other registers
+  for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i*)p + i, v.of[i]);
+}
+INLINE Lanes no_lanes() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+INLINE Lanes pair_of(const int16_t* x) {
+  int32_t both;
+  memcpy(&both, x, 4);
+  __m256i v = _mm256_set1_epi32(both);
+  return {{v, v}};
+}
+INLINE Lanes few(Lanes v, short mask) {
+  return each_half([&](int i) { return _mm256_and_si256(v.of[i], _mm256_set1_epi16(mask)); });
+}
+template <int N> INLINE Lanes right(Lanes v) {
+  return each_half([&](int i) { return _mm256_srli_epi16(v.of[i], N); });
+}
+INLINE void widen(Lanes v, Lanes& even, Lanes& odd) {
+  even = each_half([&](int i) { return _mm256_srai_epi16(_mm256_slli_epi16(v.of[i], 8), 8); });
+  odd = each_half([&](int i) { return _mm256_srai_epi16(v.of[i], 8); });
+}
+INLINE Lanes found(const Lookup<4>& of, Lanes codes) {
+  return each_half([&](int i) { return _mm256_shuffle_epi8(of.tables[0], codes.of[i]); });
+}
+INLINE void meet(Lanes w, Lanes x, Lanes& sum) {
+  sum = each_half([&](int i) { return _mm256_add_epi32(sum.of[i], _mm256_madd_epi16(w.of[i], x.of[i])); });
+}
+INLINE Lanes plus(Lanes a, Lanes b) {
+  return each_half([&](int i) { return _mm256_add_epi32(a.of[i], b.of[i]); });
+}
+
+INLINE v16 load16(const float* p) { return {{load(p), load(p + 8)}}; }
+INLINE void store16(float* p, v16 v) { store(p, v.of[0]), store(p + 8, v.of[1]); }
+INLINE v16 splat16(float f) { return {{splat(f), splat(f)}}; }
+INLINE v16 times(v16 a, v16 b) {
+  return each_eight([&](int i) { return a.of[i] * b.of[i]; });
+}
+INLINE v16 fma16(v16 a, v16 b, v16 c) {
+  return each_eight([&](int i) { return fma(a.of[i], b.of[i], c.of[i]); });
+}
+INLINE v16 floats16(Lanes v) {
+  return each_eight([&](int i) { return _mm256_cvtepi32_ps(v.of[i]); });
+}
+INLINE v16 half_precision(const uint8_t* p) { return {{from_f16(p), from_f16(p + 16)}}; }
+#define ALONE(sum) asm("" : "+x"(sum.of[0]), "+x"(sum.of[1]))
+
+#endif
+#endif
