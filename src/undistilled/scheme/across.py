@@ -45,9 +45,13 @@ class Across:
     @staticmethod
     def suits(scheme: object, shape: tuple[int, ...]) -> bool:
         """Whether a weight [..., out, in] of that scheme can lie so: whole blocks, none of which two scales share."""
+        return Across.wide(scheme) and len(shape) > 1 and shape[-2] % LANES == 0 and shape[-1] % QUANTUM == 0
+
+    @staticmethod
+    def wide(scheme: object) -> bool:
+        """Whether a scheme's codes can lie so, where the shape allows."""
         bits = 8 if isinstance(scheme, Int8) else scheme.bits if isinstance(scheme, Grouped) else None
-        whole = len(shape) > 1 and shape[-2] % LANES == 0 and shape[-1] % QUANTUM == 0
-        return bits in (4, 8) and whole and scheme.group % QUANTUM == 0  # type: ignore[attr-defined]
+        return bits in (4, 8) and scheme.group % QUANTUM == 0  # type: ignore[attr-defined]
 
     def layout(self):
         values = ("uint8", (Dim("out", LANES), Dim("in", QUANTUM), Dim(None, size=LANES * QUANTUM * self.bits // 8)))

@@ -219,6 +219,7 @@ struct Read : Kernel<Read> {
       i8x s[8] = {};
       for (const uint8_t *p = at + i * bytes, *end = p + bytes; p < end; p += 256)
         UNROLL for (int j = 0; j < 8; j++) {
+          if (j % 2 == 0) __builtin_prefetch(p + 32 * j + NEAR, 0, 2);   // as kernels that read weights do
           s[j] ^= read<i8x>(p + 32 * j);
         }
       for (int j = 1; j < 8; j++) s[0] ^= s[j];
