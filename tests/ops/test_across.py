@@ -23,21 +23,30 @@ NAMES = [name for name, scheme in schemes.SCHEMES.items() if Across.suits(scheme
 ROWS = (1, 2, 3, 4, 7, 31, 70)
 
 
+def products(name):
+    return None if name == "fp8_block" else "int16"
+
+
+def rounded(x, name):
+    return (integers.rounded(x, products(name)) if products(name) else x).double()
+
+
 def both(name, shape, seed=0):
     """(by rows, across, values in float64) of a random weight."""
-    rows, exact = make(name, shape, "int16", seed)
-    lies = matrix.laid(rows.scheme, shape, "int16")
+    rows, exact = make(name, shape, products(name), seed)
+    lies = matrix.laid(rows.scheme, shape, products(name))
     assert isinstance(lies, Across) and lies.name == name
     parts = {part: tensor.contiguous() for part, tensor in lies.arranged(rows.parts).items()}
-    return rows, Stored(lies, shape, parts, "int16"), exact
+    return rows, Stored(lies, shape, parts, products(name)), exact
 
 
 def test_which_schemes_lie_across():
     families = {name.split("-")[0] for name in NAMES}
-    assert families == {"int8", "int4", "nl4", "mxfp4"}
+    assert families == {"fp8_block", "int8", "int4", "nl4", "mxfp4"}
     for shape in ((24, 64), (16, 48), (16,)):
         assert not Across.suits(schemes.get("int8"), shape)
-    assert matrix.laid(schemes.get("int4"), (16, 64), "int8") is schemes.get("int4")
+    for name, other in (("int4", "int8"), ("int8", None), ("fp8_block", "bfloat16")):
+        assert matrix.laid(schemes.get(name), (16, 64), other) is schemes.get(name)
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (48, 416), (3, 32, 160)])
@@ -51,8 +60,8 @@ def test_the_same_bytes_in_another_order(name, shape):
     for part, tensor in across.scheme.by_rows(across.parts).items():
         assert torch.equal(tensor.contiguous().view(torch.uint8), rows.parts[part].contiguous().view(torch.uint8))
     assert torch.equal(across.dense(torch.float32).double(), exact)
-    half = across.narrow("out", 0, 16)
-    assert torch.equal(half.dense(torch.float32).double(), exact[..., :16, :])
+    half = across.narrow("out", 0, shape[-2] if name == "fp8_block" else 16)
+    assert torch.equal(half.dense(torch.float32).double(), exact[..., : half.shape[-2], :])
     if len(shape) == 2:
         laid = matrix.lay(across.scheme, rows.parts)
         for part, tensor in laid.items():
@@ -70,16 +79,16 @@ def test_products_are_what_float64_says_of_what_is_stored(name, panels, blocks, 
     n, k = LANES * panels, QUANTUM * blocks
     rows, across, exact = both(name, (n, k), seed)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed + 1))
-    assert ops.linear.resolve(across, x.dtype).name == "native int16"
+    assert ops.linear.resolve(across, x.dtype).name == ("native int16" if products(name) else "native")
     y = ops.apply(x, across).double()
-    x = integers.rounded(x, "int16").double()
+    x = rounded(x, name)
     added = 2 * offsets(rows) if name.startswith("int4") else 0
     assert torch.all((y - x @ exact.T).abs() <= x.abs() @ (exact.abs() + added).T * 2e-6)
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-g32", "int4", "int4-g32-sym", "nl4-g64", "mxfp4"])
+@pytest.mark.parametrize("name", ["fp8_block", "int8", "int8-g32", "int4", "int4-g32-sym", "nl4-g64", "mxfp4"])
 def test_a_row_has_the_same_bits_in_any_company_on_any_threads_and_in_a_slice(name):
-    _, across, _ = both(name, (112, 1568))
+    _, across, _ = both(name, (176, 1568))
     x = torch.randn(70, 1568, generator=torch.Generator().manual_seed(2))
     torch.set_num_threads(2)
     together = native.linear(x, matrix.of(across))
@@ -87,26 +96,29 @@ def test_a_row_has_the_same_bits_in_any_company_on_any_threads_and_in_a_slice(na
         assert torch.equal(native.linear(x[:some].clone(), matrix.of(across)), together[:some])
     torch.set_num_threads(1)
     assert torch.equal(native.linear(x, matrix.of(across)), together)
-    upper = across.narrow("out", 64, 112)
-    assert torch.equal(native.linear(x[:5].clone(), matrix.of(upper)), together[:5, 64:])
+    upper = across.narrow("out", 128, 176)
+    assert torch.equal(native.linear(x[:5].clone(), matrix.of(upper)), together[:5, 128:])
     x[1:] = float("nan")
     assert torch.equal(native.linear(x, matrix.of(across))[0], together[0])
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0**-149, 2.0**-99, 2.0**59])
-@pytest.mark.parametrize("name", ["int8", "int4", "nl4-g32"])
+@pytest.mark.parametrize("name", ["fp8_block", "int8", "int4", "nl4-g32"])
 def test_rows_without_a_scale_stay_by_themselves(name, size):
     _, across, exact = both(name, (32, 96))
     x = torch.randn(3, 96) * size
     x[1, 5] = float("inf")
     y = native.linear(x, matrix.of(across))
     assert not y[1].isfinite().any()
-    seen = integers.rounded(x[::2], "int16").double()
-    bound = seen.abs() @ (exact.abs() + 16 * exact.abs().amax()).T * 2e-6
+    seen = rounded(x[::2], name)
+    bound = seen.abs() @ (exact.abs() + 16 * exact.abs().amax()).T * 2e-6 + 2.0**-90 * exact.abs().sum(1)  # subnormals
     assert torch.all((y[::2].double() - seen @ exact.T).abs() <= bound)
 
 
-PAIRS = [("int4", "int4"), ("int8", "int4-g32"), ("nl4-g64", "int8-g128"), ("int4", "nl3-g64")]
+PAIRS = [
+    *(("fp8_block", "fp8_block"), ("fp8_block", "int4"), ("int4", "int4")),
+    *(("int8", "int4-g32"), ("nl4-g64", "int8-g128"), ("int4", "nl3-g64")),
+]
 
 
 @pytest.mark.parametrize("gate, down", PAIRS)
@@ -114,12 +126,12 @@ def test_experts(gate, down):
     """Also where one projection lies across and another does not."""
     count, d, inner, top = 7, 96, 64, 2
     shapes = (gate, (count, inner, d)), (gate, (count, inner, d)), (down, (count, d, inner))
-    rows = [make(name, shape, "int16", at)[0] for at, (name, shape) in enumerate(shapes)]
+    rows = [make(name, shape, products(name), at)[0] for at, (name, shape) in enumerate(shapes)]
     held = []
     for one in rows:
-        lies = matrix.laid(one.scheme, one.shape, "int16")
+        lies = matrix.laid(one.scheme, one.shape, one.products)
         parts = one.parts if lies is one.scheme else {n: p.contiguous() for n, p in lies.arranged(one.parts).items()}
-        held.append(Stored(lies, one.shape, parts, "int16"))
+        held.append(Stored(lies, one.shape, parts, one.products))
     found = experts.resolve(held[0], torch.float32)
     assert found.name == "native"
     for many in (1, 5, 40):
@@ -133,6 +145,7 @@ def test_experts(gate, down):
 
 @pytest.mark.parametrize("name", ["int8", "int4", "nl4-g64"])
 def test_rows_of_a_table(name):
+    """FP8 is no table: its blocks of 128 rows would be decompressed for each of its rows."""
     _, across, exact = both(name, (64, 96))
     tokens = torch.tensor([0, 63, 17, 17, 16])
     for run in (table.embed.reference.run, table.embed.resolve(across, torch.float32).run):

@@ -203,7 +203,7 @@ PRODUCTS = ("bf16_products", "int16_products")
         ({}, "bfloat16", "float32"),
         ({"scheme": "int8"}, "int16", "int16"),
         ({"scheme": "experts-int4"}, "int16", "int16"),
-        ({"scheme": "fp8_block,expert=int4"}, "bfloat16", "int16"),
+        ({"scheme": "fp8_block,expert=int4"}, "int16", "int16"),
         ({"scheme": "bf16,expert=nl3-g64"}, "bfloat16", "int16"),
         ({"scheme": "fp16"}, "float32", "float32"),
         ({"scheme": "fp32"}, "float32", "float32"),

@@ -76,7 +76,7 @@ class Memory:
             row, shape = self.rows[name], self.place(name).shape(self.known[name])
             scheme, device = schemes.get(row.scheme), self.device(row)
             products = products_of(row.role, row.scheme, device.split(":")[0], self.compute)
-            if device == "cpu":
+            if device == "cpu" and row.role != "attention.kv_b":  # whose rows meet queries and sums one by one
                 scheme = matrix.laid(scheme, shape, products)
             try:
                 parts = {

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scheme import Stored, fp8_block, fp8_channel, plain
+from ..scheme.across import Across
 from ..scheme.packing import QUANTUM
 from . import integers
 from . import triton as cuda
@@ -16,7 +17,7 @@ from .add import add
 from .cpu import matrix, native
 from .registry import Kernel, forced, op, say_fallback
 
-LARGE = 32  # tokens from which a matrix product beats the kernels for few: on a dense copy, or of INT16 (crossed.cpp)
+LARGE = 32  # tokens from which a matrix product on a dense copy beats the kernels for few, of what lies by rows
 
 
 @op
@@ -97,7 +98,7 @@ def coarse_ready(w: Stored, dtype: torch.dtype) -> bool:
 
 @linear.register("native", native_ready, "our C kernel: FP32 activations, one result whatever the batch")
 def _native(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
-    if x_TK.shape[0] < LARGE:
+    if x_TK.shape[0] < LARGE or isinstance(weight.scheme, Across):  # which is faster than a dense copy at any length
         return native.linear(x_TK.contiguous(), checked(weight))
     return F.linear(x_TK, dense(weight, x_TK.dtype))
 

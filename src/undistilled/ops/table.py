@@ -13,10 +13,13 @@ from .registry import op
 @op
 def embed(tokens_T: torch.Tensor, weight: Stored, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a stored weight [V, D], decompressed one by one: [T, D]. Ids are in [0, V)."""
-    together, k = row_quantum(weight.scheme), weight.shape[1]  # rows that lie side by side are decompressed together
-    rows = {name: part[tokens_T // together] for name, part in weight.parts.items()}
-    several = weight.scheme.decompress(rows, (len(tokens_T) * together, k), dtype).view(-1, together, k)
-    return several[torch.arange(len(tokens_T)), tokens_T % together]
+    together, (count, k) = row_quantum(weight.scheme), (len(tokens_T), weight.shape[1])
+    if together == 1:
+        rows = {name: part[tokens_T] for name, part in weight.parts.items()}
+        return weight.scheme.decompress(rows, (count, k), dtype)
+    sides = {name: part[tokens_T // together] for name, part in weight.parts.items()}  # rows that lie side by side
+    several = weight.scheme.decompress(sides, (count * together, k), dtype).view(count, together, k)
+    return several[torch.arange(count, device=tokens_T.device), tokens_T % together]
 
 
 @embed.register("native", native_reads, "our C kernel: the rows straight from their codes")

@@ -5,6 +5,7 @@ T tokens in a prompt chunk, B requests at once, C tokens of context.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
 from .plan import Bytes, Row
-from .recipes import INTEGERS, MIXED, products_of, scheme_of
+from .recipes import INTEGERS, MIXED, family, products_of, scheme_of
 
 if TYPE_CHECKING:
     from .hardware import Device
@@ -138,16 +139,24 @@ def unpacked_seconds(
 ) -> float:
     """Seconds of `unpack_bytes`."""
     native = device.kind == "cuda" or compute in INTEGERS or (device.bf16_products and compute == "bfloat16")
-    moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32")
+    across = "avx2" in device.features  # how the kernels for FP8 want it (scheme/across.py)
+    moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32", across=across)
     return moved / device.ceilings.read_bytes_per_s
 
 
 def rate(device: Device, products: str) -> float:
-    """Operations a second of products of this dtype; of int8 no less than of float32, where not measured or slower."""
-    ceilings = device.ceilings
+    """Operations a second of products of this dtype; of int8 no less than of float32, where not measured or slower.
+
+    Our CPU kernels against PyTorch's float32, which is measured: benchmarks on Zen 3 and, with AMX, Sapphire Rapids
+    (docs/status.md). AMX is PyTorch's alone.
+    """
+    ceilings, features = device.ceilings, device.features
     if products == "int8":
         return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
-    return ceilings.fp32_flops if products in ("float32", "int16") else ceilings.bf16_flops
+    if products == "int16":
+        return ceilings.fp32_flops * (1.3 if "avx2" in features else 1.0)
+    ours = 0.75 * ceilings.fp32_flops if "amx_bf16" in features else math.inf
+    return ceilings.fp32_flops if products == "float32" else min(ours, ceilings.bf16_flops)
 
 
 def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: str) -> dict[str, float]:
@@ -166,17 +175,20 @@ def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: st
     return shares
 
 
-def unpack_bytes(placed: list[Placed], spec: ModelSpec, home: str, kind: str, chunk: int, compute: str) -> float:
+def unpack_bytes(
+    placed: list[Placed], spec: ModelSpec, home: str, kind: str, chunk: int, compute: str, *, across: bool
+) -> float:
     """Bytes moved to read each touched weight of a home and, where it is not dense already, to write and read it dense.
 
-    Products of rounded activations unpack a weight in the caches, and so do a GPU's kernels for experts.
+    Products of rounded activations and FP8 that lies `across` are unpacked in the caches, and so are a GPU's experts.
     """
     width, moved = 2 * WIDTH["float32" if kind == "cpu" else "bfloat16"], 0.0
     native = ours(placed, kind, compute)
     for p in placed:
         if p.row.compute == home and p.weight.is_linear:
             rounded = products_of(p.row.role, p.row.scheme, "cpu", compute) is not None
-            inside = (p.weight.experts and native) if kind == "cuda" else rounded
+            lies = across and family(p.row.scheme) == "fp8_block" and p.row.role != "attention.kv_b"
+            inside = (p.weight.experts and native) if kind == "cuda" else rounded or lies
             dense = 0 if inside or p.row.scheme in (PLAIN if kind == "cuda" else ("fp32",)) else width * p.weight.params
             moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
     return moved

@@ -106,6 +106,8 @@ def products_of(role: str, scheme: str, home: str, compute: str) -> str | None:
     """
     if home != "cpu" or compute == "float32" or role == "router":
         return None
+    if family(scheme) == "fp8_block":
+        return None  # exact, and no slower
     if compute in INTEGERS:
         return compute if family(scheme) not in FLOATS and role != "attention.kv_b" else None
     return compute if rounds(scheme) else None

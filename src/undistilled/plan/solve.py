@@ -144,14 +144,15 @@ def _compute(ask: Ask, scheme: str, device: Device, rows: list[Row]) -> Compute:
         return "float32"
     if ask.dtype == "bfloat16" or device.kind != "cpu":
         return "bfloat16"
-    if device.bf16_products and rounds(parse(scheme)[0]) and not _wide(rows):
+    if device.bf16_products and rounds(parse(scheme)[0]) and not (coded and _across(rows)):
         return "bfloat16"
     return "int16" if (device.int16_products or device.bf16_products) and coded else "float32"
 
 
-def _wide(rows: list[Row]) -> bool:
-    """Whether all linear layers have codes of 4 or 8 bits: products of INT16 are faster and finer than of BF16 then."""
-    return all(Across.wide(schemes.get(row.scheme)) for row in rows if row.role.split(".")[0] in LINEAR_ROLES)
+def _across(rows: list[Row]) -> bool:
+    """Whether all linear layers are codes of 4 or 8 bits, whose products of INT16 are faster and finer than of BF16, or
+    FP8, which has its own in float32 whatever a plan says."""
+    return all(Across.takes(schemes.get(row.scheme)) for row in rows if row.role.split(".")[0] in LINEAR_ROLES)
 
 
 def _predicted(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> Predicted:

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int FEW = 3;            // rows of x for which nothing is kept
-constexpr int BYTE[] = {0, 2, 1, 3};   // of a lane, that holds a code of its inputs: even bytes make a pair, odd ones too
+constexpr int BYTE[] = {0, 2, 1, 3};   // of a lane, for each of four inputs: even bytes make a pair, and odd ones
 
 long block_bytes(int bits) { return TILE * QUANTUM * bits / 8; }
 
@@ -40,7 +40,8 @@ struct LayAcross : Kernel<LayAcross> {
   long n, k;
   int bits;
 
-  LayAcross(const uint8_t* rows, uint8_t* out, long n, long k, int bits) : rows(rows), out(out), n(n), k(k), bits(bits) {
+  LayAcross(const uint8_t* rows, uint8_t* out, long n, long k, int bits)
+      : rows(rows), out(out), n(n), k(k), bits(bits) {
     name = "lay across";
     reads(rows, n * k * bits / 8);
     writes(out, n * k * bits / 8);
@@ -64,20 +65,18 @@ struct LayAcross : Kernel<LayAcross> {
 
 void decode_across(const Matrix& a, long row, float* out) {
   const Tiling& t = a.tiling;
-  int bits = t.codes[0].bits;
-  long block = block_bytes(bits), each = 32 / bits, inside = row % TILE;   // codes in a lane
-  const uint8_t* codes = a.values.at + row / TILE * (a.k / QUANTUM) * block;
+  const Codes& c = t.codes[0];
+  bool blocks = a.kind == FP8_ACROSS;   // whose scales 128 rows share
+  long inside = row % TILE, each = 32 / c.bits, mask = (1 << c.bits) - 1;
+  const uint8_t* lane = a.values.at + row / TILE * (a.k / QUANTUM) * block_bytes(c.bits) + inside * 4;
   float by = t.multipliers.at ? bf16_to_float(((const uint16_t*)t.multipliers.at)[row]) : 1;
   for (long k = 0; k < a.k;) {
-    long place = (row / TILE * a.groups() + k / a.group) * TILE + inside;
-    v8 f = factors_at(t.format, a.scales.at, place, 1);
+    long g = k / a.group, place = blocks ? row / 128 * a.groups() + g : (row / TILE * a.groups() + g) * TILE + inside;
+    v8 f = factors_at(blocks ? (int)SCALES_F32 : t.format, a.scales.at, place, 1);
     float scale = f[0] * by, low = a.mins.at ? half_to_float(((const uint16_t*)a.mins.at)[place]) : 0;
-    for (long end = k + a.group < a.k ? k + a.group : a.k; k < end; k++) {
-      long i = k % QUANTUM;
-      const uint8_t* lane = codes + k / QUANTUM * block + i / each * 4 * TILE + inside * 4;
-      uint8_t code = lane[BYTE[i % 4]] >> (i % each / 4 * bits) & ((1 << bits) - 1);
-      out[k] = (t.codes[0].levels ? t.codes[0].levels[code] : (int8_t)code) * scale + low;
-    }
+    for (long end = k + a.group < a.k ? k + a.group : a.k; k < end; k += each, lane += 4 * TILE)
+      for (long i = 0; i < each; i++)
+        out[k + i] = c.levels[word(lane) >> (8 * BYTE[i % 4] + i / 4 * c.bits) & mask] * scale + low;
   }
 }
 
@@ -178,7 +177,8 @@ struct Strip {
   // Asks for the next ones' scales and minimums: short streams that the processor would not foresee.
   template <class W> void ask(const W&) const {
     auto lines = [&](const Part& part, long bytes) {
-      for (long o = 0; part.at && o < bytes; o += LINE) __builtin_prefetch(part.at + (n / OUTPUTS + 1) * bytes + o, 0, 2);
+      const uint8_t* next = part.at + (n / OUTPUTS + 1) * bytes;
+      for (long o = 0; part.at && o < bytes; o += LINE) __builtin_prefetch(next + o, 0, 2);
     };
     if constexpr (!std::is_same<typename W::Scale, void>::value) lines(a.scales, groups * OUTPUTS * W::Scale::BYTES);
     lines(a.mins, groups * OUTPUTS * 2);

@@ -2,8 +2,12 @@
 #pragma once
 #include "matrix.h"
 
-// As arranged(), arrange() and product() of product.h, for ACROSS; n and count are multiples of 16.
+// As product() of product.h, for ACROSS, with x as arrange_crossed() leaves it; n and count are multiples of 16.
 void product_across(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
+
+// The same for FP8, whose x are floats.
+void arrange_fp8(const Matrix& a, const float* x, uint16_t* out);
+void product_fp8(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);
 
 // out[0..k) = row `row` of a, as float32.
 void decode_across(const Matrix& a, long row, float* out);

@@ -37,7 +37,7 @@ class Build(NamedTuple):
 
     @property
     def crosses(self) -> bool:
-        """Whether crossed.cpp is in it."""
+        """Whether weights may lie across (across.cpp), and many rows meet the others turned over (crossed.cpp)."""
         return "avx2" in self.needs
 
 

@@ -28,13 +28,13 @@ __attribute__((noinline)) void block(const Run* runs, long count, const Row<Cros
     const int16_t* xs[MR];
     Lanes sum[MR];
     UNROLL for (int m = 0; m < MR; m++) xs[m] = x[m].codes + r->k, sum[m] = no_lanes();
-    const Unit* unit = r->codes;
+    const char* codes = (const char*)r->codes;   // of several units, one behind another
     UNROLL for (int m = 0; m < MR; m++)   // the next rows, of which no stream is to be seen
       UNROLL for (long o = 0; o < 4; o++) __builtin_prefetch(x[m + MR].codes + r->k + 32 * o, 0, 3);
     for (long p = 0; p < r->pairs; p++) {
-      Lanes codes = lanes_at((*unit)[p]);
+      Lanes pair = lanes_at(codes + LINE * p);
       UNROLL for (int m = 0; m < MR; m++) {
-        meet(codes, pair_of(xs[m] + 2 * p), sum[m]);
+        meet(pair, pair_of(xs[m] + 2 * p), sum[m]);
         ALONE(sum[m]);   // in its registers, instead of all products first
       }
     }

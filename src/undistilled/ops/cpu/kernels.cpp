@@ -153,9 +153,9 @@ struct Rounded : Kernel<Rounded> {
   // Asks for the first weights of a thread's own part, where each is used at once.
   void ask(Team& team, long panels) const {
     const Tiling& t = a.tiling;
-    if (m > 2 || (a.kind == CODED && t.height > 1)) return;
+    if (m > 3 || (a.kind == CODED && t.height > 1)) return;
     long from = panels * team.rank / team.size * TILE, to = panels * (team.rank + 1) / team.size * TILE;
-    long row = a.kind == CODED ? t.codes[0].block : a.kind == ACROSS ? a.k * t.codes[0].bits / 8 : a.row_bytes(), bytes = ((to < a.n ? to : a.n) - from) * row;
+    long row = a.kind == CODED ? t.codes[0].block : a.row_bytes(), bytes = ((to < a.n ? to : a.n) - from) * row;
     const uint8_t* at = (a.kind == CODED ? t.codes[0].values.at : a.values.at) + from * row;
     for (long o = 0; o < bytes && o < AHEAD; o += 64) __builtin_prefetch(at + o, 0, 2);
   }
@@ -199,18 +199,19 @@ struct Dequantise : Kernel<Dequantise> {
 
 void decode_row(const Matrix& a, long i, float* out) {
   if (a.kind == CODED) return decode_coded(a, i, out);
-  if (a.kind == ACROSS) return decode_across(a, i, out);
+  if (a.kind >= ACROSS) return decode_across(a, i, out);
   with_loader(a.kind, [&](auto loader) { decode_scaled<decltype(loader)>(a, i, out); });
 }
 
 long bytes_of(const Matrix& a) {
   const Tiling& t = a.tiling;
-  long rows = a.kind == FP8_BLOCK ? (a.n + 127) / 128 : a.n, bytes = 0;
-  if (a.kind == ACROSS)   // INT8's scales are float32
-    return a.n * (a.k * t.codes[0].bits / 8 + a.groups() * (t.format == SCALES_F32 ? 4 : t.format == SCALES_F16 ? 2 : 1));
+  bool fp8 = a.kind == FP8_BLOCK || a.kind == FP8_ACROSS;
+  long rows = fp8 ? (a.n + 127) / 128 : a.n, bytes = 0;
+  long scale = t.format == SCALES_F32 ? 4 : t.format == SCALES_F16 ? 2 : 1;
+  if (a.kind == ACROSS) return a.n * (a.row_bytes() + a.groups() * scale);
   if (a.kind != CODED) return a.n * a.row_bytes() + (a.scales.at ? rows * a.groups() * (a.kind == INT4 ? 2 : 4) : 0);
   for (int w = 0; w < t.widths; w++) bytes += (a.n + t.height - 1) / t.height * t.codes[w].block;
-  return bytes + a.n * t.factors * (t.format == SCALES_F16 ? 2 : 1);
+  return bytes + a.n * t.factors * scale;
 }
 
 void tile(const Matrix& a, long n, int count, const float* const* x, const float* const* sums, long rows,

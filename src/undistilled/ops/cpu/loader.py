@@ -101,7 +101,7 @@ def rounds() -> bool:
 
 @cache
 def crosses() -> bool:
-    """Whether many rows of INT16 have a kernel of their own (crossed.cpp)."""
+    """Whether the kernels have weights across (Build.crosses)."""
     found = build()
     return found is not None and found.crosses
 

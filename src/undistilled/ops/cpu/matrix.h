@@ -3,7 +3,7 @@
 #include <type_traits>
 #include "simd.h"
 
-enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED, ACROSS };
+enum Kind { FP32, FP16, BF16, FP8_BLOCK, INT8, INT4, CODED, ACROSS, FP8_ACROSS };
 enum Rounding { TO_NOTHING, TO_BF16, TO_INT8, TO_INT16, TO_ORDER };   // TO_ORDER: FP8, as it is in another order
 
 struct Part {            // of a weight, for its first expert
@@ -40,7 +40,8 @@ struct Matrix {          // [n, k], row-major
   Tiling tiling;         // of CODED; of ACROSS the format, multipliers, and bits and levels of codes[0]
 
   long groups() const { return (k + group - 1) / group; }
-  long row_bytes() const {
+  long row_bytes() const {         // but for CODED
+    if (kind == ACROSS) return k * tiling.codes[0].bits / 8;
     return kind == INT4 ? (k + 31) / 32 * 16 : kind == FP32 ? k * 4 : kind <= BF16 ? k * 2 : k;
   }
   const uint8_t* row(long i) const { return values.at + i * row_bytes(); }

@@ -18,7 +18,7 @@ from ...scheme import Scheme, Stored, across, fp8_block, grouped, int8, plain, t
 from ...scheme.packing import QUANTUM
 from .loader import crosses, kernels, sized
 
-KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6, "across": 7}
+KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "coded": 6, "across": 7, "fp8_across": 8}
 """How a weight matrix [N, K] is stored.
 
 - fp32, fp16, bf16: values [N, K].
@@ -31,6 +31,7 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
 - coded: levels by groups (scheme/grouped.py), int4 with rounded activations among them, or in tiles
   (scheme/tiles.py).
 - across: int8 or codes of 4 bits, 16 outputs side by side (scheme/across.py); products of INT16 alone.
+- fp8_across: fp8_block the same way; products in float32.
 """
 ROUNDS = {None: 0, "bfloat16": 1, "int8": 2, "int16": 3}
 """What products may round activations to: bfloat16 where `loader.rounds()`, integers for int8 and coded."""
@@ -88,7 +89,8 @@ class Matrix:
             whole = codes or group % QUANTUM == 0
             check(whole, f"group: products of {products} want a multiple of {QUANTUM}")
         self.kind, self.n, self.k, self.products, self.experts = kind, n, k, products, experts
-        rounds = REORDERED if kind == KIND["fp8_block"] and not products else ROUNDS[products]
+        fp8 = kind in (KIND["fp8_block"], KIND["fp8_across"])
+        rounds = REORDERED if fp8 and not products else ROUNDS[products]
         self.struct = _Matrix(kind=kind, rounds=rounds, n=n, k=k, group=group or k)
         self.pointer = ctypes.addressof(self.struct)
         self.held: list[Tensor] = []  # keeps the storage alive
@@ -184,8 +186,8 @@ def _in_tiles(
 ) -> Matrix:
     made = Matrix(KIND["coded"], n, k, scheme.cols, products, experts)
     blocks, sections, count = -(-n // scheme.rows), -(-k // scheme.section), len(scheme.widths)
-    tiling, across = made.struct.tiling, (blocks, sections, count)
-    made.struct.scales = made.part(parts["scales"], (torch.float8_e4m3fn,), (*across, scheme.rows), "scales")
+    tiling, places = made.struct.tiling, (blocks, sections, count)
+    made.struct.scales = made.part(parts["scales"], (torch.float8_e4m3fn,), (*places, scheme.rows), "scales")
     tiling.height, tiling.cols, tiling.sections, tiling.tiles = scheme.rows, scheme.cols, sections, count
     tiling.factors, tiling.padded = sections * count, sections * scheme.section
     tiling.format, tiling.widths = _FORMATS["e4m3"], len(scheme.counts)
@@ -194,11 +196,11 @@ def _in_tiles(
         raise BadArtefact(
             f"A weight in {scheme.name} names a tile outside its section of {count}.", "Make the checkpoint again."
         )
-    tiling.order = made.part(parts["order"], (torch.int16,), across, "order")
+    tiling.order = made.part(parts["order"], (torch.int16,), places, "order")
     tiling.multipliers = made.part(parts["multipliers"], (torch.bfloat16,), (blocks, scheme.rows), "multipliers")
     for at, (bits, many) in enumerate(scheme.counts):
         row = scheme.cols // 8 * bits
-        values = made.part(parts[f"values{bits}"], (torch.uint8,), (*across[:2], many, scheme.rows, row), "values")
+        values = made.part(parts[f"values{bits}"], (torch.uint8,), (*places[:2], many, scheme.rows, row), "values")
         levels = _levels(grouped.normal(bits, scheme.cols))
         tiling.codes[at] = _Codes(bits, many, sections * many * scheme.rows * row, values, levels.data_ptr())
     return made
@@ -207,12 +209,19 @@ def _in_tiles(
 def _across(
     scheme: across.Across, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
 ) -> Matrix:
-    check(products == "int16", "products: across wants int16")
-    made = Matrix(KIND["across"], n, k, scheme.group, products, experts)
+    fp8 = isinstance(scheme.of, fp8_block.Fp8Block)
+    check(products == _ACROSS[type(scheme.of)], f"products: {scheme.name} across has none of {products}")
     check(scheme.suits(scheme.of, (n, k)), f"shape: {n} x {k} in groups of {scheme.group} cannot lie across")
+    made = Matrix(KIND["fp8_across" if fp8 else "across"], n, k, scheme.group, products, experts)
     groups, tiling, of = -(-k // made.struct.group), made.struct.tiling, scheme.of
-    coded = of if isinstance(of, grouped.Grouped) else None
     made.struct.values = made.part(parts["values"], (torch.uint8,), (n, k // 8 * scheme.bits), "values")
+    tiling.codes[0].bits = scheme.bits
+    if fp8:
+        blocks = -(-n // fp8_block.BLOCK), groups
+        made.struct.scales = made.part(parts["scales"], (torch.float32,), blocks, "scales")
+        tiling.codes[0].levels = _bytes(torch.float8_e4m3fn).data_ptr()
+        return made
+    coded = of if isinstance(of, grouped.Grouped) else None
     form = grouped.FORMATS[coded.scale] if coded else None
     dtype = getattr(torch, form.dtype) if form else torch.float32
     made.struct.scales = made.part(parts["scales"], (dtype,), (n, groups), "scales")
@@ -221,8 +230,18 @@ def _across(
     if form and form.by_row:
         tiling.multipliers = made.part(parts["multipliers"], (torch.bfloat16,), (n,), "multipliers")
     tiling.format = _FORMATS[coded.scale if coded else "float32"]
-    tiling.codes[0].bits, tiling.codes[0].levels = scheme.bits, _levels(coded).data_ptr() if coded else None
+    tiling.codes[0].levels = (_levels(coded) if coded else _bytes(torch.int8)).data_ptr()
     return made
+
+
+@cache
+def _bytes(dtype: torch.dtype) -> Tensor:
+    """What each byte means, float32; the two NaN of FP8 are +-480, as to all kernels."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return values.where(values == values, torch.tensor([480.0, -480.0]).repeat_interleave(128))
+
+
+_ACROSS = {int8.Int8: "int16", grouped.Grouped: "int16", fp8_block.Fp8Block: None}  # what products a scheme has across
 
 
 def _plainly(kind: str | None) -> Callable[..., Matrix]:
@@ -266,7 +285,7 @@ def lay(scheme: across.Across, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def laid(scheme: Scheme, shape: tuple[int, ...], products: str | None) -> Scheme:
     """How a weight [..., N, K] in `scheme` should lie for the kernels of this machine: across where it can."""
-    lies = products == "int16" and crosses() and across.Across.suits(scheme, shape)
+    lies = crosses() and across.Across.suits(scheme, shape) and products == _ACROSS[type(scheme)]
     return across.Across(scheme) if lies else scheme  # type: ignore[arg-type]
 
 

@@ -243,13 +243,15 @@ void product_bf16(const Matrix&, long, long, const uint16_t* const*, long, float
 
 #endif
 
-long arranged(const Matrix& a) { return a.rounds >= TO_INT8 ? arranged_integer(a) : arranged_bf16(a); }
+long arranged(const Matrix& a) { return a.kind == FP8_ACROSS ? 2 * a.k : a.rounds >= TO_INT8 ? arranged_integer(a) : arranged_bf16(a); }
 
 void arrange(const Matrix& a, const float* x, uint16_t* out) {
+  if (a.kind == FP8_ACROSS) return arrange_fp8(a, x, out);
   (a.kind == ACROSS ? arrange_crossed : a.rounds >= TO_INT8 ? arrange_integer : arrange_bf16)(a, x, out);
 }
 
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
   if (a.kind == ACROSS) return product_across(a, n, count, x, rows, y);
+  if (a.kind == FP8_ACROSS) return product_fp8(a, n, count, x, rows, y);
   (a.rounds >= TO_INT8 ? product_integer : product_bf16)(a, n, count, x, rows, y, last);
 }

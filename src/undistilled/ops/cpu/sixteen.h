@@ -6,7 +6,7 @@
 //   found(lookup, codes)      a byte for each of 64 codes of 4 bits
 //   meet(w, x, sum)       sum + the products of both words of a lane; plus(a, b)
 //   load16, store16, splat16, times, fma16, floats16   as v8 has them
-//   half_precision(p)     16 float16
+//   half_precision(p)     16 float16; float_bits<N>(v)   the FP8 codes that lie N bits below the top, as AsFloats has them
 #pragma once
 #include "decoders.h"
 
@@ -46,6 +46,11 @@ INLINE v16 times(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 fma16(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE v16 floats16(Lanes v) { return _mm512_cvtepi32_ps(v); }
 INLINE v16 half_precision(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE v16 plus(v16 a, v16 b) { return _mm512_add_ps(a, b); }
+template <int N> INLINE v16 float_bits(Lanes v) {
+  __m512i up = N ? _mm512_slli_epi32(v, N) : v;
+  return (v16)_mm512_and_si512(_mm512_srai_epi32(up, 4), _mm512_set1_epi32(0x87f00000));
+}
 #define ALONE(sum) asm("" : "+v"(sum))
 
 #else
@@ -103,6 +108,15 @@ INLINE v16 floats16(Lanes v) {
   return each_eight([&](int i) { return _mm256_cvtepi32_ps(v.of[i]); });
 }
 INLINE v16 half_precision(const uint8_t* p) { return {{from_f16(p), from_f16(p + 16)}}; }
+INLINE v16 plus(v16 a, v16 b) {
+  return each_eight([&](int i) { return a.of[i] + b.of[i]; });
+}
+template <int N> INLINE v16 float_bits(Lanes v) {
+  return each_eight([&](int i) {
+    __m256i up = N ? _mm256_slli_epi32(v.of[i], N) : v.of[i];
+    return (v8)_mm256_and_si256(_mm256_srai_epi32(up, 4), _mm256_set1_epi32(0x87f00000));
+  });
+}
 #define ALONE(sum) asm("" : "+x"(sum.of[0]), "+x"(sum.of[1]))
 
 #endif
