@@ -87,7 +87,9 @@ void arrange_integer(const Matrix& a, const float* x, uint16_t* out) {
 }
 
 #if HAS_AVX2
-void arrange_crossed(const Matrix& a, const float* x, uint16_t* out) { Arranged<Crossed>{a, x, {a, out}}.run(); }
+void arrange_crossed(const Matrix& a, const float* x, uint16_t* out) {
+  a.rounds == TO_INT8 ? Arranged<Coarse>{a, x, {a, out}}.run() : Arranged<Crossed>{a, x, {a, out}}.run();
+}
 #else
 void arrange_crossed(const Matrix&, const float*, uint16_t*) { abort(); }
 #endif

@@ -29,7 +29,7 @@ INLINE void transpose(__m256i* v) {
 }
 
 // Eight outputs' codes of a unit, even ones and odd ones, into the unit from output `first` on.
-INLINE void cross(const Crossed::Wide* rows, Unit& unit, long first) {
+INLINE void cross(const Crossed::Wide* rows, Unit<Crossed>& unit, long first) {
   UNROLL for (int high = 0; high < 2; high++) {   // of the four pairs in each half of a vector
     __m256i v[8];
     UNROLL for (int r = 0; r < 8; r++) {
@@ -45,13 +45,13 @@ INLINE void cross(const Crossed::Wide* rows, Unit& unit, long first) {
 struct Work {
   const Matrix& a;
   const Panel& p;
-  Unit* units;                    // of a slice
-  Run* runs;
+  Unit<Crossed>* units;                    // of a slice
+  Run<Crossed>* runs;
   float (*factors)[OUTPUTS], (*lows)[OUTPUTS];   // of a slice's tiles
   float (*totals)[OUTPUTS];       // of each row of x
 
   // The tile at `from`, its rows `step` bytes apart, from input k on: units from `to` on.
-  template <class W> void unpack(const W& w, const uint8_t* from, long step, long k, long count, Unit* to) {
+  template <class W> void unpack(const W& w, const uint8_t* from, long step, long k, long count, Unit<Crossed>* to) {
     for (long b = 0; b < count; b++, k += QUANTUM, from += W::BLOCK) {
       Crossed::Wide rows[OUTPUTS];
       for (long r = 0; r < OUTPUTS; r++) {
@@ -83,7 +83,7 @@ struct Work {
         constexpr long SHARE = Crossed::UNIT * Crossed::SHARE;
         for (long next; k < end; k = next) {
           next = (k / SHARE + 1) * SHARE < end ? (k / SHARE + 1) * SHARE : end;
-          runs[made++] = {units + used, k, (next - k) / 2, factors[i], low ? lows[i] : nullptr, q};
+          runs[made++] = {units + used, k, (next - k) / STEP<Crossed>, factors[i], low ? lows[i] : nullptr, q};
           low = false;
           used += (next - k) / QUANTUM;
         }
@@ -127,12 +127,12 @@ void product_crossed(const Matrix& a, long n, long count, const uint16_t* const*
   Row<Crossed>* r;
   float *scales, *mins, (*factors)[OUTPUTS], (*lows)[OUTPUTS], (*totals)[OUTPUTS];
   int32_t* at;
-  Unit* codes;
-  Run* runs;
+  Unit<Crossed>* codes;
+  Run<Crossed>* runs;
   auto cut = [&](Cutter c) {
     r = c.take<Row<Crossed>>(rows + MOST);
     scales = c.take<float>(most), mins = c.take<float>(most), at = c.take<int32_t>(tiles);
-    codes = c.take<Unit>(units), runs = c.take<Run>(units);
+    codes = c.take<Unit<Crossed>>(units), runs = c.take<Run<Crossed>>(units);
     factors = (float(*)[OUTPUTS])c.take<float>(some * OUTPUTS);
     lows = (float(*)[OUTPUTS])c.take<float>(some * OUTPUTS);
     totals = (float(*)[OUTPUTS])c.take<float>(rows * OUTPUTS);

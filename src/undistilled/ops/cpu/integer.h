@@ -10,7 +10,8 @@ void arrange_integer(const Matrix& a, const float* x, uint16_t* out);
 void product_integer(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
                      long last);
 
-// The same for many rows, where crosses() says so: arranged_integer() uint16 each, of which arrange_crossed() makes others.
+// The same for many rows, where crosses() says so: arranged_integer() uint16 each, of which arrange_crossed() makes
+// others, as it does for ACROSS and any number of rows.
 bool crosses(const Matrix& a);
 void arrange_crossed(const Matrix& a, const float* x, uint16_t* out);
 void product_crossed(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y);

@@ -30,7 +30,8 @@ KIND = {"fp32": 0, "fp16": 1, "bf16": 2, "fp8_block": 3, "int8": 4, "int4": 5, "
   scales (w = q * scale + min) or None (w = (q - 8) * scale).
 - coded: levels by groups (scheme/grouped.py), int4 with rounded activations among them, or in tiles
   (scheme/tiles.py).
-- across: int8 or codes of 4 bits, 16 outputs side by side (scheme/across.py); products of INT16 alone.
+- across: int8 or codes of 4 bits, 16 outputs side by side (scheme/across.py); products of INT16 or, of codes of 4 bits
+  that are one apart, of INT8.
 - fp8_across: fp8_block the same way; products in float32.
 """
 ROUNDS = {None: 0, "bfloat16": 1, "int8": 2, "int16": 3}
@@ -210,7 +211,7 @@ def _across(
     scheme: across.Across, parts: dict[str, Tensor], n: int, k: int, products: str | None, experts: int | None
 ) -> Matrix:
     fp8 = isinstance(scheme.of, fp8_block.Fp8Block)
-    check(products == _ACROSS[type(scheme.of)], f"products: {scheme.name} across has none of {products}")
+    check(_meets(scheme.of, products), f"products: {scheme.name} across has none of {products}")
     check(scheme.suits(scheme.of, (n, k)), f"shape: {n} x {k} in groups of {scheme.group} cannot lie across")
     made = Matrix(KIND["fp8_across" if fp8 else "across"], n, k, scheme.group, products, experts)
     groups, tiling, of = -(-k // made.struct.group), made.struct.tiling, scheme.of
@@ -242,6 +243,12 @@ def _bytes(dtype: torch.dtype) -> Tensor:
 
 
 _ACROSS = {int8.Int8: "int16", grouped.Grouped: "int16", fp8_block.Fp8Block: None}  # what products a scheme has across
+
+
+def _meets(scheme: Scheme, products: str | None) -> bool:
+    """Whether a scheme of those has such products across: 4 bits that count from their least have INT8's too."""
+    counts = isinstance(scheme, grouped.Grouped) and scheme.bits == 4 and scheme.even
+    return products == _ACROSS[type(scheme)] or (products == "int8" and counts)
 
 
 def _plainly(kind: str | None) -> Callable[..., Matrix]:
@@ -285,7 +292,7 @@ def lay(scheme: across.Across, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def laid(scheme: Scheme, shape: tuple[int, ...], products: str | None) -> Scheme:
     """How a weight [..., N, K] in `scheme` should lie for the kernels of this machine: across where it can."""
-    lies = crosses() and across.Across.suits(scheme, shape) and products == _ACROSS[type(scheme)]
+    lies = crosses() and across.Across.suits(scheme, shape) and _meets(scheme, products)
     return across.Across(scheme) if lies else scheme  # type: ignore[arg-type]
 
 

@@ -251,7 +251,7 @@ void arrange(const Matrix& a, const float* x, uint16_t* out) {
 }
 
 void product(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y, long last) {
-  if (a.kind == ACROSS) return product_across(a, n, count, x, rows, y);
+  if (a.kind == ACROSS) return (a.rounds == TO_INT8 ? product_coarse : product_across)(a, n, count, x, rows, y);
   if (a.kind == FP8_ACROSS) return product_fp8(a, n, count, x, rows, y);
   (a.rounds >= TO_INT8 ? product_integer : product_bf16)(a, n, count, x, rows, y, last);
 }

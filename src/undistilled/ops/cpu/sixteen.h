@@ -1,10 +1,12 @@
 // Sixteen lanes of 32 bits, an output each: a register of AVX-512, or two of AVX2.
 //   Lanes, v16            int32, of which halves and bytes are codes; float32
-//   lanes_at(p), pair_of(x)   64 bytes at any address; two neighbours of x in every lane
+//   lanes_at(p), step_of(x)   64 bytes at any address; 4 bytes of x in every lane
 //   few(v, mask), right<N>(v)   the bits of `mask` in each word; words shifted right, zeros above
 //   widen(bytes, even, odd)   bytes at even places as words with their sign, and those at odd ones
 //   found(lookup, codes)      a byte for each of 64 codes of 4 bits
-//   meet(w, x, sum)       sum + the products of both words of a lane; plus(a, b)
+//   meet_words(w, x, sum)     sum + the products of both words of a lane; plus(a, b)
+//   meet_bytes(w, x, sum), whole_bytes(sum)   the same of four bytes, w's without a sign: two words of a lane may hold
+//                         the sum, 32767 each; the sum in each lane
 //   load16, store16, splat16, times, fma16, floats16   as v8 has them
 //   half_precision(p)     16 float16; float_bits<N>(v)   the FP8 codes that lie N bits below the top, as AsFloats has them
 #pragma once
@@ -22,10 +24,10 @@ constexpr int MOST = 12;          // rows of x at a time: their sums wait for no
 INLINE Lanes lanes_at(const void* p) { return _mm512_loadu_si512(p); }
 INLINE void put_lanes(void* p, Lanes v) { _mm512_storeu_si512(p, v); }
 INLINE Lanes no_lanes() { return _mm512_setzero_si512(); }
-INLINE Lanes pair_of(const int16_t* x) {
-  int32_t both;
-  memcpy(&both, x, 4);
-  return _mm512_set1_epi32(both);
+INLINE Lanes step_of(const void* x) {
+  int32_t step;
+  memcpy(&step, x, 4);
+  return _mm512_set1_epi32(step);
 }
 INLINE Lanes few(Lanes v, short mask) { return _mm512_and_si512(v, _mm512_set1_epi16(mask)); }
 template <int N> INLINE Lanes right(Lanes v) { return _mm512_srli_epi16(v, N); }
@@ -36,7 +38,9 @@ INLINE void widen(Lanes v, Lanes& even, Lanes& odd) {
 INLINE Lanes found(const Lookup<4>& of, Lanes codes) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm256_castsi256_si128(of.tables[0])), codes);
 }
-INLINE void meet(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpwssd_epi32(sum, w, x); }
+INLINE void meet_words(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpwssd_epi32(sum, w, x); }
+INLINE void meet_bytes(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpbusd_epi32(sum, w, x); }
+INLINE Lanes whole_bytes(Lanes sum) { return sum; }
 INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
 
 INLINE v16 load16(const float* p) { return _mm512_loadu_ps(p); }
@@ -69,10 +73,10 @@ INLINE void put_lanes(void* p, Lanes v) {   // apart: a copy of the whole would 
   for (int i = 0; i < 2; i++) _mm256_storeu_si256((__m256i*)p + i, v.of[i]);
 }
 INLINE Lanes no_lanes() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-INLINE Lanes pair_of(const int16_t* x) {
-  int32_t both;
-  memcpy(&both, x, 4);
-  __m256i v = _mm256_set1_epi32(both);
+INLINE Lanes step_of(const void* x) {
+  int32_t step;
+  memcpy(&step, x, 4);
+  __m256i v = _mm256_set1_epi32(step);
   return {{v, v}};
 }
 INLINE Lanes few(Lanes v, short mask) {
@@ -88,8 +92,14 @@ INLINE void widen(Lanes v, Lanes& even, Lanes& odd) {
 INLINE Lanes found(const Lookup<4>& of, Lanes codes) {
   return each_half([&](int i) { return _mm256_shuffle_epi8(of.tables[0], codes.of[i]); });
 }
-INLINE void meet(Lanes w, Lanes x, Lanes& sum) {
+INLINE void meet_words(Lanes w, Lanes x, Lanes& sum) {
   sum = each_half([&](int i) { return _mm256_add_epi32(sum.of[i], _mm256_madd_epi16(w.of[i], x.of[i])); });
+}
+INLINE void meet_bytes(Lanes w, Lanes x, Lanes& sum) {
+  sum = each_half([&](int i) { return _mm256_add_epi16(sum.of[i], _mm256_maddubs_epi16(w.of[i], x.of[i])); });
+}
+INLINE Lanes whole_bytes(Lanes sum) {
+  return each_half([&](int i) { return _mm256_madd_epi16(sum.of[i], _mm256_set1_epi16(1)); });
 }
 INLINE Lanes plus(Lanes a, Lanes b) {
   return each_half([&](int i) { return _mm256_add_epi32(a.of[i], b.of[i]); });

@@ -1,0 +1,36 @@
+// Products of rows of x, rounded to INT8, with codes of 4 bits that are one apart and whose outputs lie side by side:
+// four bytes of a lane are an output's codes of four inputs, and meet four bytes of x at once. A scale of x is that of
+// 32 inputs, so that without VNNI two words hold what a lane sums: 16 products each, of no more than 15 * 127.
+#include "across.h"
+#include "strip.h"
+
+#if HAS_AVX2
+
+namespace {
+
+struct Nibbles : Steps {          // a step is four inputs
+  using Steps::Steps;
+  typedef Fp16 Scale;   // as all such schemes have
+  static constexpr long BLOCK = 256;
+  template <class F> INLINE void each(const Nibbles&, const uint8_t* w, F f) {
+    UNROLL for (int q = 0; q < 4; q++) {
+      Lanes v = lanes_at(w + 64 * q);
+      f(2 * q, few(v, 0x0f0f)), f(2 * q + 1, few(right<4>(v), 0x0f0f));
+    }
+  }
+};
+
+thread_local Scratch scratch;
+
+}  // namespace
+
+void product_coarse(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y) {
+  auto with_codes = [](const Matrix& a, auto f) { f(Nibbles(a.tiling.codes[0].levels)); };
+  product_of<Coarse>(a, n, count, x, rows, y, scratch, with_codes);
+}
+
+#else
+
+void product_coarse(const Matrix&, long, long, const uint16_t* const*, long, float* const*) { abort(); }
+
+#endif
