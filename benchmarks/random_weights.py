@@ -30,7 +30,10 @@ def random_weight(name: str, *shape: int, device: str = "cuda", products: str | 
     if device == "cpu":
         scheme = matrix.laid(scheme, shape, products)
     specs = schemes.parts_of(scheme, shape)
-    return Stored(scheme, shape, {part: _part(part, spec, device) for part, spec in specs.items()}, products)
+    parts = {part: _part(part, spec, device) for part, spec in specs.items()}
+    if scheme.name.startswith("fp8"):
+        parts["values"].view(torch.uint8).bitwise_and_(0xF7)  # no NaN
+    return Stored(scheme, shape, parts, products)
 
 
 def _part(name: str, spec, device: str) -> torch.Tensor:
@@ -41,9 +44,7 @@ def _part(name: str, spec, device: str) -> torch.Tensor:
     elif name.startswith("values") and t.dtype.itemsize > 1:
         t.normal_()
     elif name.startswith("values"):
-        codes = t.view(torch.uint8).random_(0, 256)
-        if t.dtype is torch.float8_e4m3fn:
-            codes.bitwise_and_(0xF7)  # no NaN
+        t.view(torch.uint8).random_(0, 256)
     elif t.dtype is torch.uint8:
         t.random_(118, 122)
     elif name == "minimums":

@@ -8,7 +8,9 @@
 //   meet_bytes(w, x, sum), whole_bytes(sum)   the same of four bytes, w's without a sign: two words of a lane may hold
 //                         the sum, 32767 each; the sum in each lane
 //   load16, store16, splat16, times, fma16, floats16   as v8 has them
-//   half_precision(p)     16 float16; float_bits<N>(v)   the FP8 codes that lie N bits below the top, as AsFloats has them
+//   half_precision(p)     16 float16
+//   half_floats(words, out)   words as float16: of eight outputs both inputs of each, one behind another, and of the others
+//   two_of(x), folded(a, b)   two neighbours of x for them; the sums of both lanes of each of 16 outputs
 #pragma once
 #include "decoders.h"
 
@@ -50,10 +52,23 @@ INLINE v16 times(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 fma16(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE v16 floats16(Lanes v) { return _mm512_cvtepi32_ps(v); }
 INLINE v16 half_precision(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE v16 plus(v16 a, v16 b) { return _mm512_add_ps(a, b); }
-template <int N> INLINE v16 float_bits(Lanes v) {
-  __m512i up = N ? _mm512_slli_epi32(v, N) : v;
-  return (v16)_mm512_and_si512(_mm512_srai_epi32(up, 4), _mm512_set1_epi32(0x87f00000));
+template <int N> INLINE Lanes fp8_words(Lanes v) {   // bytes N bits below the top of words, as float16 times 2^-8
+  Lanes top = N ? _mm512_slli_epi16(v, N) : v;
+  return few(_mm512_srai_epi16(top, 1), (short)0xbf80);
+}
+INLINE v16 two_of(const float* x) {
+  double both;
+  memcpy(&both, x, 8);
+  return (v16)_mm512_set1_pd(both);
+}
+INLINE void half_floats(Lanes words, v16* out) {
+  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+  out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+}
+INLINE v16 folded(v16 a, v16 b) {
+  const __m512i EVEN = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_add_ps(_mm512_permutex2var_ps(a, EVEN, b),
+                       _mm512_permutex2var_ps(a, _mm512_add_epi32(EVEN, _mm512_set1_epi32(1)), b));
 }
 #define ALONE(sum) asm("" : "+v"(sum))
 
@@ -118,14 +133,24 @@ INLINE v16 floats16(Lanes v) {
   return each_eight([&](int i) { return _mm256_cvtepi32_ps(v.of[i]); });
 }
 INLINE v16 half_precision(const uint8_t* p) { return {{from_f16(p), from_f16(p + 16)}}; }
-INLINE v16 plus(v16 a, v16 b) {
-  return each_eight([&](int i) { return a.of[i] + b.of[i]; });
+template <int N> INLINE Lanes fp8_words(Lanes v) {   // bytes N bits below the top of words, as float16 times 2^-8
+  Lanes top = each_half([&](int i) { return _mm256_srai_epi16(N ? _mm256_slli_epi16(v.of[i], N) : v.of[i], 1); });
+  return few(top, (short)0xbf80);
 }
-template <int N> INLINE v16 float_bits(Lanes v) {
-  return each_eight([&](int i) {
-    __m256i up = N ? _mm256_slli_epi32(v.of[i], N) : v.of[i];
-    return (v8)_mm256_and_si256(_mm256_srai_epi32(up, 4), _mm256_set1_epi32(0x87f00000));
-  });
+INLINE v16 two_of(const float* x) {
+  v8 v = (v8)_mm256_broadcast_sd((const double*)x);
+  return {{v, v}};
+}
+INLINE void half_floats(Lanes words, v16* out) {
+  for (int i = 0; i < 2; i++)
+    out[i] = {{_mm256_cvtph_ps(_mm256_castsi256_si128(words.of[i])),
+               _mm256_cvtph_ps(_mm256_extracti128_si256(words.of[i], 1))}};
+}
+INLINE v16 folded(v16 a, v16 b) {
+  auto eight = [](v16 v) {
+    return (v8)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(v.of[0], v.of[1]), 0xd8);
+  };
+  return {{eight(a), eight(b)}};
 }
 #define ALONE(sum) asm("" : "+x"(sum.of[0]), "+x"(sum.of[1]))
 
