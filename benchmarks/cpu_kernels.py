@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 
 from random_weights import PAGES, random_weight
+from undistilled import scheme as schemes
 from undistilled.ops.cpu import native
 from undistilled.ops.cpu.program import Arena, Program
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply
 from undistilled.plan.recipes import INTEGERS, products_of
 from undistilled.scheme import Stored
+from undistilled.scheme.across import Across
 
 SHAPES = ((7168, 2048), (2048, 7168), (7168, 18432), (18432, 7168), (7168, 7168))  # outputs, inputs
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 7168, 2048, 16, 8
@@ -112,33 +114,40 @@ def show(cell: CELL) -> CELL:
     return cell
 
 
+def usual(scheme: str) -> str:
+    """What a plan whose large matrices all have this scheme multiplies in."""
+    across = scheme in schemes.SCHEMES and Across.takes(schemes.get(scheme))
+    return "int16" if across or not native.rounds() else "bfloat16"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(dict.fromkeys(LINEARS + BANKS)), help="schemes")
     parser.add_argument("--what", nargs="*", choices=("linears", "experts"), default=["linears", "experts"])
     kinds = ("float32", "bfloat16", *INTEGERS)
-    parser.add_argument("--products", choices=kinds, help="default: what the processor has fast ones of")
+    parser.add_argument("--products", choices=kinds, help="default: what a plan takes")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     build = native.build()
     assert build, native.why_missing()
-    wanted = args.products or ("bfloat16" if native.rounds() else "int16")
     torch.set_num_threads(args.threads)
     nbytes = max(512 << 20, 4 * cache_bytes()) // native.PIECE * native.PIECE
     memory = PAGES.empty((nbytes,), torch.uint8).fill_(1)
-    print(f"kernels built for {build.name}, {wanted} products if a scheme has them, {args.threads} threads", flush=True)
+    print(f"kernels built for {build.name}, {args.products or 'auto'} products, {args.threads} threads", flush=True)
     cells = []
     with torch.inference_mode():
         for scheme in args.only:
-            products = products_of("mlp.down", scheme, "cpu", wanted)
+            products = products_of("mlp.down", scheme, "cpu", args.products or usual(scheme))
+            print(f"{scheme}: {products or 'float32'} products", flush=True)
             if scheme in LINEARS and "linears" in args.what:
                 cells += [show(linear(scheme, *shape, products, memory, args.rounds)) for shape in SHAPES]
             if scheme in BANKS and "experts" in args.what:
                 cells.append(show(bank(scheme, products, memory, args.rounds)))
     if args.json:
-        args.json.write_text(json.dumps({"build": build.name, "products": wanted, "cells": cells}, indent=1))
+        said = {"build": build.name, "products": args.products or "auto", "cells": cells}
+        args.json.write_text(json.dumps(said, indent=1))
 
 
 if __name__ == "__main__":

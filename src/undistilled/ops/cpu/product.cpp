@@ -243,7 +243,10 @@ void product_bf16(const Matrix&, long, long, const uint16_t* const*, long, float
 
 #endif
 
-long arranged(const Matrix& a) { return a.kind == FP8_ACROSS ? 2 * a.k : a.rounds >= TO_INT8 ? arranged_integer(a) : arranged_bf16(a); }
+long arranged(const Matrix& a) {
+  if (a.kind == FP8_ACROSS) return 2 * a.k;
+  return a.rounds >= TO_INT8 ? arranged_integer(a) : arranged_bf16(a);
+}
 
 void arrange(const Matrix& a, const float* x, uint16_t* out) {
   if (a.kind == FP8_ACROSS) return arrange_fp8(a, x, out);

@@ -9,8 +9,10 @@
 //                         the sum, 32767 each; the sum in each lane
 //   load16, store16, splat16, times, fma16, floats16   as v8 has them
 //   half_precision(p)     16 float16
-//   half_floats(words, out)   words as float16: of eight outputs both inputs of each, one behind another, and of the others
-//   two_of(x), folded(a, b)   two neighbours of x for them; the sums of both lanes of each of 16 outputs
+//   down<N>(v), low_bytes_up(v)   words shifted right, their sign above; left by a byte
+//   from_halfs(words, out), from_bf16s   both words of each output as floats, side by side, in two v16
+//   two_of(x)             two neighbours of x for them
+//   halfs_folded(a, b), bf16s_folded   the sums of both of each of 16 outputs
 #pragma once
 #include "decoders.h"
 
@@ -52,23 +54,28 @@ INLINE v16 times(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
 INLINE v16 fma16(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE v16 floats16(Lanes v) { return _mm512_cvtepi32_ps(v); }
 INLINE v16 half_precision(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-template <int N> INLINE Lanes fp8_words(Lanes v) {   // bytes N bits below the top of words, as float16 times 2^-8
-  Lanes top = N ? _mm512_slli_epi16(v, N) : v;
-  return few(_mm512_srai_epi16(top, 1), (short)0xbf80);
-}
+template <int N> INLINE Lanes down(Lanes v) { return _mm512_srai_epi16(v, N); }
+INLINE Lanes low_bytes_up(Lanes v) { return _mm512_slli_epi16(v, 8); }
 INLINE v16 two_of(const float* x) {
   double both;
   memcpy(&both, x, 8);
   return (v16)_mm512_set1_pd(both);
 }
-INLINE void half_floats(Lanes words, v16* out) {
+INLINE void from_halfs(Lanes words, v16* out) {
   out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
   out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
 }
-INLINE v16 folded(v16 a, v16 b) {
+INLINE v16 halfs_folded(v16 a, v16 b) {
   const __m512i EVEN = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return _mm512_add_ps(_mm512_permutex2var_ps(a, EVEN, b),
                        _mm512_permutex2var_ps(a, _mm512_add_epi32(EVEN, _mm512_set1_epi32(1)), b));
+}
+INLINE void from_bf16s(Lanes words, v16* out) {
+  out[0] = (v16)_mm512_unpacklo_epi16(no_lanes(), words);
+  out[1] = (v16)_mm512_unpackhi_epi16(no_lanes(), words);
+}
+INLINE v16 bf16s_folded(v16 a, v16 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 #define ALONE(sum) asm("" : "+v"(sum))
 
@@ -133,24 +140,32 @@ INLINE v16 floats16(Lanes v) {
   return each_eight([&](int i) { return _mm256_cvtepi32_ps(v.of[i]); });
 }
 INLINE v16 half_precision(const uint8_t* p) { return {{from_f16(p), from_f16(p + 16)}}; }
-template <int N> INLINE Lanes fp8_words(Lanes v) {   // bytes N bits below the top of words, as float16 times 2^-8
-  Lanes top = each_half([&](int i) { return _mm256_srai_epi16(N ? _mm256_slli_epi16(v.of[i], N) : v.of[i], 1); });
-  return few(top, (short)0xbf80);
+template <int N> INLINE Lanes down(Lanes v) {
+  return each_half([&](int i) { return _mm256_srai_epi16(v.of[i], N); });
+}
+INLINE Lanes low_bytes_up(Lanes v) {
+  return each_half([&](int i) { return _mm256_slli_epi16(v.of[i], 8); });
 }
 INLINE v16 two_of(const float* x) {
   v8 v = (v8)_mm256_broadcast_sd((const double*)x);
   return {{v, v}};
 }
-INLINE void half_floats(Lanes words, v16* out) {
+INLINE void from_halfs(Lanes words, v16* out) {
   for (int i = 0; i < 2; i++)
     out[i] = {{_mm256_cvtph_ps(_mm256_castsi256_si128(words.of[i])),
                _mm256_cvtph_ps(_mm256_extracti128_si256(words.of[i], 1))}};
 }
-INLINE v16 folded(v16 a, v16 b) {
-  auto eight = [](v16 v) {
-    return (v8)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(v.of[0], v.of[1]), 0xd8);
-  };
-  return {{eight(a), eight(b)}};
+INLINE v16 bf16s_folded(v16 a, v16 b) {
+  return {{_mm256_hadd_ps(a.of[0], a.of[1]), _mm256_hadd_ps(b.of[0], b.of[1])}};
+}
+INLINE v16 halfs_folded(v16 a, v16 b) {
+  v16 v = bf16s_folded(a, b);
+  return each_eight([&](int i) { return (v8)_mm256_permute4x64_pd((__m256d)v.of[i], 0xd8); });
+}
+INLINE void from_bf16s(Lanes words, v16* out) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (int i = 0; i < 2; i++)
+    out[i] = {{(v8)_mm256_unpacklo_epi16(zero, words.of[i]), (v8)_mm256_unpackhi_epi16(zero, words.of[i])}};
 }
 #define ALONE(sum) asm("" : "+x"(sum.of[0]), "+x"(sum.of[1]))
 
