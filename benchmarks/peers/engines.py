@@ -34,14 +34,15 @@ ENGINES = {
     "transformers fp32": Engine("", "transformers", folder, "", ":float32"),
     "ours int8": Engine("", "ours", _named, "int8"),
     "ours int8-g128": Engine("", "ours", _named, "int8-g128"),
-    "ours int8, a8": Engine("", "ours", _named, "int8/int8"),
+    "ours int8, a8": Engine("", "ours", _named, "int8", ":int8"),
     "llama.cpp Q8_0": Engine("llama", "llama", gguf_file, "Q8_0"),
     "ONNX Runtime int8": Engine("onnx", "onnx", onnx_folder, "int8"),
     "OpenVINO int8": Engine("openvino", "openvino", openvino_folder, "int8"),
     "ours int4": Engine("", "ours", _named, "int4"),
     "ours int4, calibrated": Engine("", "ours", quantized, "int4,head=int4"),
+    "ours int4, calibrated, a8": Engine("", "ours", quantized, "int4,head=int4", ":int8"),
     "ours q4_0": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym"),
-    "ours q4_0, a8": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym/int8"),
+    "ours q4_0, a8": Engine("", "ours", _named, "int4-g32-sym,head=int4-g32-sym", ":int8"),
     "llama.cpp Q4_0": Engine("llama", "llama", gguf_file, "Q4_0"),
     "ONNX Runtime int4": Engine("onnx", "onnx", onnx_folder, "int4"),
     "OpenVINO int4": Engine("openvino", "openvino", openvino_folder, "int4"),
@@ -55,6 +56,7 @@ RIVALS = {  # whom each of ours is compared with
     "ours q4_0, a8": ("ours q4_0", "llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours int4": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
     "ours int4, calibrated": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
+    "ours int4, calibrated, a8": ("llama.cpp Q4_0", "ONNX Runtime int4", "OpenVINO int4"),
 }
 ORIGINAL = ENGINES["transformers fp32"]  # the BF16 weights with float32 products
 

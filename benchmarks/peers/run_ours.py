@@ -1,5 +1,5 @@
-"""SmolLM2 in a scheme of ours; the model's argument is the scheme, with a dtype of products behind a slash, or a folder
-that `quantize` made."""
+"""SmolLM2 in a scheme of ours; the model's argument is the scheme, or a folder that `quantize` made, with a dtype of
+products behind a colon."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from undistilled.prove.score import Scorer
 
 class Ours:
     def __init__(self, model, threads):
-        scheme, _, dtype = model.partition("/")
-        named = {"model": "smollm2", "scheme": scheme, "dtype": dtype or "auto"}
+        form, _, dtype = model.partition(":")
+        named = {"model": form} if Path(form).is_dir() else {"model": "smollm2", "scheme": form}
         torch.set_num_threads(threads)
-        self.engine = open_engine({**({"model": model} if Path(model).is_dir() else named), "device": "cpu",
+        self.engine = open_engine({**named, "dtype": dtype or "auto", "device": "cpu",
                                    "batch": TOGETHER, "context": PROMPT + NEW + 1})  # fmt: skip
 
     def run(self, prompts, new):
