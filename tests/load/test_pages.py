@@ -1,6 +1,7 @@
 """Memory for weights: tensors lie apart, on lines, one behind another, and go back to the system."""
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,25 @@ def test_memory_goes_back_with_the_last_of_a_stretch():
 def test_more_than_there_is_is_an_error_that_the_loader_knows():
     with pytest.raises((OSError, RuntimeError)):
         pages.Pages().empty((1 << 50,), torch.uint8)
+
+
+def test_pages_come_from_all_nodes_in_turn(tmp_path, monkeypatch):
+    said = tmp_path / "has_memory"
+    for text, expected in (("0\n", (0,)), ("0-1,4\n", (0, 1, 4)), ("\n", ())):
+        said.write_text(text)
+        monkeypatch.setattr(pages, "NODES", said)
+        pages.nodes.cache_clear()
+        assert pages.nodes() == expected
+    monkeypatch.undo()
+    pages.nodes.cache_clear()
+    memory = pages.Pages().empty((pages.STRETCH,), torch.uint8)
+    here = pages.nodes() or (0,)
+    if not pages.spread(memory, here):
+        pytest.skip("this system lets nobody say where pages lie")
+    maps = Path("/proc/self/numa_maps")
+    if not maps.exists():
+        pytest.skip("this system does not tell where pages lie")
+    assert any(line.startswith(f"{memory.data_ptr():x} interleave:") for line in maps.read_text().splitlines())
+    memory[:: pages.PAGE] = 1
+    assert memory[:: pages.PAGE].all()
+    assert not pages.spread(memory, (1023,))
