@@ -56,12 +56,20 @@ def test_more_than_there_is_is_an_error_that_the_loader_knows():
 
 
 def test_pages_come_from_all_nodes_in_turn(tmp_path, monkeypatch):
-    said = tmp_path / "has_memory"
-    for text, expected in (("0\n", (0,)), ("0-1,4\n", (0, 1, 4)), ("\n", ())):
-        said.write_text(text)
-        monkeypatch.setattr(pages, "NODES", said)
+    for memory, cores, expected in (("0\n", "0\n", (0,)), ("0-1,4\n", "0-1\n", (0, 1)), ("\n", "0\n", ())):
+        (tmp_path / "has_memory").write_text(memory)
+        (tmp_path / "has_cpu").write_text(cores)
+        monkeypatch.setattr(pages, "NODES", tmp_path)
         pages.nodes.cache_clear()
         assert pages.nodes() == expected
+    spread = []
+    monkeypatch.setattr(pages, "spread", lambda memory, over: spread.append(over))
+    for here, free, expected in (((0, 1), True, [(0, 1)]), ((0, 1), False, []), ((0,), True, [])):
+        monkeypatch.setattr(pages, "nodes", lambda here=here: here)
+        monkeypatch.setattr(pages, "unbound", lambda free=free: free)
+        spread.clear()
+        pages.Pages().empty((4,), torch.uint8)
+        assert spread == expected
     monkeypatch.undo()
     pages.nodes.cache_clear()
     memory = pages.Pages().empty((pages.STRETCH,), torch.uint8)

@@ -126,7 +126,8 @@ def test_rows_without_a_scale_stay_by_themselves(name, products, size):
     y = native.linear(x, matrix.of(across))
     assert not y[1].isfinite().any()
     seen = rows_of(x[::2], products).double()
-    bound = seen.abs() @ (exact.abs() + 16 * exact.abs().amax()).T * 2e-6 + 2.0**-90 * exact.abs().sum(1)  # subnormals
+    bound = seen.abs() @ (exact.abs() + 16 * exact.abs().amax()).T * 2e-6
+    bound += 0 if products else 2.0**-90 * exact.abs().sum(1)  # FP8 sums subnormals before it scales them
     assert torch.all((y[::2].double() - seen @ exact.T).abs() <= bound)
 
 

@@ -225,6 +225,23 @@ def test_a_cpu_multiplies_in_what_its_kernels_are_fast_in(ask, here, elsewhere):
     assert plan.compute_dtype == ("float32" if elsewhere == "int16" else elsewhere)
 
 
+def test_rates_are_those_of_kernels_that_were_measured():
+    machine = load_machine("laptop-16gb")
+    cpu = machine.device("cpu")
+    plain, amx = (cpu.model_copy(update={"features": f}) for f in ((), ("avx2", "amx_bf16")))
+    base = cpu.ceilings.fp32_flops
+    assert cost.rate(cpu, "int16") == pytest.approx(1.3 * base) and cost.rate(plain, "int16") == base
+    assert cost.rate(amx, "bfloat16") <= 0.75 * base and cost.rate(plain, "bfloat16") == cpu.ceilings.bf16_flops
+    model = find("r1-nano")
+
+    def prompt(**ask):
+        plan = solve(model.name, model.config, model.spec, machine, Ask(device="cpu", **ask))
+        return plan.predicted.prefill_tokens_per_s
+
+    assert prompt(dtype="float32") == pytest.approx(prompt(dtype="bfloat16"), rel=0.2)  # FP8 is float32 either way
+    assert prompt(scheme="int4", dtype="int8") > prompt(scheme="int4") > prompt(scheme="int4", dtype="float32")
+
+
 def test_products_that_a_scheme_or_a_cpu_never_takes_are_refused():
     model = find("r1-nano")
     for dtype, scheme in (("float8", "bf16"), ("bfloat16", "fp32"), ("bfloat16", "fp16")):

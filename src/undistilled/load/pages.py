@@ -21,9 +21,9 @@ from torch import Tensor
 PAGE = 2 << 20  # bytes of a huge page
 STRETCH = 256 << 20  # what is asked for at a time; what is never touched takes no memory
 LINE = 64  # tensors begin on lines of the cache
-NODES = Path("/sys/devices/system/node/has_memory")
-MBIND = {"x86_64": 237, "aarch64": 235}  # the system call's number
-INTERLEAVE = 3  # its policy
+NODES = Path("/sys/devices/system/node")
+MBIND, GET_MEMPOLICY = {"x86_64": 237, "aarch64": 235}, {"x86_64": 239, "aarch64": 236}  # system calls' numbers
+DEFAULT, INTERLEAVE = 0, 3  # policies
 
 
 class Pages:
@@ -50,20 +50,31 @@ def _stretch(nbytes: int) -> Tensor:
         area.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(area, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :]
-    if len(nodes()) > 1:
+    if len(nodes()) > 1 and unbound():
         spread(memory, nodes())
     return memory
 
 
 @cache
 def nodes() -> tuple[int, ...]:
-    """The NUMA nodes that have memory; none where the system does not say."""
+    """The NUMA nodes that have memory and cores, so that it is no GPU's; none where the system does not say."""
+
+    def those(file: str) -> set[int]:
+        ranges = [part.partition("-") for part in (NODES / file).read_text().strip().split(",") if part]
+        return {n for first, _, last in ranges for n in range(int(first), int(last or first) + 1)}
+
     try:
-        said = NODES.read_text().strip()
+        return tuple(sorted(those("has_memory") & those("has_cpu")))
     except OSError:
         return ()
-    ranges = [part.partition("-") for part in said.split(",") if part]
-    return tuple(n for first, _, last in ranges for n in range(int(first), int(last or first) + 1))
+
+
+def unbound() -> bool:
+    """Whether nobody said where this process' memory lies, as numactl does."""
+    mode = ctypes.c_int(DEFAULT)
+    number = GET_MEMPOLICY.get(platform.machine())
+    known = number is not None and ctypes.CDLL(None).syscall(number, ctypes.byref(mode), None, 0, None, 0) == 0
+    return known and mode.value == DEFAULT
 
 
 def spread(memory: Tensor, over: tuple[int, ...]) -> bool:

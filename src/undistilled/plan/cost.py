@@ -31,6 +31,7 @@ LOADING = 48  # bytes of copies for each of them while they are turned into anot
 SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8, "experts": 0}
 OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "experts": 5}
 PLAIN = ("bf16", "fp16", "fp32")
+COARSE = "int8 across"  # products of INT8 with INT4 that lies across: faster than those with what lies by rows
 SLOW = ("nl5", "nl6")  # families that a GPU has no kernels for
 REPLAY_S = {"cuda": 5e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
 
@@ -130,7 +131,7 @@ def product_seconds(
     placed: list[Placed], spec: ModelSpec, home: str, device: Device, compute: str, flops: float
 ) -> float:
     """Seconds of what a home has of a prompt's `flops`, by the dtype of its products."""
-    shares = _flop_shares(placed, spec, home, compute)
+    shares = _flop_shares(placed, spec, home, device.kind, compute)
     return sum(share * flops / rate(device, products) for products, share in shares.items())
 
 
@@ -153,24 +154,30 @@ def rate(device: Device, products: str) -> float:
     ceilings, features = device.ceilings, device.features
     if products == "int8":
         return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
-    if products == "int16":
-        return ceilings.fp32_flops * (1.3 if "avx2" in features else 1.0)
+    if products in ("int16", COARSE):
+        return ceilings.fp32_flops * ((1.3 if products == "int16" else 1.9) if "avx2" in features else 1.0)
     ours = 0.75 * ceilings.fp32_flops if "amx_bf16" in features else math.inf
     return ceilings.fp32_flops if products == "float32" else min(ours, ceilings.bf16_flops)
 
 
-def _flop_shares(placed: list[Placed], spec: ModelSpec, device: str, compute: str) -> dict[str, float]:
-    """The shares of all linear layers' operations that a device has, by the dtype of their products."""
+def _multiplied(row: Row, compute: str) -> str:
+    """The dtype of a weight's products on a CPU, as `rate` knows it."""
+    products = products_of(row.role, row.scheme, "cpu", compute) or "float32"
+    return COARSE if products == "int8" and family(row.scheme) == "int4" else products
+
+
+def _flop_shares(placed: list[Placed], spec: ModelSpec, home: str, kind: str, compute: str) -> dict[str, float]:
+    """The shares of all linear layers' operations that a home has, by the dtype of their products."""
 
     def work(p: Placed) -> float:
         active = spec.moe.per_token / spec.moe.experts if p.weight.experts and spec.moe else 1.0
         return p.weight.params * active if p.weight.is_linear else 0.0
 
-    total, shares = sum(work(p) for p in placed), dict.fromkeys((compute,), 0.0)
+    total = sum(work(p) for p in placed)
+    shares: dict[str, float] = {}
     for p in placed:
-        if p.row.compute == device:
-            mixed = compute in INTEGERS and not products_of(p.row.role, p.row.scheme, "cpu", compute)
-            products = "float32" if mixed else compute
+        if p.row.compute == home:
+            products = _multiplied(p.row, compute) if kind == "cpu" else compute
             shares[products] = shares.get(products, 0.0) + work(p) / total
     return shares
 
