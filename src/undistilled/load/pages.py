@@ -13,15 +13,15 @@ import math
 import mmap
 import platform
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..plan.probe import NODES, nodes_with
+
 PAGE = 2 << 20  # bytes of a huge page
 STRETCH = 256 << 20  # what is asked for at a time; what is never touched takes no memory
 LINE = 64  # tensors begin on lines of the cache
-NODES = Path("/sys/devices/system/node")
 MBIND, GET_MEMPOLICY = {"x86_64": 237, "aarch64": 235}, {"x86_64": 239, "aarch64": 236}  # system calls' numbers
 DEFAULT, INTERLEAVE = 0, 3  # policies
 
@@ -58,14 +58,9 @@ def _stretch(nbytes: int) -> Tensor:
 @cache
 def nodes() -> tuple[int, ...]:
     """The NUMA nodes that have memory and cores, so that it is no GPU's; none where the system does not say."""
-
-    def those(file: str) -> set[int]:
-        ranges = [part.partition("-") for part in (NODES / file).read_text().strip().split(",") if part]
-        return {n for first, _, last in ranges for n in range(int(first), int(last or first) + 1)}
-
     try:
-        return tuple(sorted(those("has_memory") & those("has_cpu")))
-    except OSError:
+        return tuple(sorted(nodes_with("has_memory", NODES) & nodes_with("has_cpu", NODES)))
+    except (OSError, ValueError):
         return ()
 
 

@@ -144,12 +144,19 @@ def _sysconf(name: str) -> int:
         return 0
 
 
-def numa_nodes(folder: Path = Path("/sys/devices/system/node")) -> int:
+NODES = Path("/sys/devices/system/node")
+
+
+def nodes_with(file: str, folder: Path = NODES) -> set[int]:
+    """The NUMA nodes that a file of the system's lists, as 0-1,3. OSError or ValueError where it does not say."""
+    spans = [part.split("-") for part in (folder / file).read_text().strip().split(",") if part]
+    return {node for span in spans for node in range(int(span[0]), int(span[-1]) + 1)}
+
+
+def numa_nodes(folder: Path = NODES) -> int:
     """NUMA nodes that have memory; 1 where the system does not say."""
     try:
-        listed = (folder / "has_memory").read_text().strip()  # as 0-1,3
-        spans = [part.split("-") for part in listed.split(",") if part]
-        return max(1, sum(int(span[-1]) - int(span[0]) + 1 for span in spans))
+        return max(1, len(nodes_with("has_memory", folder)))
     except (OSError, ValueError):
         return max(1, len(list(folder.glob("node[0-9]*"))))
 

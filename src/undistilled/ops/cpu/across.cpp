@@ -97,11 +97,9 @@ struct Eights {
   }
 };
 
-struct CountedFours : Steps {
-  using Steps::Steps;
-  typedef Fp16 Scale;   // as all such schemes have
-  static constexpr long BLOCK = 256;
-  template <class F> INLINE void each(const CountedFours&, const uint8_t* w, F f) {
+struct CountedPairs : CountedFours {
+  using CountedFours::CountedFours;
+  template <class F> INLINE void each(const CountedPairs&, const uint8_t* w, F f) {
     UNROLL for (int q = 0; q < 4; q++) {
       Lanes v = lanes_at(w + 64 * q);
       f(4 * q, few(v, 15)), f(4 * q + 1, few(right<8>(v), 15));
@@ -128,7 +126,7 @@ struct DecodedFours : Whole<4> {
 template <class F> void with_codes(const Matrix& a, F f) {
   const Codes& c = a.tiling.codes[0];
   if (c.bits == 8) return f(Eights());
-  Steps::suits(c.levels, 16) ? f(CountedFours(c.levels)) : f(made_of<DecodedFours>(c.levels));
+  Steps::suits(c.levels, 16) ? f(CountedPairs(c.levels)) : f(made_of<DecodedFours>(c.levels));
 }
 
 thread_local Scratch scratch;

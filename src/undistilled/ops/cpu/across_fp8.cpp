@@ -3,8 +3,8 @@
 // A code's bits moved into a BF16 are its value times 2^-120, and into a float16 times 2^-8, subnormals too; float32 is
 // made of the first by zeros below it, of the second by an instruction. That one takes AMD's processors twice the time;
 // on the first, which may be float32's subnormals, Intel's take a hundred times as long for a product. All else is the
-// same, the bits of results too unless x is below 2^-60 or so. Nothing of x is rounded. Two inputs of an output lie in neighbouring lanes, each with a
-// sum of its own; 16 outputs share a scale for each 128 inputs.
+// same, the bits of results too unless x is below 2^-60 or so. Nothing of x is rounded. Two inputs of an output lie in
+// neighbouring lanes, each with a sum of its own; 16 outputs share a scale for each 128 inputs.
 #include <cstdlib>
 #include "across.h"
 #include "panel.h"

@@ -8,10 +8,8 @@
 
 namespace {
 
-struct Nibbles : Steps {          // a step is four inputs
-  using Steps::Steps;
-  typedef Fp16 Scale;   // as all such schemes have
-  static constexpr long BLOCK = 256;
+struct Nibbles : CountedFours {   // a step is four inputs
+  using CountedFours::CountedFours;
   template <class F> INLINE void each(const Nibbles&, const uint8_t* w, F f) {
     UNROLL for (int q = 0; q < 4; q++) {
       Lanes v = lanes_at(w + 64 * q);

@@ -14,6 +14,13 @@
 
 constexpr int FEW = 3;            // rows of x for which nothing is kept
 
+// What decoders of codes of 4 bits that are one apart have in common.
+struct CountedFours : Steps {
+  using Steps::Steps;
+  typedef Fp16 Scale;   // as all such schemes have
+  static constexpr long BLOCK = 256;
+};
+
 // Calls f(k, end, g) for inputs from `k` to `end` by what shares both scales, and is in group g.
 template <class X, class F> INLINE void each_run(const Matrix& a, long k, long end, F f) {
   constexpr long SHARE = X::UNIT * X::SHARE;
@@ -136,16 +143,13 @@ void sliced(const W& w, const Strip& s, const Row<X>* x, long rows, float (*tota
 template <class X, class F>
 void product_of(const Matrix& a, long n, long count, const uint16_t* const* x, long rows, float* const* y,
                 Scratch& scratch, F with_codes) {
-  Cutter count_it, cut;
-  auto place = [&](Cutter& c, Row<X>*& r, float*& t) {
-    r = c.take<Row<X>>(rows + MOST), t = c.take<float>(rows * OUTPUTS);
-  };
   Row<X>* r;
-  float* t;
-  place(count_it, r, t);
-  cut.at = (char*)scratch.of(count_it.at - (char*)nullptr);
-  place(cut, r, t);
-  float (*totals)[OUTPUTS] = (float(*)[OUTPUTS])t;
+  float (*totals)[OUTPUTS];
+  auto cut = [&](Cutter c) {
+    r = c.take<Row<X>>(rows + MOST), totals = (float(*)[OUTPUTS])c.take<float>(rows * OUTPUTS);
+    return c.at - (char*)nullptr;
+  };
+  cut({(char*)scratch.of(cut({}))});
   for (long m = 0; m < rows + MOST; m++) r[m] = Row<X>(a, x[m < rows ? m : rows - 1]);
   with_codes(a, [&](const auto& w) {
     for (long end = n + count; n < end; n += OUTPUTS) {
