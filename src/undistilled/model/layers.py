@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..ops import linear
 from ..ops.add import add
 from ..ops.experts import experts
 from ..ops.linear import apply
@@ -54,6 +55,14 @@ class Linear(Weighted):
         return apply(x_TK, self.stored, vector(self.bias))
 
 
+def both(x_TK: torch.Tensor, first: Linear, second: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two linears without biases make of the same input."""
+    if torch.is_grad_enabled():  # who watches a layer's gradients (calibration) does so by its module
+        return first(x_TK), second(x_TK)
+    kernel = linear.both.resolve(first.stored, second.stored, x_TK.dtype)
+    return kernel.run(x_TK, first.stored, second.stored)
+
+
 class Norm(Weighted):
     def __init__(self, make: Make, name: str, eps: float) -> None:
         super().__init__(make, f"{name}.weight")
@@ -83,7 +92,7 @@ class SwiGlu(nn.Module):
         self.down_proj = Linear(make, f"{name}.down_proj")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(silu_mul(*both(x_TD, self.gate_proj, self.up_proj)))
 
 
 class Bank(Protocol):

@@ -57,6 +57,12 @@ def served(weight: Stored, dtype: torch.dtype) -> bool:
     return isinstance(weight.scheme, plain.Plain) or linear.resolve(weight, dtype) is not linear.reference
 
 
+@op
+def both(x_TK: torch.Tensor, first: Stored, second: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W^T by each of two weights."""
+    return apply(x_TK, first), apply(x_TK, second)
+
+
 @linear.register(
     "dense",
     lambda w, dtype: not w.products and isinstance(w.scheme, plain.Plain) and w.parts["values"].dtype == dtype,
@@ -161,6 +167,15 @@ def _triton_tiles(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     from .triton import tiles as kernels
 
     return kernels.linear(x_TK, weight)
+
+
+@both.register("triton", cuda.pairs, "our Triton kernel: up to 64 tokens by both in one launch")
+def _triton_both(x_TK: torch.Tensor, first: Stored, second: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton import linear as kernels
+
+    if x_TK.dim() != 2 or len(x_TK) > kernels.FEW:
+        return both.reference.run(x_TK, first, second)
+    return kernels.few_of_both(x_TK.contiguous(), first, second)
 
 
 def dense(weight: Stored, dtype: torch.dtype) -> torch.Tensor:

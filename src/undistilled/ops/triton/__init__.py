@@ -47,6 +47,12 @@ def tiles_ready(weight: Stored, dtype: torch.dtype) -> bool:
     return _here(weight, dtype)
 
 
+def pairs(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
+    """Whether one launch of the kernels multiplies by both: of one form, with as many inputs."""
+    alike = first.scheme == second.scheme and first.shape[-1] == second.shape[-1]
+    return alike and ready(first, dtype) and ready(second, dtype)
+
+
 def multiplies(weight: Stored, dtype: torch.dtype) -> bool:
     """Whether either of both serves."""
     return ready(weight, dtype) or tiles_ready(weight, dtype)

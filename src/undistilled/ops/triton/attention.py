@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .after import EARLY, after
+
 SPAN = 256  # tokens
 JOINED = 16  # spans that are loaded at once
 MANY, FEW = (64, 64, 8), (16, 32, 4)  # query heads of a key-value head: heads and tokens at once, warps
@@ -23,6 +25,7 @@ def _spans(
     HB: tl.constexpr, SHARED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """out [R, SPANS, H, V], logs [R, SPANS, H] (log of the sum of exponentials, base 2). KH, VH: slot strides."""
+    after()
     r, block, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + r)
     begin = span * SPAN
@@ -73,6 +76,7 @@ def _spans(
 @triton.jit
 def _join(out, logs, contexts, y, H, V, SPANS, VP: tl.constexpr, SPAN: tl.constexpr, MANY: tl.constexpr):
     """The spans of a row and head, weighted; MANY of them at once, in their order."""
+    after()
     r, h = tl.program_id(0), tl.program_id(1)
     s, v = tl.arange(0, MANY), tl.arange(0, VP)
     count = tl.cdiv(tl.load(contexts + r), SPAN)
@@ -109,9 +113,9 @@ def _attend(q, keys, values, tables, contexts, size, scale, main, tail, width, s
     _spans[(R, kv_heads * -(-times // heads), spans)](
         q, keys, values, tables, seen, out, logs, scale, tables.shape[1], size, H, times, main, tail, width,
         keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=tokens, SPAN=SPAN,
-        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=warps, num_stages=2,
+        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=warps, num_stages=2, **EARLY,
     )  # fmt: skip
-    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, MANY=JOINED, num_warps=4)
+    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, MANY=JOINED, num_warps=4, **EARLY)
     return y
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
+from .after import EARLY, after
 from .form import arguments
 from .linear import BK
 from .small import silu_mul
@@ -51,6 +52,7 @@ def arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.
 
 @triton.jit(do_not_specialize=["P"])
 def _arrange(ids, order, experts, starts, counts, P, E, BM: tl.constexpr, PP: tl.constexpr, STEP: tl.constexpr):
+    after()
     arrange(ids, order, experts, starts, counts, P, E, BM, PP, STEP)
 
 
@@ -61,6 +63,7 @@ def _up(
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
     EVEN: tl.constexpr, AFTER: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
+    after()
     slot = tl.program_id(1)
     count = tl.load(counts + slot)
     if count == 0:
@@ -99,6 +102,7 @@ def _one(
 ):  # fmt: skip
     """One product of each pair. LAST: of what lies in the order of experts, times the pair's share, into the pair's
     place; else of its token, into the order of experts."""
+    after()
     slot = tl.program_id(1)
     count = tl.load(counts + slot)
     if count == 0:
@@ -131,6 +135,7 @@ def _one(
 @triton.jit
 def _sum(y, ids, out, D, E, k_each: tl.constexpr, BLOCK: tl.constexpr):
     """A token's results in the order of its choices, in float32; choices of other banks add nothing."""
+    after()
     t = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -146,7 +151,7 @@ def arranged(ids: torch.Tensor, experts: int) -> tuple[int, torch.Tensor]:
     pairs = ids.numel()
     made = torch.empty(4, pairs, dtype=torch.int32, device=ids.device)
     padded = max(16, triton.next_power_of_2(pairs))
-    _arrange[(1,)](ids, *made, pairs, experts, BM=SMALL, PP=padded, STEP=min(padded, 32), num_warps=8)
+    _arrange[(1,)](ids, *made, pairs, experts, BM=SMALL, PP=padded, STEP=min(padded, 32), num_warps=8, **EARLY)
     return pairs, made
 
 
@@ -176,7 +181,7 @@ def summed(y: torch.Tensor, ids: torch.Tensor, experts: int, dtype: torch.dtype)
     """The sums [T, D] of the results [P, D] of each token's choices."""
     (T, k), D = ids.shape, y.shape[1]
     out = y.new_empty(T, D, dtype=dtype)
-    _sum[(-(-D // 1024), T)](y, ids, out, D, experts, k_each=k, BLOCK=1024)
+    _sum[(-(-D // 1024), T)](y, ids, out, D, experts, k_each=k, BLOCK=1024, **EARLY)
     return out
 
 
@@ -230,5 +235,5 @@ def _settings(a, inputs: int, few: bool) -> dict:
     return {
         "S": form, "BN": rows, "BM": SMALL if few else LARGE, "BK": step, "G": form.columns(step, few),
         "EVEN": inputs % step == 0, "AFTER": few, "TALL": form.tall,
-        "num_warps": warps, "num_stages": depth if form.columns(step, few) == 1 else 3,
+        **EARLY, "num_warps": warps, "num_stages": depth if form.columns(step, few) == 1 else 3,
     }  # fmt: skip

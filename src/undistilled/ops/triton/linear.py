@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
+from .after import EARLY, after
 from .decode import codes, get, lifted, scale
 from .form import arguments
 from .tile import multiplied, piece_scales, product, run_of
@@ -21,17 +22,30 @@ from .tile import multiplied, piece_scales, product, run_of
 FEW = 64  # tokens; above, a product on a dense copy is faster
 BK = 128
 ROWS = (64, 4, 4)  # rows of the weight in a program, warps, depth of the pipeline
-PROGRAMS = 132 * 5  # that a split aims at
+SMALL = 1 << 25  # codes of a weight; joining many parts would take it as long as they do
+PROGRAMS = (132 * 2, 132 * 5)  # that a split aims at: of small weights, and of others
+AHEAD = tl.constexpr(8)
 _counters: dict[tuple[int, int], torch.Tensor] = {}
 
 
-@triton.jit(do_not_specialize=["T", "SPLIT"])  # a row must meet the same code in any company
+@triton.jit(do_not_specialize=["T", "SPLIT", "TILES"])  # a row must meet the same code in any company
 def _linear(
-    x, y, parts, counters, w, scales, lows, multipliers, T, N, K, WR, GR, SPLIT,
+    x, y, parts, counters, w, scales, lows, multipliers, w2, scales2, lows2, multipliers2,
+    T, N, N2, K, WR, GR, SPLIT, TILES,
     S: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
+    """y [T, N], and with `TWO` behind it [T, N2] of the second weight, whose tiles come behind the first's TILES."""
+    after()
     tile, part = tl.program_id(0), tl.program_id(1)
+    counter, whole = counters + tile, T * (N + N2)
+    if TWO:
+        if tile >= TILES:
+            tile -= TILES
+            w, scales, lows, multipliers = w2, scales2, lows2, multipliers2
+            y += T * N
+            parts += T * N
+            N = N2
     rows = tile * BN + tl.arange(0, BN)
     n = tl.minimum(rows, N - 1)
     m = tl.arange(0, G * BM) % BM
@@ -45,16 +59,28 @@ def _linear(
     at = t[None, :] * N + rows[:, None]
     mask = (t[None, :] < T) & (rows[:, None] < N)
     if SPLIT > 1:
-        tl.store(parts + part * (T * N) + at, acc, mask=mask)
+        tl.store(parts + part * whole + at, acc, mask=mask)
         tl.debug_barrier()  # every thread's part is written before this program is counted
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
-            acc = tl.zeros([BN, BM], tl.float32)
-            for i in range(SPLIT):
-                acc += tl.load(parts + i * (T * N) + at, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(counters + tile, 0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+            acc = _joined(parts + at, mask, whole, SPLIT)
+            tl.store(counter, 0)
             tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _joined(parts, mask, whole, SPLIT):
+    """The sum of the parts, in their order; AHEAD of them are on their way at once."""
+    acc = tl.zeros(parts.shape, tl.float32)
+    for i in range(0, SPLIT, AHEAD):
+        found: tl.tuple = ()
+        for j in tl.static_range(AHEAD):
+            there = mask & (i + j < SPLIT)
+            found += (tl.load(parts + (i + j) * whole, mask=there, other=0.0, cache_modifier=".cg"),)
+        for j in tl.static_range(AHEAD):
+            acc += found[j]
+    return acc
 
 
 def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
@@ -68,26 +94,39 @@ def linear(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 
 def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
     """At most FEW tokens."""
-    (N, K), T = weight.shape, len(x_TK)
-    a = arguments(weight)
-    y = x_TK.new_empty(T, N)
+    return _few(x_TK, weight, None).view(len(x_TK), weight.shape[0])
+
+
+def few_of_both(x_TK: torch.Tensor, weight: Stored, second: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most FEW tokens by two weights of one form, with the same inputs, in one launch."""
+    y, (N, _), T = _few(x_TK, weight, second), weight.shape, len(x_TK)
+    return y[: T * N].view(T, N), y[T * N :].view(T, -1)
+
+
+def _few(x_TK: torch.Tensor, weight: Stored, second: Stored | None) -> torch.Tensor:
+    """[T * N], then the second weight's [T * N2]."""
+    (N, K), T, N2 = weight.shape, len(x_TK), 0 if second is None else second.shape[0]
+    a, b = arguments(weight), arguments(second or weight)
+    y = x_TK.new_empty(T * (N + N2))
     if T == 0:
         return y
-    (rows, warps, depth), split = ROWS, splits(N, K)
-    tiles = -(-N // rows)
-    parts = torch.empty(split * T * N if split > 1 else 0, dtype=torch.float32, device=y.device)
+    (rows, warps, depth), split = ROWS, splits(N + N2, K)
+    first = -(-N // rows)
+    tiles = first + -(-N2 // rows)
+    parts = torch.empty(split * len(y) if split > 1 else 0, dtype=torch.float32, device=y.device)
     bm = max(8, triton.next_power_of_2(T))
     _linear[(tiles, split)](
-        x_TK, y, parts, counters(y.device, tiles), *a.parts, T, N, K, a.row_bytes, a.groups, split,
-        S=a.form, BN=rows, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0,
-        num_warps=warps, num_stages=depth if bm * a.form.columns(BK) <= 32 else 3,
+        x_TK, y, parts, counters(y.device, tiles), *a.parts, *b.parts, T, N, N2, K, a.row_bytes, a.groups, split, first,
+        S=a.form, BN=rows, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0, TWO=second is not None,
+        num_warps=warps, num_stages=depth if bm * a.form.columns(BK) <= 32 else 3, **EARLY,
     )  # fmt: skip
     return y
 
 
 def splits(outputs: int, inputs: int) -> int:
     """Parts that the inputs are cut into: of the weight's shape alone."""
-    return max(1, min(PROGRAMS // -(-outputs // ROWS[0]), inputs // BK // 2))
+    programs = PROGRAMS[outputs * inputs > SMALL]
+    return max(1, min(programs // -(-outputs // ROWS[0]), inputs // BK // 2))
 
 
 def counters(device: torch.device, tiles: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...model.spec import Moe
+from .after import EARLY, after
 
 
 @triton.jit
@@ -41,6 +42,7 @@ def _route(
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISE: tl.constexpr,
     GP: tl.constexpr, WP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
+    after()
     t = tl.program_id(0).to(tl.int64)
     g, w, k = tl.arange(0, GP), tl.arange(0, WP), tl.arange(0, KP)
     expert = g[:, None] * WIDTH + w[None, :]
@@ -80,6 +82,6 @@ def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tup
         _route[(tokens,)](
             logits, logits if bias_E is None else bias_E, ids, shares, moe.scale, GROUPS=moe.groups, WIDTH=width,
             BEST=moe.top_groups, K=moe.per_token, SIGMOID=moe.scoring == "sigmoid", BIASED=bias_E is not None,
-            NORMALISE=moe.normalise, GP=padded[0], WP=padded[1], KP=padded[2], num_warps=1,
+            NORMALISE=moe.normalise, GP=padded[0], WP=padded[1], KP=padded[2], num_warps=1, **EARLY,
         )  # fmt: skip
     return ids, shares

@@ -6,9 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .after import EARLY, after
+
 
 @triton.jit
 def _norm(x, w, y, D, eps, BLOCK: tl.constexpr):
+    after()
     at = tl.program_id(0).to(tl.int64) * D
     d = tl.arange(0, BLOCK)
     value = tl.load(x + at + d, mask=d < D, other=0.0).to(tl.float32)
@@ -24,12 +27,13 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x.numel() // width
     if rows:
         warps = 8 if width > 2048 else 4
-        _norm[(rows,)](x, w_D, y, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=warps)
+        _norm[(rows,)](x, w_D, y, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=warps, **EARLY)
     return y
 
 
 @triton.jit
 def _silu_mul(g, u, y, count, BLOCK: tl.constexpr):
+    after()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(g + i, mask=i < count, other=0.0).to(tl.float32)
     b = tl.load(u + i, mask=i < count, other=0.0).to(tl.float32)
@@ -41,12 +45,13 @@ def silu_mul(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     a, b = g.contiguous(), u.contiguous()
     y = torch.empty_like(a)
     if a.numel():
-        _silu_mul[(-(-a.numel() // 1024),)](a, b, y, a.numel(), BLOCK=1024)
+        _silu_mul[(-(-a.numel() // 1024),)](a, b, y, a.numel(), BLOCK=1024, **EARLY)
     return y
 
 
 @triton.jit
 def _rotate(x, cos, sin, y, HEADS, F, ST, SH, PAIRED: tl.constexpr, FP: tl.constexpr):
+    after()
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.arange(0, FP)
     mask = f < F
@@ -72,6 +77,6 @@ def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, inte
         padded = triton.next_power_of_2(width // 2)
         _rotate[(tokens, heads)](
             x_THR, cos_TF.contiguous(), sin_TF.contiguous(), y, heads, width // 2, *strides,
-            PAIRED=interleaved, FP=padded, num_warps=1,
+            PAIRED=interleaved, FP=padded, num_warps=1, **EARLY,
         )  # fmt: skip
     return y
