@@ -27,7 +27,7 @@ class Alone:
 
     def __init__(self, mesh, rank: int, _store: str) -> None:
         self.mesh, self.rank = mesh, rank
-        self.waited = 0.0
+        self.entered, self.waited = 0, 0.0
 
     def progress(self) -> None: ...
     def barrier(self) -> None: ...
@@ -80,7 +80,8 @@ def main() -> None:
             for rows in args.rows:
                 found, span = profile(member, rows)
                 total = sum(sum(each) for each in found.values()) / STEPS
-                print(f"{case}, {rows} rows: {span:.0f} us a step, kernels {total:.0f} us")
+                wall = gpu_ranks.steps(member, rows)[0] * 1e3
+                print(f"{case}, {rows} rows: {wall:.0f} us a step, {span:.0f} on the GPU, kernels {total:.0f} us")
                 for name, each in sorted(found.items(), key=lambda pair: -sum(pair[1]))[:40]:
                     print(f"{sum(each) / STEPS:9.1f} us {len(each) / STEPS:6.1f} x {median(each):6.1f}  {name[:90]}")
         del member

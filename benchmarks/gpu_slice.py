@@ -68,7 +68,7 @@ class Slice:
     def hidden(self, tokens: list[int], start: int, prefill: bool) -> torch.Tensor:
         """Hidden states of tokens[start:], which follow what is in the cache."""
         sequence = Sequence(Request("r", tokens, Sampling()), tokens, self.blocks)
-        return self.runner.part.hidden(self.runner.batch([Work(sequence, start, len(tokens))], prefill))
+        return self.runner.part.hidden(self.runner.passed([Work(sequence, start, len(tokens))], prefill))
 
     def rows(self, prompt: list[int], further: list[int]) -> torch.Tensor:
         """Logits [1 + N, vocab] after the prompt and each further token, a token at a time as decoding does."""

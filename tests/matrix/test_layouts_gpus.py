@@ -102,7 +102,7 @@ def test_a_lost_rank_ends_the_run(axis, number, rank, tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src") + ":" + os.environ.get("PYTHONPATH", "")}
     run = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
-        assert run.stdout.readline() == "ready\n"
+        assert run.stdout.readline() == "ready\n", run.communicate(timeout=30)[1]
         time.sleep(1)
         first = psutil.Process(run.pid)
         others = [p for p in first.children() if RANK in p.cmdline()]  # Triton starts compilers too

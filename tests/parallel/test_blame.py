@@ -110,6 +110,9 @@ def test_joining():
     assert found.rank == 2
     assert judged(joins(0, 70), joins(1, 70), joins(2, 1)) is None
     assert doing(joins(1, 7)) == "joining the other ranks"
+    short = Limits(3.0)  # NCCL alone takes as long to begin
+    assert stalled({rank: joins(rank, 20) for rank in range(3)}, short) is None
+    assert stalled({rank: joins(rank, 40) for rank in range(3)}, short).why == "stalled"
 
 
 def test_all_in_one_collective_for_too_long():

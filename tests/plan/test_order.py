@@ -4,7 +4,7 @@ import pytest
 
 from undistilled.checkpoint.resolve import find
 from undistilled.parallel.cluster import merged
-from undistilled.plan.hardware import Link, load_machine
+from undistilled.plan.hardware import Link, Timed, load_machine
 from undistilled.plan.order import Links, ordered
 from undistilled.plan.ranks import Degrees
 from undistilled.plan.solve import Ask, solve
@@ -60,3 +60,12 @@ def test_a_stage_stays_on_its_host():
     mixed = [gpus[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     found = ordered(mixed, 4, 2, Links(both.links))
     assert [{int(d.name.split(":")[1]) // 4 for d in found[at : at + 4]} for at in (0, 4)] == [{0}, {1}]
+
+
+def test_collectives_are_as_measured_at_sizes_around_them():
+    sums = (Timed(bytes=100, seconds=1.0), Timed(bytes=300, seconds=2.0))
+    link = Link(a="a", b="b", bytes_per_s=10, latency_s=5, kind="nvlink", source="measured", sums=sums)
+    links = Links([link])
+    found = [links.sum_seconds("b", "a", n) for n in (1, 100, 200, 300, 500)]
+    assert found == [1.0, 1.0, 1.5, 2.0, 3.0]
+    assert links.gather_seconds("a", "b", 100) == 15  # not measured: by the rate

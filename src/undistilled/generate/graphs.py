@@ -6,7 +6,8 @@ are powers of two. Rows that are missing repeat the last one: they compute what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from ..ops import triton as cuda
 from ..ops.experts import fused
 from ..ops.linear import served
 from ..ops.registry import forced
+from ..parallel.messages import Pass
 
 ROWS = 64  # above, launches are a small part of a pass
 FEWEST_BLOCKS = 16
@@ -50,9 +52,9 @@ class Ran:
 class Graph:
     """One captured pass. Its numbers lie in one tensor, so that one copy brings them."""
 
-    def __init__(self, graphs: Graphs, rows: int, blocks: int, like: Batch, h_TD: torch.Tensor | None) -> None:
+    def __init__(self, graphs: Graphs, rows: int, blocks: int, like: Pass, h_TD: torch.Tensor | None) -> None:
         decoder = graphs.decoder
-        self.rows, self.blocks, self.size = rows, blocks, like.block_size
+        self.rows, self.blocks, self.size = rows, blocks, graphs.size
         self.numbers = torch.zeros(rows * (3 + blocks), dtype=torch.int32, device=decoder.device)
         self.before = None if h_TD is None else h_TD.new_zeros(rows, h_TD.shape[1])
         self.fill(like, h_TD)
@@ -74,41 +76,51 @@ class Graph:
         h_TD = decoder(batch, caches, self.before)
         return Ran(h_TD, decoder.logits(h_TD) if decoder.last else None)
 
-    def fill(self, batch: Batch, h_TD: torch.Tensor | None) -> None:
-        """Take over a batch in host memory, of at most as many rows and blocks."""
-        count, width = batch.tables_RB.shape
-        repeated = torch.arange(self.rows).clamp(max=count - 1)
-        columns = torch.stack((batch.tokens_T, batch.positions_T, batch.slots_T)).int()[:, repeated]
-        tables = torch.nn.functional.pad(batch.tables_RB, (0, self.blocks - width))[repeated]
+    def fill(self, work: Pass, h_TD: torch.Tensor | None) -> None:
+        """Take over a pass of at most as many rows and blocks."""
         # not pinned: CUDA takes such a copy's bytes at once, so that the next pass may follow before it is done
-        self.numbers.copy_(torch.cat((columns.flatten(), tables.flatten())), non_blocking=True)
+        self.numbers.copy_(numbers(work, self.rows, self.blocks), non_blocking=True)
         if h_TD is not None and self.before is not None:
+            count = len(work.tokens)
             self.before[:count].copy_(h_TD)
             self.before[count:].copy_(h_TD[-1:].expand(self.rows - count, -1))
 
-    def __call__(self, batch: Batch, h_TD: torch.Tensor | None) -> Ran:
-        self.fill(batch, h_TD)
+    def __call__(self, work: Pass, h_TD: torch.Tensor | None) -> Ran:
+        self.fill(work, h_TD)
         self.graph.replay()
-        count, logits_TV = len(batch.tokens_T), self.ran.logits_TV
+        count, logits_TV = len(work.tokens), self.ran.logits_TV
         return Ran(self.ran.h_TD[:count], None if logits_TV is None else logits_TV[:count])
+
+
+def numbers(work: Pass, rows: int, blocks: int) -> torch.Tensor:
+    """A pass's tokens, positions, slots and tables as int32 in host memory, made up to so many rows and blocks."""
+    flat, more = array("i"), rows - len(work.tokens)
+    for values in (work.tokens, work.positions, work.slots):
+        flat.extend(values)
+        flat.extend(values[-1:] * more)
+    for table in (*work.tables, *work.tables[-1:] * more):
+        flat.extend(table)
+        flat.frombytes(bytes(4 * (blocks - len(table))))
+    return torch.frombuffer(flat, dtype=torch.int32)
 
 
 class Graphs:
     """A graph for each size of pass that came twice. On several ranks all capture the same passes."""
 
-    def __init__(self, decoder: Decoder, caches: Sequence[Cache]) -> None:
-        self.decoder, self.caches = decoder, caches
+    def __init__(self, decoder: Decoder, caches: Sequence[Cache], size: int) -> None:
+        self.decoder, self.caches, self.size = decoder, caches, size
         self.graphs: dict[tuple[int, int], Graph | None] = {}
 
-    def __call__(self, batch: Batch, h_TD: torch.Tensor | None = None) -> Ran:
-        """A decode batch in host memory, good until the next call; `h_TD`: of the stage before this one."""
-        rows, blocks = batch.tables_RB.shape
+    def __call__(self, work: Pass, batch: Callable[[Pass], Batch], h_TD: torch.Tensor | None = None) -> Ran:
+        """A decode pass, good until the next call; `batch` makes tensors of one that is not captured, `h_TD` is of the
+        stage before this one."""
+        rows, blocks = len(work.tables), len(work.tables[0])
         key = bucket(rows), max(FEWEST_BLOCKS, bucket(blocks))
         if rows > ROWS or key not in self.graphs:
             if rows <= ROWS:
                 self.graphs[key] = None
-            return Ran(self.decoder(batch.to(self.decoder.device), self.caches, h_TD))
+            return Ran(self.decoder(batch(work), self.caches, h_TD))
         graph = self.graphs[key]
         if graph is None:
-            graph = self.graphs[key] = Graph(self, *key, batch, h_TD)
-        return graph(batch, h_TD)
+            graph = self.graphs[key] = Graph(self, *key, work, h_TD)
+        return graph(work, h_TD)

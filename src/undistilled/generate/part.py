@@ -35,7 +35,7 @@ def _replayed(decoder: Decoder, plan: Plan, caches: list[Cache], comm: Comm | No
     """What runs decode passes again by one call, where something does."""
     captured = capturable(decoder)
     if comm.agreed(captured) if comm else captured:
-        return Graphs(decoder, caches)
+        return Graphs(decoder, caches, plan.kv.block_size)
     if recordable(decoder):
         blocks = -(-plan.limits.context // plan.kv.block_size)
         return Programs(decoder, caches, LARGE - 1, blocks, plan.kv.block_size)
@@ -62,9 +62,9 @@ class Part:
     def submit(self, work: Pass) -> Submitted:
         """Do this rank's part of a pass. On rank 0, `collect` gives the logits."""
         self._begin()
-        batch, before = self.batch(work), self._before(work)
+        before = self._before(work)
         with self.clock.during():
-            ran = self._run(batch, before)
+            ran = self._run(work, before)
             logits = self._logits(work, ran)
         logits = self._after(work, ran.h_TD, logits)
         self.passes += 1
@@ -92,14 +92,16 @@ class Part:
             self.comm.settle()
         return torch.empty(0) if logits is None else logits
 
-    def hidden(self, batch: Batch, h_TD: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, work: Pass, h_TD: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [T, D] of every token, good until the next call."""
-        return self._run(batch, h_TD).h_TD
+        return self._run(work, h_TD).h_TD
 
-    def _run(self, batch: Batch, h_TD: torch.Tensor | None) -> Ran:
-        if batch.prefill or self.graphs is None:
-            return Ran(self.decoder(batch, self.caches, h_TD))
-        return self.graphs(batch, h_TD)
+    def _run(self, work: Pass, h_TD: torch.Tensor | None) -> Ran:
+        if self.graphs is None or work.prefill:
+            return Ran(self.decoder(self.batch(work), self.caches, h_TD))
+        if isinstance(self.graphs, Graphs):
+            return self.graphs(work, self.batch, h_TD)
+        return self.graphs(self.batch(work), h_TD)
 
     def _before(self, work: Pass) -> torch.Tensor | None:
         if self.decoder.first:
@@ -130,11 +132,10 @@ class Part:
         return logits if comm.rank == 0 else None
 
     def batch(self, work: Pass) -> Batch:
-        """A pass's numbers as tensors where this rank computes; in host memory for a pass that is replayed."""
-        device = torch.device("cpu") if self.graphs is not None and not work.prefill else self.device
+        """A pass's numbers as tensors where this rank computes."""
 
         def ids(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return torch.tensor(values, dtype=dtype, device=self.device)
 
         seen = torch.tensor(work.contexts, dtype=torch.int32)
         tables = ids(work.tables, torch.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -27,11 +27,6 @@ class Batch:
     prefill: bool
     cos_TF: torch.Tensor | None = None
     sin_TF: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """The same with what a device reads there: all but `contexts_R`."""
-        names = ("tokens_T", "positions_T", "slots_T", "tables_RB")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass

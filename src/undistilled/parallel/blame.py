@@ -18,11 +18,18 @@ RESTART = "The run is over: start it again."
 GONE = {LOST: "is gone, and its host with it", UNTOLD: "is gone with what kept it on its host, which is there"}
 
 
+JOIN = 30.0  # seconds, at least, that ranks may take to join: NCCL's start alone takes some
+
+
 @dataclass(frozen=True)
 class Limits:
     """watchdog: seconds without a sign of life, or behind while others wait, that a run allows."""
 
     watchdog: float
+
+    def passed(self, beat: Beat) -> bool:
+        """Whether a rank has been in what it is in for too long."""
+        return beat.seconds > (max(self.watchdog, JOIN) if beat.doing == JOINING else self.watchdog)
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,10 @@ def silent(heard: Mapping[int, float], beats: Mapping[int, Beat], clock: float, 
 def stalled(beats: Mapping[int, Beat], limits: Limits) -> Verdict | None:
     """The rank behind, where one has waited for too long. `beats` has all ranks that say what they are in."""
     for waits in beats.values():
-        if not waits.awaits or waits.seconds <= limits.watchdog:
+        if not waits.awaits or not limits.passed(waits):
             continue
         found = _behind_all(waits, beats)
-        if found.seconds <= limits.watchdog:
+        if not limits.passed(found):
             continue  # it moves: who waits for it may have to wait
         if not found.awaits:
             return _behind(found, waits)
@@ -84,7 +91,7 @@ def stalled(beats: Mapping[int, Beat], limits: Limits) -> Verdict | None:
 
 
 def _still(beat: Beat | None, limits: Limits) -> bool:
-    return beat is not None and beat.seconds > limits.watchdog
+    return beat is not None and limits.passed(beat)
 
 
 def _behind_all(waits: Beat, beats: Mapping[int, Beat]) -> Beat:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from time import perf_counter
 
 import torch
@@ -28,6 +29,7 @@ from .symmetric import OneShot
 
 ONE_SHOT = 1 << 20  # bytes
 PENDING = 64  # messages that are kept until they have arrived; a step has fewer passes
+LEAVING = 10.0  # seconds that NCCL may take to give its groups up
 TIMEOUT = timedelta(minutes=60)  # the driver's watchdog is there long before
 
 HANDING, RECEIVING = "send to the next stage", "receive from the stage before"
@@ -259,7 +261,14 @@ def leave() -> None:
     """Give this process's groups up; those who wait for it wait in vain."""
     if not dist.is_initialized():
         return
-    if dist.get_backend() == "nccl":  # its orderly end waits for ranks that may have been killed
-        dist.distributed_c10d._abort_process_group()
-    else:
+    if dist.get_backend() != "nccl":
         dist.destroy_process_group()
+        return
+    # its orderly end waits for ranks that may have been killed; and an abort for a kernel that waits for them
+    abort = Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
+    abort.start()
+    abort.join(LEAVING)
+    if abort.is_alive():
+        emit("comm.not_left", seconds=LEAVING)
+        said = f"NCCL has not given up its groups within {LEAVING:.0f} s"
+        print(f"{said}: this process cannot open an engine over GPUs again.", file=sys.stderr)

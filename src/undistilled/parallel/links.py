@@ -1,7 +1,7 @@
 """Measures how two processes talk: `python -m undistilled.parallel.links`, a process for each end of a pair.
 
 Latency is of an all-reduce of a token's hidden state, which decoding does twice a layer; the rate is of a message of
-64 MiB from one end to the other.
+64 MiB from one end to the other. Sums and gatherings are timed at further sizes: other ways serve large ones.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
@@ -24,12 +25,12 @@ from ..plan.mesh import Mesh
 from .local import LOOPBACK
 
 if TYPE_CHECKING:
-    import torch
-
     from .comm import Comm
 
 SMALL, LARGE = 7168, 16 << 20  # float32 elements: R1's hidden state; 64 MiB
-ROUNDS = 200
+SUMS = (1, 32, 512, 2048)  # of so many hidden states
+GATHERS = (1 << 18, 1 << 20, 1 << 23)  # bytes over both: R1's logits in BF16 are 1 << 18 a row
+ROUNDS, FEW, MUCH = 200, 6, 4 << 20  # how often, and how often from so many bytes on
 SECONDS = 120  # that a pair may take
 
 
@@ -58,9 +59,9 @@ def _pair(a: str, b: str) -> Link:
         ends[1].communicate()
         if not said:
             raise UndistilledError(f"{a} – {b}: not measured: {late}{_last_words(folder)}")
-    latency, rate = json.loads(said)
-    kind = "memory" if a == "cpu" else "nvlink" if rate > 60e9 else "pcie"
-    return Link(a=a, b=b, bytes_per_s=rate, latency_s=latency, kind=kind, source="measured")  # type: ignore[arg-type]
+    found = json.loads(said)
+    kind = "memory" if a == "cpu" else "nvlink" if found["bytes_per_s"] > 60e9 else "pcie"
+    return Link(a=a, b=b, latency_s=found["sums"][0]["seconds"], kind=kind, source="measured", **found)  # type: ignore[arg-type]
 
 
 def _end(folder: str, rank: int, devices: list[str]) -> subprocess.Popen[str]:
@@ -87,28 +88,36 @@ def main() -> None:
     mesh = Mesh(tp=2, stages=((0, 1),), devices=tuple(boot["devices"]))
     comm = Comm(mesh, boot["rank"], boot["store"])
     wide = comm.device.type == "cpu"  # what decoding sums: float32 on a CPU, BF16 on a GPU
-    small = torch.ones(1, SMALL, device=comm.device, dtype=torch.float32 if wide else torch.bfloat16)
+    dtype = torch.float32 if wide else torch.bfloat16
     large = torch.ones(LARGE, device=comm.device)
-    latency = _reduce(comm, small)
     rate = large.numel() * 4 / _median(lambda: comm.pass_on(large), 5, comm.device.type)
+    sums, gathers = [], []
+    for rows in SUMS:
+        x = torch.ones(rows, SMALL, device=comm.device, dtype=dtype)
+        sums.append({"bytes": x.nbytes, "seconds": _repeated(comm, partial(comm.all_reduce, x), x.nbytes)})
+    for nbytes in GATHERS:
+        y = torch.ones(1, nbytes // 2 // dtype.itemsize, device=comm.device, dtype=dtype)
+        seconds = _repeated(comm, partial(comm.all_gather, y, [y.shape[1]] * 2), nbytes)
+        gathers.append({"bytes": nbytes, "seconds": seconds})
     if boot["rank"] == 0:
-        print(json.dumps([latency, rate]))
+        print(json.dumps({"bytes_per_s": rate, "sums": sums, "gathers": gathers}))
     comm.close()
 
 
-def _reduce(comm: Comm, x: torch.Tensor) -> float:
-    """Seconds of a sum; on a GPU within a graph of many, as a decode step has them, and no host takes part."""
+def _repeated(comm: Comm, run: Callable[[], object], nbytes: int) -> float:
+    """Seconds of a collective; on a GPU within a graph of many, as a decode step has them, and no host takes part."""
     import torch
 
+    rounds = ROUNDS if nbytes < MUCH else FEW
     if comm.device.type == "cpu":
-        return _median(lambda: comm.all_reduce(x), ROUNDS, "cpu")
+        return _median(run, rounds, "cpu")
     graph = torch.cuda.CUDAGraph()
-    comm.all_reduce(x)
+    run()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(ROUNDS):
-            comm.all_reduce(x)
-    return _median(graph.replay, 10, "cuda") / ROUNDS
+        for _ in range(rounds):
+            run()
+    return _median(graph.replay, 10, "cuda") / rounds
 
 
 def _median(run: Callable[[], object], rounds: int, kind: str) -> float:

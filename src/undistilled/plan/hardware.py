@@ -64,8 +64,18 @@ class Device(_Frozen):
         return self
 
 
+class Timed(_Frozen):
+    """What a collective over two ends took."""
+
+    bytes: int = Field(gt=0)
+    seconds: float = Field(gt=0)
+
+
 class Link(_Frozen):
-    """How bytes get from `a` to `b` or back: rate of one direction, from pinned memory where one end is the CPU."""
+    """How bytes get from `a` to `b` or back: rate of one direction, from pinned memory where one end is the CPU.
+
+    sums: of as many bytes as each end has; gathers: of as many as both have together. By size, where measured.
+    """
 
     a: str
     b: str
@@ -75,6 +85,8 @@ class Link(_Frozen):
     kind: Literal["pcie", "nvlink", "memory", "network"]
     source: Source
     note: str = ""
+    sums: tuple[Timed, ...] = ()
+    gathers: tuple[Timed, ...] = ()
 
 
 class Disk(_Frozen):

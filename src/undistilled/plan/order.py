@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .hardware import Device, Link
+from .hardware import Device, Link, Timed
 
 # a message between two processes where no link is known: seconds until it is there, and bytes a second
 ESTIMATED = {"cpu": (150e-6, 1.5e9), "cuda": (20e-6, 20e9)}
@@ -19,15 +19,37 @@ class Links:
     """How long messages take between two devices, by name; in either direction."""
 
     def __init__(self, links: Sequence[Link]) -> None:
-        self._known = {frozenset((link.a, link.b)): (link.latency_s, link.bytes_per_s) for link in links}
+        self._known = {frozenset((link.a, link.b)): link for link in links}
 
     def between(self, a: str, b: str) -> tuple[float, float]:
         """(latency in seconds, bytes a second)."""
-        return self._known.get(frozenset((a, b)), ESTIMATED[a.split(":")[0]])
+        link = self._known.get(frozenset((a, b)))
+        return (link.latency_s, link.bytes_per_s) if link else ESTIMATED[a.split(":")[0]]
+
+    def sum_seconds(self, a: str, b: str, nbytes: float) -> float:
+        """Of a sum of so many bytes that the other end has: as measured at sizes around it, or by the link's rate."""
+        link, (latency, rate) = self._known.get(frozenset((a, b))), self.between(a, b)
+        return _between(link.sums, nbytes) if link and link.sums else latency + nbytes / rate
+
+    def gather_seconds(self, a: str, b: str, nbytes: float) -> float:
+        """Of a gathering of so many bytes that the other end has."""
+        link, (latency, rate) = self._known.get(frozenset((a, b))), self.between(a, b)
+        return _between(link.gathers, 2 * nbytes) if link and link.gathers else latency + nbytes / rate
 
     def seconds(self, a: Device, b: Device) -> float:
         latency, rate = self.between(a.name, b.name)
         return latency + MESSAGE / rate
+
+
+def _between(points: Sequence[Timed], nbytes: float) -> float:
+    """Seconds at a size, on the lines from each point to the next larger one; below the least, its own."""
+    points = sorted(points, key=lambda p: p.bytes)
+    if nbytes <= points[0].bytes or len(points) == 1:
+        return points[0].seconds * max(1.0, nbytes / points[0].bytes)
+    after = next((i for i, p in enumerate(points) if p.bytes >= nbytes), len(points) - 1)
+    low, high = points[after - 1], points[after]
+    slope = (high.seconds - low.seconds) / (high.bytes - low.bytes)
+    return low.seconds + slope * (nbytes - low.bytes)
 
 
 def ordered(devices: Sequence[Device], inner: int, stages: int, links: Links) -> list[Device]:

@@ -226,19 +226,16 @@ class RankLayouts(Layouts):
         message = rows * self.spec.hidden * width
         seconds = 0.0
         if inner > 1:
-            met = [self._link(rank, peer) for peer in mesh.peers(rank) if peer != rank]
-            latency, rate = max(link[0] for link in met), min(link[1] for link in met)
-            reduce = latency + message * (inner - 1) / rate
+            ends = [(mesh.devices[rank], mesh.devices[peer]) for peer in mesh.peers(rank) if peer != rank]
+            reduce = max(self.links.sum_seconds(*pair, message * (inner - 1)) for pair in ends)
             seconds += reduce * (2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0))
             if mesh.stage(rank) == mesh.pp - 1:
-                seconds += latency + rows * self.spec.vocab * width * (inner - 1) / inner / rate
+                others = rows * self.spec.vocab * width * (inner - 1) / inner
+                seconds += max(self.links.gather_seconds(*pair, others) for pair in ends)
         if mesh.stage(rank) > 0:
-            latency, rate = self._link(rank, rank - inner)
+            latency, rate = self.links.between(mesh.devices[rank], mesh.devices[rank - inner])
             seconds += latency + message / rate
         return seconds
-
-    def _link(self, a: int, b: int) -> tuple[float, float]:
-        return self.links.between(self.mesh.devices[a], self.mesh.devices[b])
 
 
 def _sum(each: list[Bytes]) -> Bytes:

@@ -39,13 +39,12 @@ def _linear(
     after()
     tile, part = tl.program_id(0), tl.program_id(1)
     counter, whole = counters + tile, T * (N + N2)
-    if TWO:
-        if tile >= TILES:
-            tile -= TILES
-            w, scales, lows, multipliers = w2, scales2, lows2, multipliers2
-            y += T * N
-            parts += T * N
-            N = N2
+    if TWO and tile >= TILES:
+        tile -= TILES
+        w, scales, lows, multipliers = w2, scales2, lows2, multipliers2
+        y += T * N
+        parts += T * N
+        N = N2
     rows = tile * BN + tl.arange(0, BN)
     n = tl.minimum(rows, N - 1)
     m = tl.arange(0, G * BM) % BM
