@@ -91,21 +91,23 @@ def test_the_lift_is_read_where_it_lies(name, products, rows):
     if products and name in ("fp32", "fp16"):
         return
     heads, nope, values, latent, tail = 3, 32, 20, 100, 8
+    cos, sin = drawn(rows, tail // 2, seed=3), drawn(rows, tail // 2, seed=4)
     weight = held(name, (heads * (nope + values), latent), products)
     dense = weight.dense(torch.float32).unflatten(0, (heads, -1)).double()
     q, z = drawn(rows, heads, nope + tail), drawn(rows, heads, latent, seed=2)
-    lift = mla.lift_of(weight, heads, torch.float32)
+    lift = mla.lift_of(weight, heads, rows, torch.float32)
     assert isinstance(lift, matrix.Matrix)
-    inside, out = mla.absorb(q, lift, nope), mla.release(z, lift, nope)
+    absorb, release = mla.absorb.resolve(lift).run, mla.release.resolve(lift).run
+    inside, out = absorb(q.clone(), lift, nope, (cos, sin, True)), release(z, lift, nope)
     want = torch.einsum("rhn,hnz->rhz", q[..., :nope].double(), dense[:, :nope])
     assert (inside[..., :latent] - want).norm() <= 2e-6 * want.norm()
-    assert torch.equal(inside[..., latent:], q[..., nope:])
+    assert torch.equal(inside[..., latent:], rope.rotate_tail(q.clone(), cos, sin, True, tail)[..., nope:])
     want = torch.einsum("rhz,hvz->rhv", z.double(), dense[:, nope:])
     assert (out - want).norm() <= 2e-6 * want.norm()
     torch.set_num_threads(1)
     last = slice(rows - 1, rows)
-    assert torch.equal(mla.absorb(q[last], lift, nope), inside[last])
-    assert torch.equal(mla.release(z[last].clone(), lift, nope), out[last])
+    assert torch.equal(absorb(q[last].clone(), lift, nope, (cos[last], sin[last], True)), inside[last])
+    assert torch.equal(release(z[last].clone(), lift, nope), out[last])
 
 
 @SOME

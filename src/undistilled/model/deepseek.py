@@ -11,9 +11,7 @@ from torch import nn
 from ..ops import mla
 from ..ops.attention import context_slots, packed
 from ..ops.linear import dense
-from ..ops.norm import norm_head
-from ..ops.rope import rotate_tail
-from ..ops.table import write_rows
+from ..ops.rope import Turn, rotate_tail
 from .batch import Batch, Cache, Packed
 from .layers import Linear, Make, Norm
 from .spec import ModelSpec
@@ -36,36 +34,40 @@ class Attention(nn.Module):
         self.o_proj = Linear(make, f"{name}.o_proj")
 
     def forward(self, x_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
-        q_THX, fresh_TW = self._queries(x_TD, batch), self._latents(x_TD, batch)
+        q_THX, both_TW = self._queries(x_TD), self.kv_a_proj_with_mqa(x_TD)
+        into = self.kv_a_layernorm.values, LATENT_EPS, self._turn(batch)
         if isinstance(batch, Packed):
-            return self.o_proj(self._packed(q_THX, batch, fresh_TW).flatten(-2))
+            return self.o_proj(self._packed(q_THX, batch, mla.latents(both_TW, *into)).flatten(-2))
         (latents,) = cache
-        write_rows(fresh_TW, latents, batch.slots_T)
+        mla.keep(both_TW, *into, latents, batch.slots_T)
         attend = self._prefill if batch.prefill else self._decode
         return self.o_proj(attend(q_THX, batch, latents).flatten(-2))
 
     def _packed(self, q_THX: torch.Tensor, batch: Packed, fresh_TW: torch.Tensor) -> torch.Tensor:
+        q_THX = self._rotated(q_THX, batch)
         latent_TZ, rope_TP = fresh_TW.split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], -1)
         both_THY = self.kv_b_proj(latent_TZ).unflatten(-1, (self.spec.heads, -1))
         keys, values = mla.parted(both_THY, rope_TP, self.mla.qk_nope_head_dim)
         return packed(q_THX, keys, values, batch.bounds_S, batch.longest, self.spec.softmax_scale)
 
-    def _queries(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
+    def _turn(self, batch: Batch | Packed) -> Turn:
+        return batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved
+
+    def _rotated(self, q_THX: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
+        return rotate_tail(q_THX, *self._turn(batch), self.mla.qk_rope_head_dim)
+
+    def _queries(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Not rotated yet: decode's kernels do that on their way."""
         compressed = self.mla.q_lora_rank > 0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
-        q_THX = q.unflatten(-1, (self.spec.heads, -1))
-        return rotate_tail(q_THX, batch.cos_TF, batch.sin_TF, self.spec.rope.interleaved, self.mla.qk_rope_head_dim)
-
-    def _latents(self, x_TD: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
-        both_TW = norm_head(self.kv_a_proj_with_mqa(x_TD), self.kv_a_layernorm.values, LATENT_EPS)
-        width, interleaved = self.mla.qk_rope_head_dim, self.spec.rope.interleaved
-        return rotate_tail(both_TW[:, None], batch.cos_TF, batch.sin_TF, interleaved, width)[:, 0]
+        return q.unflatten(-1, (self.spec.heads, -1))
 
     def _lift(self, dtype: torch.dtype) -> torch.Tensor:
         """kv_b as [H, N + V, Z]."""
         return dense(self.kv_b_proj.stored, dtype).unflatten(0, (self.spec.heads, -1))
 
     def _prefill(self, q_LHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
+        q_LHX = self._rotated(q_LHX, batch)
         slots = context_slots(batch.tables_RB[0], batch.block_size, int(batch.contexts_R[0]))
         cached = latents[slots].to(q_LHX.dtype)
         return mla.naive(q_LHX, cached, self._lift(q_LHX.dtype), self.mla.qk_nope_head_dim, self.spec.softmax_scale)
@@ -73,12 +75,12 @@ class Attention(nn.Module):
     def _decode(self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
         nope = self.mla.qk_nope_head_dim
         if not self.absorbed:
-            return self._decode_naive(q_RHX, batch, latents, self._lift(q_RHX.dtype))
-        lift = mla.lift_of(self.kv_b_proj.stored, self.spec.heads, q_RHX.dtype)
-        inside = mla.absorb(q_RHX, lift, nope)
+            return self._decode_naive(self._rotated(q_RHX, batch), batch, latents, self._lift(q_RHX.dtype))
+        lift = mla.lift_of(self.kv_b_proj.stored, self.spec.heads, len(q_RHX), q_RHX.dtype)
+        inside = mla.absorb.resolve(lift).run(q_RHX, lift, nope, self._turn(batch))
         rank, scale = self.mla.kv_lora_rank, self.spec.softmax_scale
         out = mla.mla_rows(inside, latents, batch.tables_RB, batch.contexts_R, batch.block_size, rank, scale)
-        return mla.release(out, lift, nope)
+        return mla.release.resolve(lift).run(out, lift, nope)
 
     def _decode_naive(
         self, q_RHX: torch.Tensor, batch: Batch, latents: torch.Tensor, lift: torch.Tensor

@@ -16,7 +16,12 @@ from .attention import causal, context_slots
 from .cpu import native
 from .cpu.matrix import Matrix
 from .linear import checked, dense, native_reads
+from .norm import norm_head
 from .registry import forced, op
+from .rope import Turn, rotate_tail
+from .table import write_rows
+
+Lift = torch.Tensor | Matrix | Stored  # kv_b dense [H, N + V, Z], or [H * (N + V), Z] as our C and CUDA kernels take it
 
 
 def naive(
@@ -38,26 +43,51 @@ def parted(both_CHY: torch.Tensor, rope_CP: torch.Tensor, nope: int) -> tuple[to
     return torch.cat((both_CHY[..., :nope], rope_key), -1), both_CHY[..., nope:]
 
 
-def lift_of(stored: Stored, heads: int, dtype: torch.dtype) -> torch.Tensor | Matrix:
-    """kv_b for `absorb` and `release`: as it is stored where our C kernels read it, else as [H, N + V, Z]."""
+def lift_of(stored: Stored, heads: int, rows: int, dtype: torch.dtype) -> Lift:
+    """kv_b for `absorb` and `release` of so many rows: as it is stored where our kernels read it, else dense."""
     if native_reads(stored, dtype) and not forced():
         return checked(stored)
+    if cuda.lifts(stored, rows, dtype) and not forced():
+        return stored
     return dense(stored, dtype).unflatten(0, (heads, -1))
 
 
-def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor | Matrix, nope: int) -> torch.Tensor:
-    """Queries in latent space: [R, H, N + P] -> [R, H, Z + P]."""
-    if isinstance(lift_HYZ, Matrix):
-        return native.absorb(q_RHX.contiguous(), lift_HYZ, nope)
+@op
+def absorb(q_RHX: torch.Tensor, lift_HYZ: torch.Tensor, nope: int, turn: Turn) -> torch.Tensor:
+    """Queries in latent space, their tails rotated: [R, H, N + P] -> [R, H, Z + P]; q may be overwritten."""
+    q_RHX = rotate_tail(q_RHX, *turn, q_RHX.shape[-1] - nope)
     inside = _by_row("rhn,hnz->rhz", q_RHX[..., :nope], lift_HYZ[:, :nope])
     return torch.cat((inside, q_RHX[..., nope:]), -1)
 
 
-def release(out_RHZ: torch.Tensor, lift_HYZ: torch.Tensor | Matrix, nope: int) -> torch.Tensor:
+@absorb.register("native", lambda lift: isinstance(lift, Matrix), "our C kernel: kv_b read where it lies")
+def _native_absorb(q_RHX: torch.Tensor, lift: Matrix, nope: int, turn: Turn) -> torch.Tensor:
+    return native.absorb(rotate_tail(q_RHX, *turn, q_RHX.shape[-1] - nope).contiguous(), lift, nope)
+
+
+@absorb.register("triton", lambda lift: isinstance(lift, Stored), "our Triton kernel: kv_b as stored, in one launch")
+def _triton_absorb(q_RHX: torch.Tensor, lift: Stored, nope: int, turn: Turn) -> torch.Tensor:
+    from .triton import mla as kernels
+
+    return kernels.absorb(q_RHX, lift, nope, turn)
+
+
+@op
+def release(out_RHZ: torch.Tensor, lift_HYZ: torch.Tensor, nope: int) -> torch.Tensor:
     """Attended latents to values: [R, H, Z] -> [R, H, V]."""
-    if isinstance(lift_HYZ, Matrix):
-        return native.release(out_RHZ, lift_HYZ, nope)
     return _by_row("rhz,hvz->rhv", out_RHZ, lift_HYZ[:, nope:])
+
+
+@release.register("native", lambda lift: isinstance(lift, Matrix), "our C kernel: kv_b read where it lies")
+def _native_release(out_RHZ: torch.Tensor, lift: Matrix, nope: int) -> torch.Tensor:
+    return native.release(out_RHZ, lift, nope)
+
+
+@release.register("triton", lambda lift: isinstance(lift, Stored), "our Triton kernel: kv_b as stored, in one launch")
+def _triton_release(out_RHZ: torch.Tensor, lift: Stored, nope: int) -> torch.Tensor:
+    from .triton import mla as kernels
+
+    return kernels.release(out_RHZ, lift, nope)
 
 
 def _by_row(formula: str, rows: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
@@ -65,6 +95,27 @@ def _by_row(formula: str, rows: torch.Tensor, lift: torch.Tensor) -> torch.Tenso
     if rows.device.type != "cpu" or len(rows) == 1:
         return torch.einsum(formula, rows, lift)
     return torch.cat([torch.einsum(formula, rows[r : r + 1], lift) for r in range(len(rows))])
+
+
+def latents(both_TW: torch.Tensor, w_Z: torch.Tensor, eps: float, turn: Turn) -> torch.Tensor:
+    """What a cache holds of tokens, from kv_a's output: latents normalised, keys rotated, [T, Z + P]."""
+    both_TW = norm_head(both_TW, w_Z, eps)
+    return rotate_tail(both_TW[:, None], *turn, both_TW.shape[-1] - w_Z.shape[0])[:, 0]
+
+
+@op
+def keep(
+    both_TW: torch.Tensor, w_Z: torch.Tensor, eps: float, turn: Turn, cache: torch.Tensor, slots_T: torch.Tensor
+) -> None:
+    """`latents` into the cache's rows slots_T, in its dtype; both may be overwritten."""
+    write_rows(latents(both_TW, w_Z, eps, turn), cache, slots_T)
+
+
+@keep.register("triton", cuda.inference, "our Triton kernel: normalised, rotated and written in one launch")
+def _triton_keep(both_TW, w_Z, eps, turn, cache, slots_T):
+    from .triton import mla as kernels
+
+    kernels.keep(both_TW, w_Z, eps, turn, cache, slots_T)
 
 
 @op

@@ -16,6 +16,8 @@ from . import triton as cuda
 from .cpu import native
 from .registry import op
 
+Turn = tuple[torch.Tensor | None, torch.Tensor | None, bool]  # cos, sin [T, F], and whether pairs are neighbours
+
 
 def frequencies(rope: Rope) -> tuple[torch.Tensor, float]:
     """(angle for each position [dim / 2], factor on cos and sin)."""

@@ -15,6 +15,7 @@ from ...scheme.tiles import Tiles
 from .form import form_of
 
 OLDEST = (8, 0)  # compute capability: bfloat16 arithmetic on pairs
+FEW = 64  # rows that kernels decode a weight for; above, a product on a dense copy is faster
 
 
 @cache
@@ -56,6 +57,11 @@ def pairs(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
 def multiplies(weight: Stored, dtype: torch.dtype) -> bool:
     """Whether either of both serves."""
     return ready(weight, dtype) or tiles_ready(weight, dtype)
+
+
+def lifts(weight: Stored, rows: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels of MLA's lift take so many rows to this weight; they have no backward."""
+    return rows <= FEW and torch.is_inference_mode_enabled() and ready(weight, dtype)
 
 
 def _here(weight: Stored, dtype: torch.dtype) -> bool:

@@ -57,6 +57,16 @@ def ones_like(c):
 
 
 @triton.jit
+def settled(c):
+    """The same bfloat16. Nothing before this is computed in the layout of a product that needs c turned over, whose
+    threads would fetch each byte by itself: Triton moves conversions above what has no side effects."""
+    if ASM:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [c], tl.bfloat16, False, 2)
+    else:
+        return c
+
+
+@triton.jit
 def _plain(w, v, S: tl.constexpr, piece: tl.constexpr):
     if get(S, "kind") == "int8":
         return w.to(tl.int8, bitcast=True).to(CODE)

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
+from . import FEW
 from .after import EARLY, after
-from .decode import codes, get, lifted, scale
+from .decode import get
 from .form import arguments
-from .tile import multiplied, piece_scales, product, run_of
+from .tile import bytes_of, multiplied, product, weights
 
-FEW = 64  # tokens; above, a product on a dense copy is faster
 BK = 128
 ROWS = (64, 4, 4)  # rows of the weight in a program, warps, depth of the pipeline
 SMALL = 1 << 25  # codes of a weight; joining many parts would take it as long as they do
@@ -143,28 +143,16 @@ def _dense(
     S: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     NP: tl.constexpr = get(S, "pieces")
-    U: tl.constexpr = get(S, "unit")
-    R: tl.constexpr = get(S, "runs")
     PER: tl.constexpr = BK // NP
     k = tl.program_id(0) * BK
     rows = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     n = tl.minimum(rows, N - 1)
-    kk = tl.arange(0, PER)
-    inside = kk // U * 32 + kk % U
-    at = w + n[:, None] * WR + (k // 32 * get(S, "quantum_bytes") + kk // U * get(S, "quantum_bytes") + kk % U)[None, :]
-    there = (k + (inside if NP == 1 else kk // U * 32))[None, :] < K
+    at, there, inside = bytes_of(w, n, k, K, WR, S, PER)
     for p in tl.static_range(NP):
-        bytes_ = run_of(at, (p % R) * U, there, False)
-        upper = run_of(at, R * U, there, False) if get(S, "second") else bytes_
-        f = codes(bytes_, upper, S, p).to(tl.float32)
-        if get(S, "group"):
-            by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
-            f = f * by_group
-            if get(S, "affine"):
-                f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
-        f = multiplied(f, multipliers, n, S)
-        mask = (rows[:, None] < N) & (k + inside[None, :] + p * U < K)
-        tl.store(out + rows[:, None] * K + (k + inside + p * U)[None, :], f.to(out.dtype.element_ty), mask=mask)
+        f = weights(at, scales, lows, multipliers, n, k, there, GR, S, p, PER)
+        column = k + inside + p * get(S, "unit")
+        mask = (rows[:, None] < N) & (column[None, :] < K)
+        tl.store(out + rows[:, None] * K + column[None, :], f.to(out.dtype.element_ty), mask=mask)
 
 
 def dense(weight: Stored) -> torch.Tensor:

@@ -10,14 +10,19 @@ from .after import EARLY, after
 
 
 @triton.jit
+def normalised(x, w, d, D, eps):
+    """The row of D values at x, normalised, in float32; past its end zeros."""
+    value = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    return tl.load(w + d, mask=d < D, other=0.0).to(tl.float32) * value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _norm(x, w, y, D, eps, BLOCK: tl.constexpr):
     after()
     at = tl.program_id(0).to(tl.int64) * D
     d = tl.arange(0, BLOCK)
-    value = tl.load(x + at + d, mask=d < D, other=0.0).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    scaled = tl.load(w + d, mask=d < D, other=0.0).to(tl.float32) * value.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + at + d, scaled.to(y.dtype.element_ty), mask=d < D)
+    tl.store(y + at + d, normalised(x + at, w, d, D, eps).to(y.dtype.element_ty), mask=d < D)
 
 
 def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,20 +55,28 @@ def silu_mul(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def rotated(x, cos, sin, f, F, mask, PAIRED: tl.constexpr):
+    """First and second values of the pairs f of F, rotated, in float32. x, cos, sin: where rows begin, which broadcast
+    with f and mask."""
+    first = f * 2 if PAIRED else f
+    second = f * 2 + 1 if PAIRED else f + F
+    a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + f, mask=mask, other=0.0)
+    s = tl.load(sin + f, mask=mask, other=0.0)
+    return a * c - b * s, b * c + a * s
+
+
+@triton.jit
 def _rotate(x, cos, sin, y, HEADS, F, ST, SH, PAIRED: tl.constexpr, FP: tl.constexpr):
     after()
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.arange(0, FP)
     mask = f < F
-    first = f * 2 if PAIRED else f
-    second = f * 2 + 1 if PAIRED else f + F
-    a = tl.load(x + t * ST + h * SH + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + t * ST + h * SH + second, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cos + t * F + f, mask=mask, other=0.0)
-    s = tl.load(sin + t * F + f, mask=mask, other=0.0)
+    first, second = rotated(x + t * ST + h * SH, cos + t * F, sin + t * F, f, F, mask, PAIRED)
     at = y + (t * HEADS + h) * 2 * F + f
-    tl.store(at, (a * c - b * s).to(y.dtype.element_ty), mask=mask)
-    tl.store(at + F, (b * c + a * s).to(y.dtype.element_ty), mask=mask)
+    tl.store(at, first.to(y.dtype.element_ty), mask=mask)
+    tl.store(at + F, second.to(y.dtype.element_ty), mask=mask)
 
 
 def rotate(x_THR: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -49,15 +49,15 @@ def scales_in(form, quanta):
 def piece_scales(part, n, k, GR, S: tl.constexpr, p: tl.constexpr, PER: tl.constexpr):
     """Scales (or minimums) of a piece as stored, [BN, 1] or one for each code [BN, PER]. Groups of 16 or more."""
     G: tl.constexpr = scales_in(S, PER // get(S, "unit"))
-    if get(S, "group") >= 32:
-        at = k // get(S, "group") + tl.arange(0, G)[None, :]
+    first = k // get(S, "group") + (p * get(S, "unit") // 16 if get(S, "group") == 16 else 0)
+    rows = part + n // get(S, "tall") * GR
+    if G == 1:  # [BN, 1] would be loaded as often as a thread has codes of a row
+        return tl.load(rows + first, mask=first < GR, other=0.0)[:, None]
     else:
-        at = k // 16 + p * get(S, "unit") // 16 + 2 * tl.arange(0, G)[None, :]
-    found = tl.load(part + (n // get(S, "tall"))[:, None] * GR + at, mask=at < GR, other=0.0)
-    if G > 1:
+        at = first + (1 if get(S, "group") >= 32 else 2) * tl.arange(0, G)[None, :]
+        found = tl.load(rows[:, None] + at, mask=at < GR, other=0.0)
         wide = tl.broadcast_to(found[:, :, None], [found.shape[0], G, PER // G])
-        found = tl.reshape(wide, [found.shape[0], PER])
-    return found
+        return tl.reshape(wide, [found.shape[0], PER])
 
 
 @triton.jit
@@ -70,12 +70,39 @@ def coded(at, scales, lows, n, k, there, GR, S: tl.constexpr, p: tl.constexpr, P
     upper = run_of(at, R * U, there, EVEN) if get(S, "second") else bytes_
     c = codes(bytes_, upper, S, p)
     if get(S, "group") > 0 and not AFTER:
-        by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
-        f = c.to(tl.float32) * by_group
-        if get(S, "affine"):
-            f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
-        c = f.to(CODE)
+        c = by_groups(c, scales, lows, n, k, GR, S, p, PER).to(CODE)
     return c
+
+
+@triton.jit
+def by_groups(c, scales, lows, n, k, GR, S: tl.constexpr, p: tl.constexpr, PER: tl.constexpr):
+    """Codes [BN, PER] of a piece times their groups' scales, with their minimums, in float32."""
+    by_group = scale(piece_scales(scales, n, k, GR, S, p, PER), S)
+    f = c.to(tl.float32) * by_group
+    if get(S, "affine"):
+        f += lifted(piece_scales(lows, n, k, GR, S, p, PER), by_group)
+    return f
+
+
+@triton.jit
+def bytes_of(w, n, k, K, WR, S: tl.constexpr, PER: tl.constexpr):
+    """Of the step at input k: where each code of piece 0 has its byte [BN, PER], whether it is there [1, PER], and
+    which input of the step it meets [PER]."""
+    U: tl.constexpr = get(S, "unit")
+    QB: tl.constexpr = get(S, "quantum_bytes")
+    kk = tl.arange(0, PER)
+    inside = kk // U * 32 + kk % U
+    at = w + n[:, None] * WR + (k // 32 * QB + kk // U * QB + kk % U)[None, :]
+    return at, (k + (inside if get(S, "pieces") == 1 else kk // U * 32))[None, :] < K, inside
+
+
+@triton.jit
+def weights(at, scales, lows, multipliers, n, k, there, GR, S: tl.constexpr, p: tl.constexpr, PER: tl.constexpr):
+    """A piece [BN, PER] of the step at input k in float32, scaled; `at`, `there`: of `bytes_of`."""
+    f = coded(at, scales, lows, n, k, there, GR, S, p, PER, False, True).to(tl.float32)
+    if get(S, "group"):
+        f = by_groups(f, scales, lows, n, k, GR, S, p, PER)
+    return multiplied(f, multipliers, n, S)
 
 
 @triton.jit

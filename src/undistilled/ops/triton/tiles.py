@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ...scheme import Stored
+from . import FEW
 from . import experts as routed
 from .blocks_dense import dense
 from .described import LOG, MULTIPLIERS, ORDER, RUN, RUNS, SCALES, SECTIONS, TILES, described
@@ -40,7 +41,6 @@ from .levels import eight, scale_pair
 from .linear import counters
 
 LINEAR, UP, DOWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # whose rows a product reads and writes
-FEW = 64  # tokens; above, a product on a dense copy is faster
 LARGE = 32  # pairs that a program of many takes; 64 took twice as long to compile
 REGISTERS = {1: 80}  # by groups of columns: more of them, fewer warps at a time and less of the memory's bandwidth
 
