@@ -13,7 +13,7 @@ from ..ops.attention import context_slots, packed
 from ..ops.linear import dense
 from ..ops.rope import Turn, rotate_tail
 from .batch import Batch, Cache, Packed
-from .layers import Linear, Make, Norm
+from .layers import Linear, Make, Norm, both
 from .spec import ModelSpec
 
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(make, f"{name}.o_proj")
 
     def forward(self, x_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
-        q_THX, both_TW = self._queries(x_TD), self.kv_a_proj_with_mqa(x_TD)
+        q_THX, both_TW = self._projected(x_TD)
         into = self.kv_a_layernorm.values, LATENT_EPS, self._turn(batch)
         if isinstance(batch, Packed):
             return self.o_proj(self._packed(q_THX, batch, mla.latents(both_TW, *into)).flatten(-2))
@@ -56,11 +56,13 @@ class Attention(nn.Module):
     def _rotated(self, q_THX: torch.Tensor, batch: Batch | Packed) -> torch.Tensor:
         return rotate_tail(q_THX, *self._turn(batch), self.mla.qk_rope_head_dim)
 
-    def _queries(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Not rotated yet: decode's kernels do that on their way."""
+    def _projected(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, H, N + P], and latents with keys [T, Z + P]; not rotated yet: decode's kernels do that."""
         compressed = self.mla.q_lora_rank > 0
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if compressed else self.q_proj(x_TD)
-        return q.unflatten(-1, (self.spec.heads, -1))
+        q, both_TW = both(x_TD, self.q_a_proj if compressed else self.q_proj, self.kv_a_proj_with_mqa)
+        if compressed:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        return q.unflatten(-1, (self.spec.heads, -1)), both_TW
 
     def _lift(self, dtype: torch.dtype) -> torch.Tensor:
         """kv_b as [H, N + V, Z]."""

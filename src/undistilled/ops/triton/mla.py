@@ -74,7 +74,7 @@ def absorb(q_RHX: torch.Tensor, weight: Stored, nope: int, turn: tuple) -> torch
     _absorb[(-(-Z // BK) + 1, H)](
         q, y, cos.contiguous(), sin.contiguous(), *a.parts, R, H, nope, tail, rows // H, Z, a.row_bytes, a.groups,
         S=a.form, BN=bn, BM=padded(R, 16), BK=BK, FP=triton.next_power_of_2(tail // 2), PAIRED=interleaved,
-        num_warps=8 if bn == NOPE else 4, num_stages=1, **EARLY,  # one step as a rule: nothing to load ahead, more programs fit
+        num_warps=8 if bn == NOPE else 4, num_stages=1, **EARLY,  # of one step nothing is ahead
     )  # fmt: skip
     return y
 
@@ -111,8 +111,7 @@ def release(out_RHZ: torch.Tensor, weight: Stored, nope: int) -> torch.Tensor:
     warps, depth = NARROW if bm * groups <= 32 else WIDE
     _release[(-(-width // VALUES), H)](
         x, y, *a.parts, R, H, nope, width, Z, a.row_bytes, a.groups,
-        S=a.form, BN=VALUES, BM=bm, BK=BK, G=groups, EVEN=Z % BK == 0, num_warps=warps, num_stages=depth,
-        **EARLY,
+        S=a.form, BN=VALUES, BM=bm, BK=BK, G=groups, EVEN=Z % BK == 0, num_warps=warps, num_stages=depth, **EARLY,
     )  # fmt: skip
     return y
 
