@@ -18,11 +18,11 @@ def _interpreter():
     import ptx
 
     from undistilled.ops import triton as cuda
-    from undistilled.ops.triton import linear, tiles
+    from undistilled.ops.triton import experts, linear, router, tiles
 
     ptx.install()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_here", lambda weight, dtype: dtype is torch.bfloat16)
-        for kernels in (linear, tiles):  # a split's counters belong to a CUDA stream
+        for kernels in (experts, linear, router, tiles):  # a split's counters belong to a CUDA stream
             patch.setattr(kernels, "counters", lambda device, blocks: torch.zeros(blocks, dtype=torch.int32))
         yield

@@ -8,11 +8,11 @@ from undistilled import scheme as schemes
 from undistilled.model.spec import Moe
 from undistilled.ops.attention import attend_rows
 from undistilled.ops.experts import experts
-from undistilled.ops.linear import apply, dense, linear
+from undistilled.ops.linear import apply, both, dense, linear
 from undistilled.ops.mla import mla_rows
 from undistilled.ops.norm import rms_norm
 from undistilled.ops.rope import rotate
-from undistilled.ops.router import route
+from undistilled.ops.router import logits, route
 from undistilled.ops.swiglu import silu_mul
 from undistilled.ops.triton.form import form_of
 from undistilled.scheme import Stored
@@ -64,6 +64,20 @@ def test_a_row_in_any_company(name):
     assert torch.equal(apply(x, w), together)
 
 
+@pytest.mark.parametrize("experts, hidden", [(256, 7168), (40, 200), (32, 256)])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 65])
+def test_router_logits(tokens, experts, hidden):
+    """As exact as a product in float32: a router's choices hang on it."""
+    w, x = stored("bf16", experts, hidden), activations(tokens, hidden)
+    with torch.inference_mode():
+        kernel = logits.resolve(w, x.dtype)
+        assert kernel.name == "triton"
+        y = kernel.run(x, w)
+        assert y.dtype is torch.float32
+        assert error(y, x.double() @ exact(w).T) < 3e-6
+        assert tokens > 8 or torch.equal(kernel.run(x[:1], w), y[:1])
+
+
 def bank(name, count, width, hidden):
     return stored(name, count, width, hidden), stored(name, count, width, hidden), stored(name, count, hidden, width)
 
@@ -74,6 +88,26 @@ def test_experts(name, tokens):
     """Some experts are chosen by nobody, some ids are of other banks."""
     weights = bank(name, 9, 72, 200)
     check_experts(tokens, *weights)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
+def test_gate_and_up_in_programs_of_their_own(name, monkeypatch):
+    from undistilled.ops.triton import experts as kernels
+
+    weights, x = bank(name, 9, 72, 200), activations(2, 200)
+    ids, shares = torch.tensor([[0, 3], [3, 9]], device="cuda"), torch.rand(2, 2, device="cuda")
+    apart = kernels.experts(x, ids, shares, *weights)
+    monkeypatch.setattr(kernels, "APART", 0)
+    assert torch.equal(apart, kernels.experts(x, ids, shares, *weights))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65])
+def test_two_weights_of_one_input(name, tokens):
+    first, second, x = stored(name, 576, 1024), stored(name, 100, 1024), activations(tokens, 1024)
+    assert both.resolve(first, second, x.dtype).name == "triton"
+    for y, w in zip(both.resolve(first, second, x.dtype).run(x, first, second), (first, second), strict=True):
+        assert error(y, x.double() @ exact(w).T) < ROUNDING
 
 
 def test_no_expert_of_this_bank():
@@ -89,7 +123,7 @@ def paged(rows, longest, size, *width):
     return cache, torch.randperm(rows * blocks, device="cuda", dtype=torch.int32).view(rows, blocks)
 
 
-@pytest.mark.parametrize("heads, latent, rope, size", [(128, 512, 64, 64), (5, 24, 8, 4)])
+@pytest.mark.parametrize("heads, latent, rope, size", [(128, 512, 64, 64), (64, 512, 64, 16), (5, 24, 8, 4)])
 def test_mla_rows(heads, latent, rope, size):
     contexts = torch.tensor([1, 31, 256, 257, 1000], dtype=torch.int32)
     cache, table = paged(5, 1000, size, latent + rope)
@@ -98,8 +132,10 @@ def test_mla_rows(heads, latent, rope, size):
     ours = mla_rows(q, cache, table, contexts, *rest)
     assert error(ours, mla_rows.reference.run(q.double(), cache, table, contexts, *rest).double()) < 2 * ROUNDING
     for r in range(5):
-        alone = mla_rows(q[r : r + 1], cache, table[r : r + 1], contexts[r : r + 1], *rest)
-        assert torch.equal(alone[0], ours[r])
+        pair = [r, (r + 1) % 5]
+        assert torch.equal(mla_rows(q[pair], cache, table[pair], contexts[pair], *rest)[0], ours[r])
+        alone = mla_rows(q[r : r + 1], cache, table[r : r + 1], contexts[r : r + 1], *rest)  # by narrower programs
+        assert error(alone[0], ours[r].double()) < ROUNDING
 
 
 @pytest.mark.parametrize("heads, groups, width", [(6, 2, 64), (32, 1, 128), (5, 5, 24)])

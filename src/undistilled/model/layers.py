@@ -17,7 +17,7 @@ from ..ops.add import add
 from ..ops.experts import experts
 from ..ops.linear import apply
 from ..ops.norm import rms_norm
-from ..ops.router import route
+from ..ops.router import logits, route
 from ..ops.swiglu import silu_mul
 from ..ops.table import embed
 from ..scheme import Stored
@@ -132,8 +132,9 @@ class MoeLayer(nn.Module):
         self.shared_experts = SwiGlu(make, f"{name}.shared_experts") if moe.shared else None
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        logits = apply(x_TD.float(), self.gate.stored)
-        ids, weights = route(logits, vector(self.bias), self.moe)
+        gate = self.gate.stored
+        logits_TE = logits.resolve(gate, x_TD.dtype).run(x_TD, gate)
+        ids, weights = route(logits_TE, vector(self.bias), self.moe)
         handles = [bank.submit(x_TD, ids, weights) for bank in self.banks]  # type: ignore[operator]
         parts = [self.shared_experts(x_TD)] if self.shared_experts is not None else []
         parts += [bank.collect(h) for bank, h in zip(self.banks, handles, strict=True)]  # type: ignore[operator]

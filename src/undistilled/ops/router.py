@@ -9,9 +9,26 @@ from __future__ import annotations
 import torch
 
 from ..model.spec import Moe
+from ..scheme import Stored
 from . import triton as cuda
 from .cpu import native
+from .linear import apply
 from .registry import op
+
+
+@op
+def logits(x_TD: torch.Tensor, gate: Stored) -> torch.Tensor:
+    """The router's logits [T, E] in float32, of x as it is."""
+    return apply(x_TD.float(), gate)
+
+
+@logits.register("triton", cuda.rates, "our Triton kernel: BF16 products, exact in FP32, for up to 64 tokens")
+def _triton_logits(x_TD: torch.Tensor, gate: Stored) -> torch.Tensor:
+    from .triton import router as kernels
+
+    if len(x_TD) > cuda.FEW:
+        return logits.reference.run(x_TD, gate)
+    return kernels.logits(x_TD, gate.parts["values"])
 
 
 @op

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ...scheme import Stored
+from ...scheme import Plain, Stored
 from ...scheme.tiles import Tiles
 from .form import form_of
 
@@ -57,6 +57,12 @@ def pairs(first: Stored, second: Stored, dtype: torch.dtype) -> bool:
 def multiplies(weight: Stored, dtype: torch.dtype) -> bool:
     """Whether either of both serves."""
     return ready(weight, dtype) or tiles_ready(weight, dtype)
+
+
+def rates(gate: Stored, dtype: torch.dtype) -> bool:
+    """Whether the router's kernel takes this gate: BF16 as activations are. It has no backward."""
+    plain = isinstance(gate.scheme, Plain) and gate.parts["values"].dtype is torch.bfloat16
+    return plain and torch.is_inference_mode_enabled() and _here(gate, dtype)
 
 
 def lifts(weight: Stored, rows: int, dtype: torch.dtype) -> bool:

@@ -1,11 +1,15 @@
 """Decode attention over a paged cache, for rows of many requests: grouped-query and, in latent space, MLA.
 
-R rows, H query heads, C key-value heads (1 for MLA). A program takes 16 query heads of one key-value head and SPAN
-tokens of one row's context; a second kernel joins the spans in their order. The spans do not depend on the other rows.
+R rows, H query heads, C key-value heads (1 for MLA). A program takes some query heads of one key-value head and a span
+of one row's context; a second kernel joins the spans in their order. The spans do not depend on the other rows, but a
+row that is alone has its programs narrower where those of many would leave most of the GPU idle.
 A key is [main | tail] (latent and rotated part; plain keys have no tail); MLA's value is its key's main part.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -13,9 +17,39 @@ import triton.language as tl
 
 from .after import EARLY, after
 
-SPAN = 256  # tokens
 JOINED = 16  # spans that are loaded at once
-MANY, FEW = (64, 64, 8), (16, 32, 4)  # query heads of a key-value head: heads and tokens at once, warps
+PROGRAMS = 264  # up to which a lone row's are narrow
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program takes: query heads, tokens at once, tokens of a span; warps, and depth of the pipeline."""
+
+    heads: int
+    tokens: int
+    span: int
+    warps: int
+    depth: int
+
+
+MANY, FEW = Shape(64, 64, 256, 8, 2), Shape(16, 32, 256, 4, 2)  # by query heads of a key-value head
+LONE, LONE_FEWER = Shape(16, 64, 256, 8, 2), Shape(16, 128, 128, 8, 1)  # for one row: of over 64 such heads, and of 64
+ROOM = 222 << 10  # bytes of shared memory that MANY takes
+
+
+@cache
+def _room(device: int) -> int:
+    """Bytes of shared memory that a program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
+def shape_of(rows: int, times: int, longest: int, device: torch.device) -> Shape:
+    """For so many query heads of a key-value head, and contexts of up to `longest` tokens."""
+    if times < MANY.heads or _room(device.index or 0) < ROOM:
+        return FEW
+    lone = LONE if times > MANY.heads else LONE_FEWER
+    programs = -(-times // LONE.heads) * -(-longest // LONE.span)
+    return lone if rows == 1 and programs <= PROGRAMS else MANY
 
 
 @triton.jit
@@ -104,18 +138,19 @@ def _attend(q, keys, values, tables, contexts, size, scale, main, tail, width, s
         return y
     # contexts in host memory: nobody waits for the GPU. On the device (in a graph): as many as the tables can hold
     longest = int(contexts.max()) if contexts.device.type == "cpu" else tables.shape[1] * size
-    spans, seen = -(-longest // SPAN), contexts.to(q.device, non_blocking=True)
+    times = H // kv_heads
+    shape = shape_of(R, times, longest, q.device)
+    spans, seen = -(-longest // shape.span), contexts.to(q.device, non_blocking=True)
     out = torch.empty(R, spans, H, width, dtype=torch.float32, device=q.device)
     logs = torch.empty(R, spans, H, dtype=torch.float32, device=q.device)
-    times = H // kv_heads
-    heads, tokens, warps = MANY if times >= MANY[0] else FEW
     padded = [max(16, triton.next_power_of_2(n)) for n in (main, tail, width)]
-    _spans[(R, kv_heads * -(-times // heads), spans)](
+    _spans[(R, kv_heads * -(-times // shape.heads), spans)](
         q, keys, values, tables, seen, out, logs, scale, tables.shape[1], size, H, times, main, tail, width,
-        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=tokens, SPAN=SPAN,
-        HB=heads, SHARED=shared, TAIL=tail > 0, num_warps=warps, num_stages=2, **EARLY,
+        keys.stride(0), values.stride(0), spans, ZP=padded[0], PP=padded[1], VP=padded[2], BT=shape.tokens,
+        SPAN=shape.span, HB=shape.heads, SHARED=shared, TAIL=tail > 0, num_warps=shape.warps, num_stages=shape.depth,
+        **EARLY,
     )  # fmt: skip
-    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=SPAN, MANY=JOINED, num_warps=4, **EARLY)
+    _join[(R, H)](out, logs, seen, y, H, width, spans, VP=padded[2], SPAN=shape.span, MANY=JOINED, num_warps=4, **EARLY)
     return y
 
 

@@ -61,7 +61,7 @@ def _linear(
         tl.store(parts + part * whole + at, acc, mask=mask)
         tl.debug_barrier()  # every thread's part is written before this program is counted
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
-            acc = _joined(parts + at, mask, whole, SPLIT)
+            acc = joined(parts + at, mask, whole, SPLIT)
             tl.store(counter, 0)
             tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
     else:
@@ -69,7 +69,7 @@ def _linear(
 
 
 @triton.jit
-def _joined(parts, mask, whole, SPLIT):
+def joined(parts, mask, whole, SPLIT):
     """The sum of the parts, in their order; AHEAD of them are on their way at once."""
     acc = tl.zeros(parts.shape, tl.float32)
     for i in range(0, SPLIT, AHEAD):

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, in one kernel where PyTorch launches seventeen. Shapes as in ops/router.py."""
+"""Which experts a token goes to, in two launches where PyTorch has twenty. Shapes as in ops/router.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,51 @@ import triton.language as tl
 
 from ...model.spec import Moe
 from .after import EARLY, after
+from .decode import CODE
+from .linear import counters, joined
+
+TILE = (32, 128)  # experts and inputs that meet at once
+PROGRAMS = 132  # that the inputs are split among
+
+
+@triton.jit(do_not_specialize=["T", "SPLIT"])  # a row must meet the same code in any company
+def _logits(
+    x, w, y, parts, counters, T, E, D, SPLIT, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    after()
+    tile, part = tl.program_id(0), tl.program_id(1)
+    e, m = tile * BE + tl.arange(0, BE), tl.arange(0, BM)
+    steps = tl.cdiv(D, BK)
+    acc = tl.zeros([BE, BM], tl.float32)
+    for step in tl.range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
+        d = step * BK + tl.arange(0, BK)
+        rated = tl.load(w + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
+        xs = tl.load(x + m[None, :] * D + d[:, None], mask=(m < T)[None, :] & (d < D)[:, None], other=0.0)
+        acc = tl.dot(rated.to(CODE), xs.to(CODE), acc)
+    at, mask = m[None, :] * E + e[:, None], (m < T)[None, :] & (e < E)[:, None]
+    tl.store(parts + part * (T * E) + at, acc, mask=mask)
+    tl.debug_barrier()  # every thread's part is written before this program is counted
+    if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+        acc = joined(parts + at, mask, T * E, SPLIT)
+        tl.store(counters + tile, 0)
+        tl.store(y + at, acc, mask=mask)
+
+
+def logits(x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
+    """As ops.router.logits, for few tokens: both in bfloat16, whose products are exact in float32."""
+    x, w = x_TD.contiguous(), w_ED.detach()
+    (T, D), E = x.shape, len(w)
+    y = x.new_empty(T, E, dtype=torch.float32)
+    if T == 0:
+        return y
+    tiles = -(-E // TILE[0])
+    split = max(1, min(PROGRAMS // tiles, -(-D // TILE[1])))
+    parts = torch.empty(split * T * E, dtype=torch.float32, device=x.device)
+    _logits[(tiles, split)](
+        x, w, y, parts, counters(x.device, tiles), T, E, D, split,
+        BE=TILE[0], BM=max(8, triton.next_power_of_2(T)), BK=TILE[1], num_warps=4, num_stages=4, **EARLY,
+    )  # fmt: skip
+    return y
 
 
 @triton.jit
