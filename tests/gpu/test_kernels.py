@@ -10,7 +10,7 @@ from undistilled.ops.attention import attend_rows
 from undistilled.ops.experts import experts
 from undistilled.ops.linear import apply, both, dense, linear
 from undistilled.ops.mla import mla_rows
-from undistilled.ops.norm import rms_norm
+from undistilled.ops.norm import add_norm, rms_norm
 from undistilled.ops.rope import rotate
 from undistilled.ops.router import logits, route
 from undistilled.ops.swiglu import silu_mul
@@ -152,6 +152,9 @@ def test_between_products():
     with torch.inference_mode():
         x, w = activations(3, 1536), torch.rand(1536, device="cuda")
         assert error(rms_norm(x, w, 1e-6), rms_norm.reference.run(x.double(), w, 1e-6).double()) < 2 * ROUNDING
+        with torch.inference_mode():
+            total, y = add_norm(x, x.flip(0), w, 1e-6)
+            assert torch.equal(total, x + x.flip(0)) and torch.equal(y, rms_norm(total, w, 1e-6))
         g, u = activations(3, 200), activations(3, 200)
         assert error(silu_mul(g, u), silu_mul.reference.run(g.double(), u.double())) < ROUNDING
         q = activations(3, 5, 96)[..., 64:]

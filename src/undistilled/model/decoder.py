@@ -45,7 +45,10 @@ class Block(nn.Module):
         self.mlp = mlp(make, f"{at}.mlp", spec, dense)
 
     def forward(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
-        return self.transform(self.attend(h_TD, batch, cache))
+        # as transform(attend(h)), but that a sum and its norm are one op
+        y_TD = self.self_attn(self.input_layernorm(h_TD), batch, cache)
+        h_TD, x_TD = self.post_attention_layernorm.of_sum(h_TD, y_TD)
+        return add(h_TD, self.mlp(x_TD))
 
     def attend(self, h_TD: torch.Tensor, batch: Batch | Packed, cache: Cache) -> torch.Tensor:
         """The half in which tokens see each other."""

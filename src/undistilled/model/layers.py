@@ -16,7 +16,7 @@ from ..ops import linear
 from ..ops.add import add
 from ..ops.experts import experts
 from ..ops.linear import apply
-from ..ops.norm import rms_norm
+from ..ops.norm import add_norm, rms_norm
 from ..ops.router import logits, route
 from ..ops.swiglu import silu_mul
 from ..ops.table import embed
@@ -70,6 +70,10 @@ class Norm(Weighted):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TD, self.values, self.eps)
+
+    def of_sum(self, h_TD: torch.Tensor, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h + y, its norm)."""
+        return add_norm(h_TD, y_TD, self.values, self.eps)
 
 
 class Embedding(Weighted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import triton as cuda
+from .add import add
 from .cpu import native
 from .registry import op
 
@@ -28,6 +29,22 @@ def _triton(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     from .triton import small
 
     return small.rms_norm(x_TD, w_D, eps)
+
+
+@op
+def add_norm(
+    h_TD: torch.Tensor, y_TD: torch.Tensor, w_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h + y, its RMS norm)."""
+    total = add(h_TD, y_TD)
+    return total, rms_norm(total, w_D, eps)
+
+
+@add_norm.register("triton", cuda.inference, "our Triton kernel: one pass over a row")
+def _triton_add_norm(h_TD, y_TD, w_D, eps):
+    from .triton import small
+
+    return small.add_norm(h_TD, y_TD, w_D, eps)
 
 
 @op

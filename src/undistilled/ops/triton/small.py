@@ -12,9 +12,14 @@ from .after import EARLY, after
 @triton.jit
 def normalised(x, w, d, D, eps):
     """The row of D values at x, normalised, in float32; past its end zeros."""
-    value = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+    return _scaled(tl.load(x + d, mask=d < D, other=0.0), w, d, D, eps)
+
+
+@triton.jit
+def _scaled(x, w, d, D, eps):
+    value = x.to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    return tl.load(w + d, mask=d < D, other=0.0).to(tl.float32) * value.to(x.dtype.element_ty).to(tl.float32)
+    return tl.load(w + d, mask=d < D, other=0.0).to(tl.float32) * value.to(x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -34,6 +39,31 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
         warps = 8 if width > 2048 else 4
         _norm[(rows,)](x, w_D, y, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=warps, **EARLY)
     return y
+
+
+@triton.jit
+def _add_norm(a, b, w, total, y, D, eps, BLOCK: tl.constexpr):
+    after()
+    at = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, BLOCK)
+    first = tl.load(a + at + d, mask=d < D, other=0.0).to(tl.float32)
+    second = tl.load(b + at + d, mask=d < D, other=0.0).to(tl.float32)
+    value = (first + second).to(total.dtype.element_ty)
+    tl.store(total + at + d, value, mask=d < D)
+    tl.store(y + at + d, _scaled(value, w, d, D, eps).to(y.dtype.element_ty), mask=d < D)
+
+
+def add_norm(
+    h_TD: torch.Tensor, y_TD: torch.Tensor, w_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ops.norm.add_norm."""
+    a, b = h_TD.contiguous(), y_TD.contiguous()
+    total, y, (rows, width) = torch.empty_like(a), torch.empty_like(a), a.shape
+    if rows:
+        warps = 8 if width > 2048 else 4
+        block = triton.next_power_of_2(width)
+        _add_norm[(rows,)](a, b, w_D, total, y, width, eps, BLOCK=block, num_warps=warps, **EARLY)
+    return total, y
 
 
 @triton.jit
