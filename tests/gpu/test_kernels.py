@@ -110,6 +110,21 @@ def test_two_weights_of_one_input(name, tokens):
         assert error(y, x.double() @ exact(w).T) < ROUNDING
 
 
+def test_no_tokens_by_two_weights():
+    first, second = stored("int8", 64, 128), stored("int8", 32, 128)
+    a, b = both.resolve(first, second, torch.bfloat16).run(activations(0, 128), first, second)
+    assert a.shape == (0, 64) and b.shape == (0, 32)
+
+
+def test_counters_stay_where_captured_passes_have_them():
+    from undistilled.ops.triton.linear import counters
+
+    device = torch.device("cuda")
+    before = counters(device, 1)
+    assert len(counters(device, len(before) + 1)) > len(before)
+    assert counters(device, 1) is before
+
+
 def test_no_expert_of_this_bank():
     weights = bank("int8", 4, 64, 128)
     x, ids = activations(3, 128), torch.full((3, 2), 9, device="cuda")

@@ -220,9 +220,9 @@ def experts(
     programs = -(-W // settings["BN"]) * slots
     two = few and programs <= APART
     parts = torch.empty(2 * programs * settings["BN"] * settings["BM"] if two else 0, device=x.device)
+    zeros = counters(x.device, programs if two else 1)
     _up[(programs // slots, slots, 1 + two)](
-        x, h, *made, k, parts, counters(x.device, programs), *a.parts, *b.parts, W, D, a.row_bytes, a.groups,
-        **settings, TWO=two,
+        x, h, *made, k, parts, zeros, *a.parts, *b.parts, W, D, a.row_bytes, a.groups, **settings, TWO=two,
     )  # fmt: skip
     one(h, y, down, (slots, made), k, few, shares=weights_Tk.float().contiguous())
     return summed(y, ids, E, x.dtype)

@@ -25,7 +25,7 @@ ROWS = (64, 4, 4)  # rows of the weight in a program, warps, depth of the pipeli
 SMALL = 1 << 25  # codes of a weight; joining many parts would take it as long as they do
 PROGRAMS = (132 * 2, 132 * 5)  # that a split aims at: of small weights, and of others
 AHEAD = tl.constexpr(8)
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 @triton.jit(do_not_specialize=["T", "SPLIT", "TILES"])  # a row must meet the same code in any company
@@ -99,7 +99,7 @@ def few(x_TK: torch.Tensor, weight: Stored) -> torch.Tensor:
 def few_of_both(x_TK: torch.Tensor, weight: Stored, second: Stored) -> tuple[torch.Tensor, torch.Tensor]:
     """At most FEW tokens by two weights of one form, with the same inputs, in one launch."""
     y, (N, _), T = _few(x_TK, weight, second), weight.shape, len(x_TK)
-    return y[: T * N].view(T, N), y[T * N :].view(T, -1)
+    return y[: T * N].view(T, N), y[T * N :].view(T, second.shape[0])
 
 
 def _few(x_TK: torch.Tensor, weight: Stored, second: Stored | None) -> torch.Tensor:
@@ -129,12 +129,13 @@ def splits(outputs: int, inputs: int) -> int:
 
 
 def counters(device: torch.device, tiles: int) -> torch.Tensor:
-    """Zeros that the kernel leaves zero; of each stream, for kernels of two streams run side by side."""
-    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
-    found = _counters.get(key)
-    if found is None or len(found) < tiles:
-        found = _counters[key] = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
-    return found
+    """Zeros that the kernel leaves zero; of each stream, for kernels of two streams run side by side. They stay where
+    they are when more are asked for: captured passes go on with them."""
+    size = max(4096, triton.next_power_of_2(tiles))
+    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream, size)
+    if key not in _counters:
+        _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 @triton.jit
