@@ -69,3 +69,5 @@ def test_collectives_are_as_measured_at_sizes_around_them():
     found = [links.sum_seconds("b", "a", n) for n in (1, 100, 200, 300, 500)]
     assert found == [1.0, 1.0, 1.5, 2.0, 3.0]
     assert links.gather_seconds("a", "b", 100) == 15  # not measured: by the rate
+    noise = (Timed(bytes=100, seconds=2.0), Timed(bytes=300, seconds=1.0), Timed(bytes=300, seconds=1.0))
+    assert Links([link.model_copy(update={"sums": noise})]).sum_seconds("a", "b", 1000) == 2.0

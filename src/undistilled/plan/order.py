@@ -43,12 +43,12 @@ class Links:
 
 def _between(points: Sequence[Timed], nbytes: float) -> float:
     """Seconds at a size, on the lines from each point to the next larger one; below the least, its own."""
-    points = sorted(points, key=lambda p: p.bytes)
+    points = sorted({p.bytes: p for p in points}.values(), key=lambda p: p.bytes)
     if nbytes <= points[0].bytes or len(points) == 1:
         return points[0].seconds * max(1.0, nbytes / points[0].bytes)
     after = next((i for i, p in enumerate(points) if p.bytes >= nbytes), len(points) - 1)
     low, high = points[after - 1], points[after]
-    slope = (high.seconds - low.seconds) / (high.bytes - low.bytes)
+    slope = max(0.0, high.seconds - low.seconds) / (high.bytes - low.bytes)  # less for more bytes is noise
     return low.seconds + slope * (nbytes - low.bytes)
 
 
