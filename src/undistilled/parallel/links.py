@@ -40,7 +40,7 @@ def measure_links(machine: Machine, progress: Callable[[str], None]) -> tuple[Li
     pairs = list(combinations(gpus, 2)) or ([] if gpus else [("cpu", "cpu")])
     found = {}
     for a, b in pairs:
-        progress(f"{a} – {b}: sums of {SMALL * 4 >> 10} KiB and messages of {LARGE >> 18} MiB")
+        progress(f"{a} – {b}: sums, gatherings and messages of up to {LARGE >> 18} MiB")
         found[a, b] = _pair(a, b)
     kept = [link for link in machine.links if (link.a, link.b) not in found]
     return (*kept, *found.values())
