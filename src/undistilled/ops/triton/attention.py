@@ -9,13 +9,13 @@ A key is [main | tail] (latent and rotated part; plain keys have no tail); MLA's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .after import EARLY, after
+from .room import room
 
 JOINED = 16  # spans that are loaded at once
 PROGRAMS = 264  # up to which a lone row's are narrow
@@ -37,15 +37,9 @@ LONE, LONE_FEWER = Shape(16, 64, 256, 8, 2), Shape(16, 128, 128, 8, 1)  # for on
 ROOM = 222 << 10  # bytes of shared memory that MANY takes
 
 
-@cache
-def _room(device: int) -> int:
-    """Bytes of shared memory that a program may have."""
-    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-
-
 def shape_of(rows: int, times: int, longest: int, device: torch.device) -> Shape:
     """For so many query heads of a key-value head, and contexts of up to `longest` tokens."""
-    if times < MANY.heads or _room(device.index or 0) < ROOM:
+    if times < MANY.heads or room(device) < ROOM:
         return FEW
     lone = LONE if times > MANY.heads else LONE_FEWER
     programs = -(-times // LONE.heads) * -(-longest // LONE.span)

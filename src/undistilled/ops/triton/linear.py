@@ -18,6 +18,7 @@ from . import FEW
 from .after import EARLY, after
 from .decode import get
 from .form import arguments
+from .room import depth
 from .tile import bytes_of, multiplied, product, weights
 
 BK = 128
@@ -109,15 +110,17 @@ def _few(x_TK: torch.Tensor, weight: Stored, second: Stored | None) -> torch.Ten
     y = x_TK.new_empty(T * (N + N2))
     if T == 0:
         return y
-    (rows, warps, depth), split = ROWS, splits(N + N2, K)
+    (rows, warps, deep), split = ROWS, splits(N + N2, K)
     first = -(-N // rows)
     tiles = first + -(-N2 // rows)
     parts = torch.empty(split * len(y) if split > 1 else 0, dtype=torch.float32, device=y.device)
     bm = max(8, triton.next_power_of_2(T))
+    columns = bm * a.form.columns(BK)
+    stages = depth(deep if columns <= 32 else 3, BK * (2 * columns + rows), y.device)
     _linear[(tiles, split)](
         x_TK, y, parts, counters(y.device, tiles), *a.parts, *b.parts, T, N, N2, K, a.row_bytes, a.groups, split, first,
         S=a.form, BN=rows, BM=bm, BK=BK, G=a.form.columns(BK), EVEN=K % BK == 0, TWO=second is not None,
-        num_warps=warps, num_stages=depth if bm * a.form.columns(BK) <= 32 else 3, **EARLY,
+        num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
 

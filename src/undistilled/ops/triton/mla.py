@@ -16,6 +16,7 @@ from ...scheme import Stored
 from .after import EARLY, after
 from .decode import CODE, get, settled
 from .form import arguments
+from .room import depth
 from .small import normalised, rotated
 from .tile import bytes_of, multiplied, product, weights
 
@@ -108,10 +109,11 @@ def release(out_RHZ: torch.Tensor, weight: Stored, nope: int) -> torch.Tensor:
     if R == 0:
         return y
     bm, groups = padded(R, 8), a.form.columns(BK)
-    warps, depth = NARROW if bm * groups <= 32 else WIDE
+    warps, deep = NARROW if bm * groups <= 32 else WIDE
+    stages = depth(deep, BK * (2 * bm * groups + VALUES), x.device)
     _release[(-(-width // VALUES), H)](
         x, y, *a.parts, R, H, nope, width, Z, a.row_bytes, a.groups,
-        S=a.form, BN=VALUES, BM=bm, BK=BK, G=groups, EVEN=Z % BK == 0, num_warps=warps, num_stages=depth, **EARLY,
+        S=a.form, BN=VALUES, BM=bm, BK=BK, G=groups, EVEN=Z % BK == 0, num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
 
