@@ -43,11 +43,18 @@ def passed(tokens: int, prefill: bool, size: int) -> Pass:
     return Pass(zeros, zeros, zeros, [[0]] * tokens, [1] * tokens, False, list(range(tokens)))
 
 
+def last_row(context: int, size: int) -> Pass:
+    """A row that ends a context of that many tokens, all of them in the first block of `size`."""
+    return Pass([0], [context - 1], [0], [[0] * -(-context // size)], [context], False, [0])
+
+
 def warm(runner: Runner) -> None:
-    """Makes those passes, before there is a request; rows twice, since a graph is captured the second time."""
+    """Makes those passes, before there is a request; rows twice, since a graph is captured the second time. Then one
+    of the longest context, which has kernels of its own."""
     todo, began = sizes(runner.plan), perf_counter()
     for done, (tokens, prefill) in enumerate(todo):
         if perf_counter() - began > QUIET:
             emit("engine.compiling", done=done, total=len(todo))
         for _ in range(1 if prefill else 2):
             runner.through(passed(tokens, prefill, runner.size))
+    runner.through(last_row(runner.plan.limits.context, runner.size))

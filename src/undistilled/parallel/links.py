@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .comm import Comm
 
 SMALL, LARGE = 7168, 16 << 20  # float32 elements: R1's hidden state; 64 MiB
-SUMS = (1, 32, 512, 2048)  # of so many hidden states
-GATHERS = (1 << 18, 1 << 20, 1 << 23)  # bytes over both: R1's logits in BF16 are 1 << 18 a row
+SUMS = (1, 32, 512, 2048)  # of so many hidden states; and of the most that one shot takes, and of one more
+GATHERS = (1 << 18, 5 << 18, 1 << 23)  # bytes over both: R1's logits in BF16 are 1 << 18 a row; and ONE_SHOT
 ROUNDS, FEW, MUCH = 200, 6, 4 << 20  # how often, and how often from so many bytes on
 SECONDS = 120  # that a pair may take
 
@@ -81,7 +81,7 @@ def _last_words(folder: str) -> str:
 def main() -> None:
     import torch
 
-    from .comm import Comm
+    from .comm import ONE_SHOT, Comm
 
     boot = json.loads(sys.argv[1])
     torch.set_num_threads(1)
@@ -92,10 +92,11 @@ def main() -> None:
     large = torch.ones(LARGE, device=comm.device)
     rate = large.numel() * 4 / _median(lambda: comm.pass_on(large), 5, comm.device.type)
     sums, gathers = [], []
-    for rows in SUMS:
+    one_shot = ONE_SHOT // (SMALL * dtype.itemsize)
+    for rows in sorted((*SUMS, one_shot, one_shot + 1)):
         x = torch.ones(rows, SMALL, device=comm.device, dtype=dtype)
         sums.append({"bytes": x.nbytes, "seconds": _repeated(comm, partial(comm.all_reduce, x), x.nbytes)})
-    for nbytes in GATHERS:
+    for nbytes in sorted((*GATHERS, ONE_SHOT)):
         y = torch.ones(1, nbytes // 2 // dtype.itemsize, device=comm.device, dtype=dtype)
         seconds = _repeated(comm, partial(comm.all_gather, y, [y.shape[1]] * 2), nbytes)
         gathers.append({"bytes": nbytes, "seconds": seconds})
