@@ -135,7 +135,8 @@ def test_what_a_new_user_types_first():
     for words, wanted in (
         (("plan", "r1-nano", "--scheme", "expert=int4"), "Put it first: int8,expert=int4"),
         (("plan", "r1-nano", "--device", "cuda"), "without it a GPU is used"),
-        (("plan", "r1-nano", "--tp", "2", "--device", "cpu"), "such as --scheme int8"),
+        (("plan", "r1-nano", "--tp", "3", "--device", "cpu"), "such as --scheme int8"),
+        (("plan", "r1-nano", "--ep", "100", "--device", "cpu"), "At most 8 ranks in a stage"),
     ):
         done = run(*words)
         assert done.returncode == 2 and wanted in " ".join(done.stderr.split()), done.stderr

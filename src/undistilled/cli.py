@@ -56,7 +56,7 @@ def doctor(
     from .observe.doctor import examine
 
     report = examine(measure=measure, links=links, progress=show.note)
-    _print_json(report) if as_json else show.doctor(report)
+    _print_json(report) if as_json else show.doctor(report, brief=links)
 
 
 @app.command()

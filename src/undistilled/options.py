@@ -27,18 +27,18 @@ DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs 
 RANKS: dict[str, Any] = {
     "tp": Annotated[
         int | None,
-        typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks that share every layer, by head and width."),
+        typer.Option("--tp", "--tensor-parallel-size", min=1, help="Ranks that share every layer, by head and width."),
     ],
     "pp": Annotated[
         int | None,
-        typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Stages that layers are shared out to."),
+        typer.Option("--pp", "--pipeline-parallel-size", min=1, help="Stages that layers are shared out to."),
     ],
     "ep": Annotated[
-        int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Ranks that share out experts.")
+        int | None, typer.Option("--ep", "--expert-parallel-size", min=1, help="Ranks that share out experts.")
     ],
     "microbatches": Annotated[
         int | None,
-        typer.Option("--microbatches", min=1, max=64, help="Parts of a batch that are in the pipeline at once."),
+        typer.Option("--microbatches", min=1, max=64, help="Parts of a batch in a pipeline at once; else one a stage."),
     ],
     "expert_copies": Annotated[
         int | None,

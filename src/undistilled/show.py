@@ -204,12 +204,16 @@ def _released(report: dict[str, Any]) -> str:
     return f"{file['type']}, {size(file['bytes'])} (GGUF); read as {as_read}" if file else as_read
 
 
-def doctor(report: dict[str, Any]) -> None:
+def doctor(report: dict[str, Any], brief: bool = False) -> None:
+    """brief: nothing of kernels and presets."""
     table = table_of("this machine", "")
     table.columns[1].justify = "left"
     for name, value in report["rows"]:
         table.add_row(escape(name), escape(value))
     out.print(table)
+    if brief:
+        out.print("Plans over ranks go by these links from now on: `plan MODEL --tp 2`.")
+        return
     if report["native_kernels"]:
         out.print(f"CPU kernels: built for {report['native_kernels']}")
     else:

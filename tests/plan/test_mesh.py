@@ -77,6 +77,23 @@ def planned(**degrees):
     return model, solve(model.name, model.config, model.spec, load_machine("this"), ask)
 
 
+def test_a_part_of_less_than_a_quantum_is_one_ranks():
+    """r1-nano's experts have half of what FP8 keeps together: one rank has all of the shared one."""
+    nano = find("r1-nano")
+    made = solve("r1-nano", nano.config, nano.spec, load_machine("this"), Ask(device="cpu", degrees=Degrees(tp=2)))
+    assert made.scheme == "fp8_block" and made.fits
+    stored = {row.name: row.scheme for row in made.rows if row.store != "unloaded"}
+    cuts, name = Cuts(nano.spec, made.mesh, stored), "model.layers.1.mlp.shared_experts.gate_proj.weight"
+    assert [cuts.slice(name, rank).shape(cuts.weights[name]) for rank in (0, 1)] == [(64, 256), (0, 256)]
+
+
+def test_a_plan_says_what_its_ranks_talk_about():
+    made = solve("r1", R1.config, R1.spec, load_machine("8x-h200"), Ask(degrees=Degrees(tp=4, pp=2)))
+    sums, handed = made.notes
+    assert "65 sums of 14.3 KB over 4 ranks" in sums and "nvlink, datasheet" in sums
+    assert "gets 14.3 KB" in handed
+
+
 def test_a_plan_for_ranks_is_a_file_that_holds():
     model, plan = planned(tp=2, pp=2)
     again = type(plan).model_validate_json(plan.model_dump_json())

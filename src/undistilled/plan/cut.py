@@ -117,10 +117,11 @@ class Cuts:
                     together, culprit = grown, weight.name
         found = ranges(shares, -(-units // together))
         if kind in ("heads", "vocab") and any(a == b for a, b in found):
+            helps = culprit and len(shares) <= units  # another scheme does
             raise UsageError(
                 f"{len(shares)} ranks cannot share the {units} {_UNITS[kind]}"
-                + (f" {together} at a time, which {culprit} in {self.stored[culprit]} needs." if culprit else "."),
-                _OTHERS if culprit else "Fewer ranks in a stage.",
+                + (f" {together} at a time, which {culprit} in {self.stored[culprit]} needs." if helps else "."),
+                _OTHERS if helps else f"At most {units} ranks in a stage, which has --tp times --ep of them.",
             )
         return [(min(a * together, units), min(b * together, units)) for a, b in found]
 
@@ -204,7 +205,7 @@ class Cuts:
     def _check_quanta(self, weight: Weight, axis: str, start: int, stop: int) -> None:
         scheme, size = self.stored[weight.name], weight.shape[0 if axis == "out" else 1]
         together = self._quantum(weight, axis)
-        if start % together or (stop % together and stop != size):
+        if start < stop and (start % together or (stop % together and stop != size)):
             raise UsageError(
                 f"{self.mesh.inner} ranks would cut {weight.name} at {start} to {stop}, within the {together} that "
                 f"{scheme} keeps together.",

@@ -21,6 +21,11 @@ class Links:
     def __init__(self, links: Sequence[Link]) -> None:
         self._known = {frozenset((link.a, link.b)): link for link in links}
 
+    def source(self, a: str, b: str) -> str:
+        """Where figures of two devices come from."""
+        link = self._known.get(frozenset((a, b)))
+        return f"{link.kind}, {link.source}" if link else "no link known, assumed"
+
     def between(self, a: str, b: str) -> tuple[float, float]:
         """(latency in seconds, bytes a second)."""
         link = self._known.get(frozenset((a, b)))

@@ -219,6 +219,31 @@ class RankLayouts(Layouts):
         last = self.mesh.stage(rank) == self.mesh.pp - 1
         return self.working(narrow if last else replace(narrow, vocab=1), limits)
 
+    def said(self, rows: int) -> list[str]:
+        """What a step of so many rows talks about, over which links, for people."""
+        mesh, found = self.mesh, []
+        message = rows * self.spec.hidden * WIDTH["float32" if self.kind == "cpu" else self.compute]
+        if mesh.inner > 1:
+            pairs = {(mesh.devices[a], mesh.devices[b]) for a in range(mesh.size) for b in mesh.peers(a) if a < b}
+            seconds, a, b = max((self.links.sum_seconds(*pair, message * (mesh.inner - 1)), *pair) for pair in pairs)
+            sums = max(2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0) for rank in range(mesh.size))
+            found.append(
+                f"A step has {sums} sums of {message / 1e3:.1f} KB over {mesh.inner} ranks, {seconds * 1e6:.0f} µs "
+                f"each by the slowest link of a stage, {a} to {b} ({self.links.source(a, b)})."
+            )
+        if mesh.pp > 1:
+            pairs = set(zip(mesh.devices, mesh.devices[mesh.inner :], strict=False))
+            seconds, a, b = max((self._handing(*pair, message), *pair) for pair in pairs)
+            found.append(
+                f"A stage gets {message / 1e3:.1f} KB a step from the one before, in at most {seconds * 1e6:.0f} µs, "
+                f"{a} to {b} ({self.links.source(a, b)})."
+            )
+        return found
+
+    def _handing(self, a: str, b: str, nbytes: int) -> float:
+        latency, rate = self.links.between(a, b)
+        return latency + nbytes / rate
+
     def talk(self, rank: int, rows: int) -> float:
         """Seconds of collectives and messages of one step over `rows` rows, as the links allow."""
         mesh, inner = self.mesh, self.mesh.inner
@@ -233,8 +258,7 @@ class RankLayouts(Layouts):
                 others = rows * self.spec.vocab * width * (inner - 1) / inner
                 seconds += max(self.links.gather_seconds(*pair, others) for pair in ends)
         if mesh.stage(rank) > 0:
-            latency, rate = self.links.between(mesh.devices[rank], mesh.devices[rank - inner])
-            seconds += latency + message / rate
+            seconds += self._handing(mesh.devices[rank - inner], mesh.devices[rank], message)
         return seconds
 
 

@@ -84,7 +84,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         predicted=_predicted(layouts, layout, machine, active),
         fits=layout.fits,
         advice="" if layout.fits else _advice(layouts, machine, ask, context),
-        notes=_notes(layout),
+        notes=_notes(layouts, layout),
     )
 
 
@@ -221,7 +221,9 @@ def _basis(used: dict[str, Device]) -> str:
     return ", ".join(f"{kind}: {' and '.join(sorted(found))} ceilings" for kind, found in sources.items() if found)
 
 
-def _notes(layout: Layout) -> list[str]:
+def _notes(layouts: Layouts, layout: Layout) -> list[str]:
+    if isinstance(layouts, RankLayouts):
+        return layouts.said(layout.limits.batch)
     if len(layout.devices) > 1 and not layout.ranks:
         return ["Without --tp, --pp or --ep one process runs a plan, on one device; over several it only predicts."]
     return []
@@ -234,7 +236,7 @@ def _advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     others = [_layouts(layouts.spec, machine, ask, s, context) for s in CANDIDATES if s != layouts.scheme]
     for other in others:
         if other.at(context, ask.batch).fits:
-            return f"With --scheme {other.scheme} it fits."
+            return f"With --scheme {other.scheme} it fits.{_idle(layouts)}"
     for other in others:
         if options := _smaller(other, context, ask.batch):
             return f"With --scheme {other.scheme} {options} it fits."
@@ -246,13 +248,20 @@ def _advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
         used = {name: layouts.free[name] for name in least.mesh.devices}
         return (
             f"In {least.scheme} at --context {BLOCK} it takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
-            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all. More ranks hold more: --tp, --pp."
+            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all.{_idle(layouts)}"
         )
     form = f"In {least.scheme}" if weighs > free else f"In {least.scheme} at --context {BLOCK}"
     return (
         f"{form} it takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "
         f"{free / 1e9:.1f} GB free in all. See `undistilled doctor` for machines to plan for with --machine."
     )
+
+
+def _idle(layouts: Layouts) -> str:
+    """Of a plan over ranks: that more of them would hold more, where there is something left for them."""
+    left = set(layouts.free) - set(layouts.mesh.devices) if isinstance(layouts, RankLayouts) else set()
+    left = {name for name in left if name.startswith("cuda")}
+    return f" {len(left)} GPUs are idle: more ranks hold more (--tp, --pp, --ep)." if left else ""
 
 
 def _smaller(layouts: Layouts, context: int, batch: int) -> str:
