@@ -91,17 +91,6 @@ def test_experts(name, tokens):
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
-def test_gate_and_up_in_programs_of_their_own(name, monkeypatch):
-    from undistilled.ops.triton import experts as kernels
-
-    weights, x = bank(name, 9, 72, 200), activations(2, 200)
-    ids, shares = torch.tensor([[0, 3], [3, 9]], device="cuda"), torch.rand(2, 2, device="cuda")
-    apart = kernels.experts(x, ids, shares, *weights)
-    monkeypatch.setattr(kernels, "APART", 0)
-    assert torch.equal(apart, kernels.experts(x, ids, shares, *weights))
-
-
-@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
 def test_two_weights_of_one_input(name, tokens):
     first, second, x = stored(name, 576, 1024), stored(name, 100, 1024), activations(tokens, 1024)
