@@ -90,6 +90,13 @@ def test_experts(name, tokens):
     check_experts(tokens, *weights)
 
 
+@pytest.mark.parametrize("name", ["int8-g32", "int4-g32", "nvfp4", "nl4-g16"])
+@pytest.mark.parametrize("tokens", [33, 64])
+def test_many_groups_and_rows_fit_shared_memory(name, tokens):
+    w, x = stored(name, 128, 512), activations(tokens, 512)
+    assert error(apply(x, w), x.double() @ exact(w).T) < ROUNDING
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
 def test_two_weights_of_one_input(name, tokens):

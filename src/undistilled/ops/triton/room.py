@@ -15,5 +15,9 @@ def room(device: torch.device) -> int:
 
 
 def depth(wanted: int, stage: int, device: torch.device) -> int:
-    """Of a pipeline, up to `wanted`: all steps but the one that is computed hold `stage` bytes each."""
-    return min(wanted, 1 + room(device) // stage) if device.type == "cuda" else wanted
+    """Of a pipeline, up to `wanted`: a step holds `stage` bytes. Before Hopper the one that is computed holds none: its
+    operands are in registers."""
+    if device.type != "cuda":
+        return wanted
+    computed = int(torch.cuda.get_device_capability(device)[0] < 9)
+    return max(1, min(wanted, computed + room(device) // stage))
