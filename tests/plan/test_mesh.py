@@ -94,6 +94,19 @@ def test_a_plan_says_what_its_ranks_talk_about():
     assert "gets 14.3 KB" in handed
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_parts_of_a_batch_are_predicted(device):
+    """Two stages of GPUs work at once on two parts; more read the experts more often. Stages of one CPU share it."""
+
+    def decode(microbatches, batch=32):
+        ask = Ask("int4", 1024, batch, device=device, degrees=Degrees(pp=2, microbatches=microbatches))
+        return solve("r1", R1.config, R1.spec, load_machine("8x-h200"), ask).predicted.decode_tokens_per_s
+
+    assert (decode(2) > 1.1 * decode(1)) == (device is None)
+    assert decode(8) < decode(2)
+    assert decode(8, 1) == decode(1, 1)
+
+
 def test_a_plan_for_ranks_is_a_file_that_holds():
     model, plan = planned(tp=2, pp=2)
     again = type(plan).model_validate_json(plan.model_dump_json())
