@@ -16,6 +16,7 @@ from undistilled.plan.mesh import Mesh, even, ranges
 from undistilled.plan.ranks import Degrees
 from undistilled.plan.recipes import scheme_of
 from undistilled.plan.solve import Ask, solve
+from undistilled.plan.speeds import skew
 from undistilled.plan.stages import balanced
 
 R1 = find("deepseek-r1")
@@ -105,6 +106,21 @@ def test_parts_of_a_batch_are_predicted(device):
     assert (decode(2) > 1.1 * decode(1)) == (device is None)
     assert decode(8) < decode(2)
     assert decode(8, 1) == decode(1, 1)
+
+
+def test_experts_fall_unevenly_on_few_tokens():
+    """Of 8 experts in 4 of 8 groups the busiest eighth has 3.5; a large batch touches all alike."""
+    moe = R1.spec.moe
+    assert skew(moe, 1, 1) == 1.0
+    assert 2.7 < skew(moe, 8, 1) < 3.7
+    assert skew(moe, 2, 1) < skew(moe, 4, 1) < skew(moe, 8, 1)
+    assert skew(moe, 8, 32) < 1.5 and skew(moe, 8, 512) < 1.05
+
+    def decode(**degrees):
+        ask = Ask("int4", 1024, 1, degrees=Degrees(**degrees))
+        return solve("r1", R1.config, R1.spec, load_machine("8x-h200"), ask).predicted.decode_tokens_per_s
+
+    assert decode(tp=8) > decode(tp=2, ep=4) > decode(ep=8)
 
 
 def test_a_plan_for_ranks_is_a_file_that_holds():

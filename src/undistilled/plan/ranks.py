@@ -15,7 +15,7 @@ from . import cost
 from .copies import Copy, choose, read_counts
 from .cost import WIDTH, Compute, Dtype, Placed
 from .cut import Cuts
-from .hardware import Device, Link, Machine
+from .hardware import Device, Link
 from .layout import BLOCK, Layout, Layouts, sized
 from .mesh import Mesh
 from .order import Links, ordered
@@ -264,47 +264,3 @@ class RankLayouts(Layouts):
 
 def _sum(each: list[Bytes]) -> Bytes:
     return Bytes(**{name: sum(getattr(one, name) for one in each) for name in Bytes.model_fields})
-
-
-def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
-    """(prefill, decode) in tokens a second, with as many parts of a batch in the pipeline as the mesh says; shares
-    count as even."""
-    mesh, limits = layouts.mesh, layout.limits
-    parts = min(mesh.microbatches, limits.batch) if mesh.pp > 1 else 1
-    each = [_stage_seconds(layouts, layout, machine, active, stage, parts) for stage in range(mesh.pp)]
-    prefill, decode = ([seconds[i] for seconds in each] for i in (0, 1))
-    return limits.chunk * parts / _through(mesh, prefill, parts), limits.batch / _through(mesh, decode, parts)
-
-
-def _through(mesh: Mesh, seconds: list[float], parts: int) -> float:
-    """In which so many passes go through stages of these seconds, again and again: one goes from stage to stage, and
-    every device does its own of all."""
-    busy: dict[str, float] = {}
-    for stage, taken in enumerate(seconds):
-        device = mesh.devices[stage * mesh.inner]
-        busy[device] = busy.get(device, 0.0) + parts * taken
-    return max(sum(seconds), *busy.values())
-
-
-def _stage_seconds(
-    layouts: RankLayouts, layout: Layout, machine: Machine, active: int, stage: int, parts: int
-) -> tuple[float, float]:
-    """(a prompt's chunk, a decode pass over one of `parts` of the batch) through a stage, with its talk. Processes of
-    one CPU share its bandwidth and cores."""
-    mesh, limits, spec = layouts.mesh, layout.limits, layouts.spec
-    (first, past), rank, rows = mesh.stages[stage], stage * mesh.inner, -(-limits.batch // parts)
-    device, row = machine.device(mesh.devices[rank]), f"stage:{stage}"
-    cut = mesh.inner / (1.0 if device.kind == "cuda" else float(mesh.inner))
-    met = [p for p in layout.placed if not p.weight.mtp]
-    own, part = [p for p in met if p.row.compute == row], (past - first) / spec.layers
-    small, launched = (
-        part * cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
-        for tokens, recorded in ((rows, True), (limits.chunk, False))
-    )
-    read = sum(p.row.nbytes * cost.touched(p.weight, spec, rows) for p in own)
-    read += part * layout.kv.bytes_per_token * limits.context * rows
-    decode = read / cut / device.ceilings.read_bytes_per_s + small + layouts.talk(rank, rows)
-    flops = cost.prefill_flops(spec, active, limits.context) * limits.chunk
-    products = cost.product_seconds(met, spec, row, device, layouts.compute, flops)
-    unpacked = cost.unpacked_seconds(own, spec, row, device, limits.chunk, layouts.compute)
-    return (products + unpacked) / cut + launched + layouts.talk(rank, limits.chunk), decode

@@ -19,8 +19,9 @@ from .hardware import Device, Machine
 from .layout import BLOCK, Layout, Layouts
 from .mesh import Mesh
 from .plan import Plan, Predicted, Row, config_hash
-from .ranks import ONE, Degrees, RankLayouts, by_memory, layouts_of, mesh_for, speeds
+from .ranks import ONE, Degrees, RankLayouts, by_memory, layouts_of, mesh_for
 from .recipes import INTEGERS, parse, products_of, rounds, scheme_of
+from .speeds import speeds
 
 DEFAULT_CONTEXT = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table of contexts, and the model's own
