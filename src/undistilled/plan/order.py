@@ -33,17 +33,21 @@ class Links:
 
     def sum_seconds(self, a: str, b: str, nbytes: float) -> float:
         """Of a sum of so many bytes that the other end has: as measured at sizes around it, or by the link's rate."""
-        link, (latency, rate) = self._known.get(frozenset((a, b))), self.between(a, b)
-        return _between(link.sums, nbytes) if link and link.sums else latency + nbytes / rate
+        link = self._known.get(frozenset((a, b)))
+        return _between(link.sums, nbytes) if link and link.sums else self.message_seconds(a, b, nbytes)
 
     def gather_seconds(self, a: str, b: str, nbytes: float) -> float:
         """Of a gathering of so many bytes that the other end has."""
-        link, (latency, rate) = self._known.get(frozenset((a, b))), self.between(a, b)
-        return _between(link.gathers, 2 * nbytes) if link and link.gathers else latency + nbytes / rate
+        link = self._known.get(frozenset((a, b)))
+        return _between(link.gathers, 2 * nbytes) if link and link.gathers else self.message_seconds(a, b, nbytes)
+
+    def message_seconds(self, a: str, b: str, nbytes: float) -> float:
+        """Of so many bytes from one to the other, by the link's latency and rate."""
+        latency, rate = self.between(a, b)
+        return latency + nbytes / rate
 
     def seconds(self, a: Device, b: Device) -> float:
-        latency, rate = self.between(a.name, b.name)
-        return latency + MESSAGE / rate
+        return self.message_seconds(a.name, b.name, MESSAGE)
 
 
 def _between(points: Sequence[Timed], nbytes: float) -> float:

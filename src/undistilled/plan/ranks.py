@@ -221,44 +221,46 @@ class RankLayouts(Layouts):
 
     def said(self, rows: int) -> list[str]:
         """What a step of so many rows talks about, over which links, for people."""
-        mesh, found = self.mesh, []
-        message = rows * self.spec.hidden * WIDTH["float32" if self.kind == "cpu" else self.compute]
+        mesh, found, message = self.mesh, [], rows * self.spec.hidden * self._width
         if mesh.inner > 1:
             pairs = {(mesh.devices[a], mesh.devices[b]) for a in range(mesh.size) for b in mesh.peers(a) if a < b}
             seconds, a, b = max((self.links.sum_seconds(*pair, message * (mesh.inner - 1)), *pair) for pair in pairs)
-            sums = max(2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0) for rank in range(mesh.size))
+            sums = max(map(self._sums, range(mesh.size)))
             found.append(
                 f"A step has {sums} sums of {message / 1e3:.1f} KB over {mesh.inner} ranks, {seconds * 1e6:.0f} µs "
                 f"each by the slowest link of a stage, {a} to {b} ({self.links.source(a, b)})."
             )
         if mesh.pp > 1:
             pairs = set(zip(mesh.devices, mesh.devices[mesh.inner :], strict=False))
-            seconds, a, b = max((self._handing(*pair, message), *pair) for pair in pairs)
+            seconds, a, b = max((self.links.message_seconds(*pair, message), *pair) for pair in pairs)
             found.append(
                 f"A stage gets {message / 1e3:.1f} KB a step from the one before, in at most {seconds * 1e6:.0f} µs, "
                 f"{a} to {b} ({self.links.source(a, b)})."
             )
         return found
 
-    def _handing(self, a: str, b: str, nbytes: int) -> float:
-        latency, rate = self.links.between(a, b)
-        return latency + nbytes / rate
+    @property
+    def _width(self) -> int:
+        """Bytes of a value that ranks exchange."""
+        return WIDTH["float32" if self.kind == "cpu" else self.compute]
+
+    def _sums(self, rank: int) -> int:
+        """Of a step: two a layer, and the embedding's."""
+        return 2 * len(self.mesh.layers(rank)) + (self.mesh.stage(rank) == 0)
 
     def talk(self, rank: int, rows: int) -> float:
         """Seconds of collectives and messages of one step over `rows` rows, as the links allow."""
         mesh, inner = self.mesh, self.mesh.inner
-        width = WIDTH["float32" if self.kind == "cpu" else self.compute]
-        message = rows * self.spec.hidden * width
-        seconds = 0.0
+        message, seconds = rows * self.spec.hidden * self._width, 0.0
         if inner > 1:
             ends = [(mesh.devices[rank], mesh.devices[peer]) for peer in mesh.peers(rank) if peer != rank]
             reduce = max(self.links.sum_seconds(*pair, message * (inner - 1)) for pair in ends)
-            seconds += reduce * (2 * len(mesh.layers(rank)) + (mesh.stage(rank) == 0))
+            seconds += reduce * self._sums(rank)
             if mesh.stage(rank) == mesh.pp - 1:
-                others = rows * self.spec.vocab * width * (inner - 1) / inner
+                others = rows * self.spec.vocab * self._width * (inner - 1) / inner
                 seconds += max(self.links.gather_seconds(*pair, others) for pair in ends)
         if mesh.stage(rank) > 0:
-            seconds += self._handing(mesh.devices[rank - inner], mesh.devices[rank], message)
+            seconds += self.links.message_seconds(mesh.devices[rank - inner], mesh.devices[rank], message)
         return seconds
 
 

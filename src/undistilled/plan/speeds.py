@@ -66,7 +66,7 @@ def _stage_seconds(
     mesh, limits, spec = layouts.mesh, layout.limits, layouts.spec
     (first, past), rank, rows = mesh.stages[stage], stage * mesh.inner, -(-limits.batch // parts)
     device, row = machine.device(mesh.devices[rank]), f"stage:{stage}"
-    cut = mesh.inner / (1.0 if device.kind == "cuda" else float(mesh.inner))
+    cut = mesh.inner if device.kind == "cuda" else 1
     met = [p for p in layout.placed if not p.weight.mtp]
     own, part = [p for p in met if p.row.compute == row], (past - first) / spec.layers
     small, launched = (

@@ -59,14 +59,22 @@ def _linear(
     at = t[None, :] * N + rows[:, None]
     mask = (t[None, :] < T) & (rows[:, None] < N)
     if SPLIT > 1:
-        tl.store(parts + part * whole + at, acc, mask=mask)
-        tl.debug_barrier()  # every thread's part is written before this program is counted
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+        if left(acc, parts + at, mask, whole, part, counter, SPLIT):
             acc = joined(parts + at, mask, whole, SPLIT)
-            tl.store(counter, 0)
             tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(y + at, multiplied(acc, multipliers, n, S).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def left(acc, parts, mask, whole, part, counter, SPLIT):
+    """Leave a program's part. Whether it is the last of SPLIT: then the counter is zero again."""
+    tl.store(parts + part * whole, acc, mask=mask)
+    tl.debug_barrier()  # every thread's part is written before this program is counted
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        tl.store(counter, 0)
+    return last
 
 
 @triton.jit
@@ -114,7 +122,7 @@ def _few(x_TK: torch.Tensor, weight: Stored, second: Stored | None) -> torch.Ten
     first = -(-N // rows)
     tiles = first + -(-N2 // rows)
     parts = torch.empty(split * len(y) if split > 1 else 0, dtype=torch.float32, device=y.device)
-    bm = max(8, triton.next_power_of_2(T))
+    bm = padded(T)
     columns = bm * a.form.columns(BK)
     stages = depth(deep if columns <= 32 else 3, BK * (2 * columns + rows), y.device)
     _linear[(tiles, split)](
@@ -123,6 +131,11 @@ def _few(x_TK: torch.Tensor, weight: Stored, second: Stored | None) -> torch.Ten
         num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
+
+
+def padded(rows: int, least: int = 8) -> int:
+    """Rows that a program computes; of tensor cores' left operand 16 at least, of their right one 8."""
+    return max(least, triton.next_power_of_2(rows))
 
 
 def splits(outputs: int, inputs: int) -> int:

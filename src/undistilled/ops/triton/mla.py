@@ -16,6 +16,7 @@ from ...scheme import Stored
 from .after import EARLY, after
 from .decode import CODE, get, settled
 from .form import arguments
+from .linear import padded
 from .room import depth
 from .small import normalised, rotated
 from .tile import bytes_of, multiplied, product, weights
@@ -108,7 +109,7 @@ def release(out_RHZ: torch.Tensor, weight: Stored, nope: int) -> torch.Tensor:
     y = x.new_empty(R, H, width)
     if R == 0:
         return y
-    bm, groups = padded(R, 8), a.form.columns(BK)
+    bm, groups = padded(R), a.form.columns(BK)
     warps, deep = NARROW if bm * groups <= 32 else WIDE
     stages = depth(deep, BK * (2 * bm * groups + VALUES), x.device)
     _release[(-(-width // VALUES), H)](
@@ -116,11 +117,6 @@ def release(out_RHZ: torch.Tensor, weight: Stored, nope: int) -> torch.Tensor:
         S=a.form, BN=VALUES, BM=bm, BK=BK, G=groups, EVEN=Z % BK == 0, num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
-
-
-def padded(rows: int, least: int) -> int:
-    """Rows that a program computes; of tensor cores' left operand 16 at least, of their right one 8."""
-    return max(least, triton.next_power_of_2(rows))
 
 
 @triton.jit

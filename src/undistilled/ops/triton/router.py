@@ -9,7 +9,7 @@ import triton.language as tl
 from ...model.spec import Moe
 from .after import EARLY, after
 from .decode import CODE
-from .linear import counters, joined
+from .linear import counters, joined, left, padded
 
 TILE = (32, 128)  # experts and inputs that meet at once
 PROGRAMS = 132  # that the inputs are split among
@@ -30,12 +30,8 @@ def _logits(
         xs = tl.load(x + m[None, :] * D + d[:, None], mask=(m < T)[None, :] & (d < D)[:, None], other=0.0)
         acc = tl.dot(rated.to(CODE), xs.to(CODE), acc)
     at, mask = m[None, :] * E + e[:, None], (m < T)[None, :] & (e < E)[:, None]
-    tl.store(parts + part * (T * E) + at, acc, mask=mask)
-    tl.debug_barrier()  # every thread's part is written before this program is counted
-    if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
-        acc = joined(parts + at, mask, T * E, SPLIT)
-        tl.store(counters + tile, 0)
-        tl.store(y + at, acc, mask=mask)
+    if left(acc, parts + at, mask, T * E, part, counters + tile, SPLIT):
+        tl.store(y + at, joined(parts + at, mask, T * E, SPLIT), mask=mask)
 
 
 def logits(x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
@@ -50,7 +46,7 @@ def logits(x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
     parts = torch.empty(split * T * E, dtype=torch.float32, device=x.device)
     _logits[(tiles, split)](
         x, w, y, parts, counters(x.device, tiles), T, E, D, split,
-        BE=TILE[0], BM=max(8, triton.next_power_of_2(T)), BK=TILE[1], num_warps=4, num_stages=4, **EARLY,
+        BE=TILE[0], BM=padded(T), BK=TILE[1], num_warps=4, num_stages=4, **EARLY,
     )  # fmt: skip
     return y
 
@@ -122,11 +118,11 @@ def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, moe: Moe) -> tup
     ids = torch.empty((tokens, moe.per_token), dtype=torch.int64, device=logits.device)
     shares = torch.empty((tokens, moe.per_token), dtype=torch.float32, device=logits.device)
     width = experts // moe.groups
-    padded = [triton.next_power_of_2(n) for n in (moe.groups, width, moe.per_token)]
+    wide = [triton.next_power_of_2(n) for n in (moe.groups, width, moe.per_token)]
     if tokens:
         _route[(tokens,)](
             logits, logits if bias_E is None else bias_E, ids, shares, moe.scale, GROUPS=moe.groups, WIDTH=width,
             BEST=moe.top_groups, K=moe.per_token, SIGMOID=moe.scoring == "sigmoid", BIASED=bias_E is not None,
-            NORMALISE=moe.normalise, GP=padded[0], WP=padded[1], KP=padded[2], num_warps=1, **EARLY,
+            NORMALISE=moe.normalise, GP=wide[0], WP=wide[1], KP=wide[2], num_warps=1, **EARLY,
         )  # fmt: skip
     return ids, shares

@@ -36,9 +36,13 @@ def rms_norm(x_TD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
     y, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width
     if rows:
-        warps = 8 if width > 2048 else 4
-        _norm[(rows,)](x, w_D, y, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=warps, **EARLY)
+        _norm[(rows,)](x, w_D, y, width, eps, **_row(width))
     return y
+
+
+def _row(width: int) -> dict:
+    """How a program takes a whole row."""
+    return {"BLOCK": triton.next_power_of_2(width), "num_warps": 8 if width > 2048 else 4, **EARLY}
 
 
 @triton.jit
@@ -60,9 +64,7 @@ def add_norm(
     a, b = h_TD.contiguous(), y_TD.contiguous()
     total, y, (rows, width) = torch.empty_like(a), torch.empty_like(a), a.shape
     if rows:
-        warps = 8 if width > 2048 else 4
-        block = triton.next_power_of_2(width)
-        _add_norm[(rows,)](a, b, w_D, total, y, width, eps, BLOCK=block, num_warps=warps, **EARLY)
+        _add_norm[(rows,)](a, b, w_D, total, y, width, eps, **_row(width))
     return total, y
 
 
