@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 CODE = 130  # what shells say of a process that SIGINT ended
 SECONDS = 1.2  # that an orderly end may take
 LAST: list[Callable[[], None]] = []  # what is done, shortly, before an end that is not
+_LOST = b"\0"  # the interrupt thread is told so; signals write their numbers, which start at 1
 _KEPT: list[socket.socket] = []
 
 
@@ -24,19 +26,44 @@ def bound(seconds: float = SECONDS) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-
-    def wait() -> None:
-        while signal.SIGINT not in reader.recv(64):
-            pass
-        time.sleep(seconds)
-        try:
-            for call in tuple(LAST):
-                call()
-        finally:
-            os._exit(CODE)
-
-    threading.Thread(target=wait, name="interrupt", daemon=True).start()
+    _raise_again(writer)
+    threading.Thread(target=_wait, args=(reader, seconds, threading.get_ident()), name="interrupt", daemon=True).start()
     _KEPT.append(writer)  # C writes to its number
+
+
+def _wait(reader: socket.socket, seconds: float, main: int) -> None:
+    heard = b""
+    while signal.SIGINT not in heard:
+        heard = reader.recv(64)
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if _LOST in heard:
+            time.sleep(0.01)  # until what lost it is over
+            signal.pthread_kill(main, signal.SIGINT)
+        reader.settimeout(left)
+        try:
+            heard = reader.recv(64)
+        except TimeoutError:
+            break
+    try:
+        for call in tuple(LAST):
+            call()
+    finally:
+        os._exit(CODE)
+
+
+def _raise_again(writer: socket.socket) -> None:
+    """Where Python cannot pass KeyboardInterrupt on (in a finalizer, or a callback of a weak reference, as imports have
+    them), it prints and forgets it: here it comes again instead, a moment later."""
+    before = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            writer.send(_LOST)
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
 
 
 @contextmanager

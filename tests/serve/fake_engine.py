@@ -36,7 +36,7 @@ class FakeEngine:
         self.tokenizer = byte_tokenizer(options.get("chat_template"), options.get("generation"))
         self.spec = SimpleNamespace(vocab=300)
         self.max_context = options.get("context", 4096)
-        self.name = options.get("name", "fake")
+        self.name, self.ranks = options.get("name", "fake"), 1
         self.reply, self.delay = options.get("reply", "Hello, wörld 🤖!"), options.get("delay", 0.0)
         self.running: dict[str, Running] = {}
         self.aborted = self.added = 0

@@ -160,3 +160,26 @@ time.sleep(30)
     assert process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
+
+
+def test_where_python_would_forget_it():
+    """In a finalizer an exception is printed and dropped: the program is told once more, and ends by itself."""
+    code = """
+import sys, time
+from undistilled import interrupt
+interrupt.bound(60)
+class Slow:
+    def __del__(self):
+        print("x", flush=True)
+        time.sleep(2)
+try:
+    Slow()
+    time.sleep(30)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 7 and err == b""

@@ -77,7 +77,9 @@ def test_a_stopped_engine_is_found_by_the_watchdog():
         running.client.watchdog = 1.0
         os.kill(running.client.pid, signal.SIGSTOP)
         assert running.post("/v1/completions", {"prompt": "Hi"}).status_code == 500
-        assert http.get(running.base + "/health").status_code == 503
+        health = http.get(running.base + "/health")
+        assert health.status_code == 503
+        assert "has not said a word for 1 s; it was answering 1 request. It was ended." in health.text
 
 
 def test_an_error_while_opening_keeps_its_class():
@@ -183,6 +185,7 @@ def test_a_server_whose_engine_died_ends():
     _children(process.pid)[0].kill()
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "engine has ended" in err
+    assert "The engine's process was killed by signal 9; it was idle." in err
     assert err.count("op for model on cpu has no fast kernel here: the PyTorch reference runs") == 1
 
 

@@ -63,6 +63,7 @@ class Engine:
     ) -> None:
         self.decoder, self.plan, self.tokenizer, self.name = decoder, plan, tokenizer, name
         self.spec, self.max_context = decoder.spec, plan.limits.context
+        self.ranks = plan.mesh.size if plan.mesh else 1
         self.runner = Runner(decoder, plan, crew, comm)
         self.pool = BlockPool(plan.kv.blocks, plan.kv.block_size)
         self.scheduler = Scheduler(

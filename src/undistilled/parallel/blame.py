@@ -61,8 +61,12 @@ def dead(codes: Mapping[int, int], beats: Mapping[int, Beat]) -> Verdict | None:
         return None
     rank = min(codes, key=lambda r: (codes[r] == FAILED, r))
     code, was = codes[rank], doing(beats.get(rank))
-    how = f"was killed by signal {-code}" if code < 0 else GONE.get(code, f"ended with code {code}")
-    return Verdict(rank, "dead", was, f"{how}; it was {was}.")
+    return Verdict(rank, "dead", was, f"{GONE.get(code) or ended(code)}; it was {was}.")
+
+
+def ended(code: int) -> str:
+    """How a process did, by its exit code."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 def silent(heard: Mapping[int, float], beats: Mapping[int, Beat], clock: float, limits: Limits) -> Verdict | None:

@@ -21,6 +21,7 @@ import zmq.asyncio
 from .. import interrupt
 from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RequestError, UndistilledError, named
+from ..parallel.blame import ended
 from ..schedule.request import Output, Request
 from ..wire import Wire, bounded, private_directory
 from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
@@ -78,6 +79,7 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._stats: dict[str, float] = {}
         self._died: str | None = None
+        self.ranks = 1  # the engine's processes
         self._reason = ""  # what the engine said, or was seen, before its end
         self._since: float | None = None  # when its process was first seen stopped
         self.patience = PATIENCE
@@ -212,10 +214,9 @@ class EngineClient:
                     self._heard = monotonic()
                     self._hear(report)
             elif self._streams and monotonic() - self._heard > self.watchdog:
-                self._kill()
+                self._kill(f"has not said a word for {self.watchdog:.0f} s")
             elif self._stopped() > self.patience:
-                self._reason = f"The engine's process has been stopped for {self.patience:.0f} s; it was ended."
-                self._kill()
+                self._kill(f"has been stopped for {self.patience:.0f} s")
 
     def _stopped(self) -> float:
         """Seconds for which the engine's process has been stopped, by a signal or a debugger, as far as was seen."""
@@ -227,9 +228,19 @@ class EngineClient:
         self._since = self._since or monotonic() if still else None
         return monotonic() - self._since if self._since else 0.0
 
-    def _kill(self) -> None:
+    def _kill(self, why: str = "") -> None:
         if self._process is not None and self._process.returncode is None:
+            self._reason = self._reason or (self._told(why) + " It was ended." if why else "")
             self._process.kill()
+
+    def _told(self, what: str) -> str:
+        """What the engine's process did, and was in."""
+        if not self._ready.done():
+            who, was = "The engine's process", "starting"
+        else:
+            who = "Rank 0, the engine's process," if self.ranks > 1 else "The engine's process"
+            was = f"answering {_requests(len(self._streams))}" if self._streams else "idle"
+        return f"{who} {what}; it was {was}."
 
     def _hear(self, report: Report) -> None:
         match report:
@@ -239,6 +250,7 @@ class EngineClient:
                 if self._progress:
                     self._progress(done, total, name)
             case Ready() if not self._ready.done():
+                self.ranks = report.ranks
                 self._ready.set_result(report)
             case Failed(kind, message, hint) if not self._ready.done():
                 self._ready.set_exception((named(kind) or UndistilledError)(message, hint))
@@ -263,7 +275,7 @@ class EngineClient:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         await asyncio.sleep(0.05)  # its last words may still be in the socket
-        self._die(self._reason or f"The engine's process ended with code {code}.")
+        self._die(self._reason or self._told(ended(code)))
 
     def _die(self, message: str) -> None:
         self._died = self._died or message
@@ -273,6 +285,10 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(UndistilledError(message, "What it said is above."))
             self._ready.exception()
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' * (count > 1)}"
 
 
 def _dead(message: str) -> RequestError:

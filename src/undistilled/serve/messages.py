@@ -30,11 +30,13 @@ class Loading(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """vocab: rows of the output head; tokenizer: `Tokenizer.dump()`."""
+    """vocab: rows of the output head; ranks: processes, the engine's is the first; tokenizer:
+    `Tokenizer.dump()`."""
 
     name: str
     max_context: int
     vocab: int
+    ranks: int
     tokenizer: dict[str, Any]
 
 

@@ -35,6 +35,7 @@ class Engine(Protocol):
     tokenizer: Tokenizer
     max_context: int
     name: str
+    ranks: int
     spec: Any
 
     @property
@@ -185,7 +186,8 @@ def _work(boot: dict[str, Any], inbox: zmq.Socket[bytes], send: Callable[[Report
     try:
         with subscribed(last_words):
             engine = _open(boot["factory"], boot["options"], send)
-            send(Ready(engine.name, engine.max_context, engine.spec.vocab, engine.tokenizer.dump()))
+            made = engine.spec.vocab, engine.ranks, engine.tokenizer.dump()
+            send(Ready(engine.name, engine.max_context, *made))
             Worker(engine, inbox, send, wire).run(boot["parent"])
     except UndistilledError as error:
         send(Failed(type(error).__name__, error.message, error.hint))
