@@ -38,9 +38,10 @@ from undistilled.parallel.links import measure_links
 from undistilled.parallel.local import LOOPBACK
 from undistilled.parallel.messages import Pass
 from undistilled.parallel.share import share
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import Machine, load_machine
 from undistilled.plan.plan import Plan, read_plan
-from undistilled.plan.ranks import Degrees, cuts_of, layouts_of
+from undistilled.plan.ranks import cuts_of, layouts_of
 from undistilled.plan.solve import Ask, solve
 from undistilled.schedule.request import Request, Sampling
 from undistilled.schedule.scheduler import Sequence, Work

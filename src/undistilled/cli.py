@@ -88,8 +88,8 @@ def plan(
     """Which bytes go where, what they take at each context length, and how fast it will run. Reads no weights."""
     from .checkpoint.resolve import find
     from .parallel.places import machine_of
+    from .plan.degrees import Degrees
     from .plan.plan import check_new
-    from .plan.ranks import Degrees
     from .plan.solve import Ask, solve
 
     if output:
@@ -97,7 +97,8 @@ def plan(
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(options))
     known = machine_of(options["cluster"] or "local", machine)
-    made = solve(found.name, found.config, found.spec, known, ask)
+    with subscribed(show.nothing if as_json else show.layouts):
+        made = solve(found.name, found.config, found.spec, known, ask)
     if output:
         made.write(output)
     _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)

@@ -43,6 +43,8 @@ def subscribed(consumer: Consumer) -> Iterator[None]:
 
 SENTENCES = {
     "op.fallback": "{op} for {subject} on {device} has no fast kernel here: the PyTorch reference runs",
+    "plan.comparing": "comparing {count} ways to share {model} out over ranks",
+    "plan.layouts": "of {count} ways {fit} fit; {said}",
     "engine.compiling": "compiling kernels, {done} of {total} sizes of passes done",
 }
 

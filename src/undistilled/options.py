@@ -25,6 +25,10 @@ CONTEXT = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of
 BATCH = Annotated[int, typer.Option("--batch", min=1, help="Requests to make room for at once.")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs out.")]
 RANKS: dict[str, Any] = {
+    "ranks": Annotated[
+        str | None,
+        typer.Option("--ranks", help="So many, or `auto`, one a GPU at most: --tp, --pp and --ep as a plan chooses."),
+    ],
     "tp": Annotated[
         int | None,
         typer.Option("--tp", "--tensor-parallel-size", min=1, help="Ranks that share every layer, by head and width."),

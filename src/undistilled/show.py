@@ -24,6 +24,7 @@ from rich.table import Table
 from .errors import UndistilledError
 from .events import Event, sentence
 
+LAYOUTS = 12  # that are shown of those compared
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -102,6 +103,10 @@ def steps() -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=escape(text))
 
 
+def nothing(_: Event) -> None:
+    """Of an event."""
+
+
 def event(happened: Event) -> None:
     """Says what a person should know of what happened."""
     if said := sentence(happened):
@@ -143,6 +148,22 @@ def plan(made: Any, output: Path | None = None) -> None:
     for text in made.notes:
         out.print(f"[yellow]note:[/] {text}")
     out.print(f"{len(made.rows)} rows, {made.tensors:,} tensors" + (f"; written to {output}" if output else ""))
+
+
+def layouts(happened: Event) -> None:
+    """Ways to share a model out, the best first; what no run can have, last."""
+    if happened.name != "plan.layouts":
+        return
+    tried = happened.fields["tried"]
+    table = table_of("layout", "fullest device", "prefill,\ntokens/s", "decode,\ntokens/s", "")
+    for i, t in enumerate(tried[:LAYOUTS]):
+        speeds = (number(t.prefill), number(t.decode)) if not t.refused else ("", "")
+        said = escape(t.refused) or ("[green]taken[/]" if i == 0 and t.fits else _fits(t.fits))
+        table.add_row(str(t.degrees), "" if t.refused else f"{t.full:.0%}", *speeds, said)
+    table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
+    out.print(table)
+    if len(tried) > LAYOUTS:
+        out.print(f"and {len(tried) - LAYOUTS} more")
 
 
 def _ranks(made: Any) -> None:

@@ -26,8 +26,8 @@ def size(text: str) -> int:
 
 def _home(device: str | None) -> str:
     """Where to compute: a GPU if there is one, unless "cpu" is asked for."""
+    from .plan.ask import check_device
     from .plan.hardware import load_machine
-    from .plan.solve import check_device
 
     check_device(device)
     gpus = [] if device else [d.name for d in load_machine("this").devices if d.kind == "cuda"]

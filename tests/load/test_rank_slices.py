@@ -7,8 +7,9 @@ from tiny import WIDE, write_checkpoint
 from undistilled.checkpoint.resolve import find
 from undistilled.load.build import Memory, build
 from undistilled.plan.cut import CUT
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
-from undistilled.plan.ranks import Degrees, cuts_of
+from undistilled.plan.ranks import cuts_of
 from undistilled.plan.solve import Ask, solve
 
 

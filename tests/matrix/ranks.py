@@ -20,9 +20,10 @@ from undistilled.parallel.comm import Comm
 from undistilled.parallel.local import LOOPBACK
 from undistilled.parallel.messages import Pass
 from undistilled.parallel.share import share
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.plan import Plan
-from undistilled.plan.ranks import Degrees, cuts_of
+from undistilled.plan.ranks import cuts_of
 from undistilled.plan.solve import Ask, solve
 from undistilled.schedule.request import Request, Sampling
 from undistilled.schedule.scheduler import Sequence, Work

@@ -12,9 +12,10 @@ from undistilled.errors import BadArtefact, UsageError
 from undistilled.parallel.share import PartBank
 from undistilled.plan.check import check
 from undistilled.plan.copies import MOST, Counts, choose, imbalance, loads
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.plan import read_plan
-from undistilled.plan.ranks import Degrees, cuts_of
+from undistilled.plan.ranks import cuts_of
 from undistilled.plan.solve import Ask, solve
 
 NANO = find("r1-nano")

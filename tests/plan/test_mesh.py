@@ -11,9 +11,9 @@ from undistilled.model.weights import weights
 from undistilled.observe.ranks import rebalanced
 from undistilled.plan.check import check
 from undistilled.plan.cut import Cuts
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.mesh import Mesh, even, ranges
-from undistilled.plan.ranks import Degrees
 from undistilled.plan.recipes import scheme_of
 from undistilled.plan.solve import Ask, solve
 from undistilled.plan.speeds import skew

@@ -4,9 +4,9 @@ import pytest
 
 from undistilled.checkpoint.resolve import find
 from undistilled.parallel.cluster import merged
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import Link, Timed, load_machine
 from undistilled.plan.order import Links, ordered
-from undistilled.plan.ranks import Degrees
 from undistilled.plan.solve import Ask, solve
 
 FAST, SLOW = {"latency_s": 7e-6, "bytes_per_s": 370e9}, {"latency_s": 20e-6, "bytes_per_s": 25e9}

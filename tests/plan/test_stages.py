@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from undistilled.checkpoint.resolve import find
 from undistilled.errors import DoesNotFit
 from undistilled.plan.check import check, check_devices
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
-from undistilled.plan.ranks import Degrees, layouts_of
+from undistilled.plan.ranks import layouts_of
 from undistilled.plan.solve import Ask, solve
 from undistilled.plan.stages import balanced, held
 

@@ -7,8 +7,8 @@ import toy
 
 from undistilled.checkpoint.resolve import find
 from undistilled.plan.check import check
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
-from undistilled.plan.ranks import Degrees
 from undistilled.plan.solve import Ask, solve
 from undistilled.prove.plans import suite_plan
 from undistilled.prove.receipt import prove

@@ -25,8 +25,9 @@ from ..parallel.messages import JOINING, Beat
 from ..parallel.places import machine_of, place_for
 from ..parallel.share import share
 from ..plan.check import check, check_devices
+from ..plan.degrees import Degrees
 from ..plan.plan import Plan, read_plan
-from ..plan.ranks import Degrees, cuts_of
+from ..plan.ranks import cuts_of
 from ..plan.solve import Ask, solve
 from ..schedule.blocks import BlockPool
 from ..schedule.request import Output, Request, TokenLogprob
@@ -201,7 +202,7 @@ class Engine:
 
 DECIDED = (  # by a plan
     *("scheme", "context", "batch", "device", "mtp", "dtype"),
-    *("tp", "pp", "ep", "microbatches", "expert_copies", "expert_counts"),
+    *("ranks", "tp", "pp", "ep", "microbatches", "expert_copies", "expert_counts"),
 )
 
 

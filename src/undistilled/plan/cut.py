@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from .. import scheme as schemes
 from ..errors import BadArtefact, UsageError
@@ -64,6 +65,7 @@ class Cuts:
     def __init__(self, spec: ModelSpec, mesh: Mesh, stored: Mapping[str, str], compute: str = "float32") -> None:
         self.spec, self.mesh, self.stored, self.compute = spec, mesh, stored, compute
         self.weights = {w.name: w for w in weights(spec)}
+        self._sizes: dict[tuple[Any, ...], int] = {}
         if mesh.stages[-1][1] != spec.layers:
             raise UsageError(f"The stages end at layer {mesh.stages[-1][1]} of {spec.layers}.")
         if mesh.ep > 1 and spec.moe is None:
@@ -193,6 +195,19 @@ class Cuts:
         start, stop = (edge * each for edge in self._parts[counted][place])
         self._check_quanta(weight, axis, start, stop)
         return Slice(axis, start, stop, experts)
+
+    def nbytes(self, weight: Weight, rank: int) -> int:
+        """Bytes that the rank holds of a weight. Layers are alike, but for copies of experts."""
+        if not self.held(weight, rank):
+            return 0
+        kind = weight.name.split(".")[-2] if weight.role == "bias" else weight.role
+        experts = len(self.experts(rank, weight.layer or 0)) if weight.experts else 0
+        key = kind, weight.shape, self.stored[weight.name], self.mesh.within(rank), experts
+        if key not in self._sizes:
+            found = self.slice(weight.name, rank)
+            assert found is not None
+            self._sizes[key] = schemes.bytes_of(schemes.get(self.stored[weight.name]), found.shape(weight))
+        return self._sizes[key]
 
     def _quantum(self, weight: Weight, axis: str) -> int:
         """What is never cut: a scheme's quanta, and inputs whose activations share a scale in products of INT8

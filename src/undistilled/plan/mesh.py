@@ -84,8 +84,10 @@ def even(count: int, parts: int) -> list[tuple[int, int]]:
 
 def ranges(shares: Sequence[float], count: int) -> list[tuple[int, int]]:
     """[0, count) in consecutive ranges, one for each share and about as large; some empty where there is not enough."""
-    least = int(count >= len(shares))
-    total, sizes = sum(shares), [least] * len(shares)
+    least, total = int(count >= len(shares)), sum(shares)
+    sizes = [max(least, int(share / total * count)) for share in shares]  # what each is owed at least
+    if sum(sizes) > count:
+        sizes = [least] * len(shares)
     for _ in range(count - sum(sizes)):  # the next one goes to whom most is owed
         owed = [share / total * count - size for share, size in zip(shares, sizes, strict=True)]
         sizes[owed.index(max(owed))] += 1

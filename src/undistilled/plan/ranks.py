@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadArtefact, UsageError
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
-from ..scheme import bytes_of, get
 from . import cost
 from .copies import Copy, choose, read_counts
 from .cost import WIDTH, Compute, Dtype, Placed
 from .cut import Cuts
+from .degrees import Degrees
 from .hardware import Device, Link
 from .layout import BLOCK, Layout, Layouts, sized
 from .mesh import Mesh
@@ -25,49 +25,6 @@ from .stages import Room, balanced, held, layer_bytes
 # bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
 RANK_RUNTIME = {"cpu": 262_000_000, "cuda": 600_000_000}
 GROUPS = {"cpu": 40_000_000, "cuda": 300_000_000}
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """How many ranks a person asks for, along each axis; `microbatches` None: as many as there are stages."""
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    microbatches: int | None = None
-    copies: int = 0  # of experts, a layer, at most
-    counts: str | None = None  # the file that says which experts are chosen often
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Degrees:
-        """Of options by their names; degrees that are not there, or None, are 1."""
-        tp, pp, ep = (options.get(name) or 1 for name in ("tp", "pp", "ep"))
-        copied = options.get("expert_copies") or 0, options.get("expert_counts")
-        return cls(tp, pp, ep, options.get("microbatches"), *copied)
-
-    @property
-    def size(self) -> int:
-        return self.tp * self.pp * self.ep
-
-    def check(self, layers: int) -> None:
-        """UsageError where they make no sense for a model of so many layers."""
-        for option, value in (("--tp", self.tp), ("--pp", self.pp), ("--ep", self.ep)):
-            if value < 1:
-                raise UsageError(f"{option} {value}: it starts at 1.")
-        if self.pp > layers:
-            raise UsageError(f"--pp {self.pp}: the model has {layers} layers.")
-        if self.size > MOST or (self.microbatches or 1) > 64:
-            raise UsageError(f"{self.size} ranks, {self.microbatches or 1} microbatches.", f"At most {MOST} and 64.")
-        if (self.microbatches or 1) > 1 and self.pp == 1:
-            raise UsageError("--microbatches are parts of a batch in a pipeline.", "Give --pp too.")
-        if bool(self.copies) != bool(self.counts):
-            raise UsageError(
-                "--expert-copies says how many, --expert-counts which experts are chosen often.", "Give both."
-            )
-
-
-ONE = Degrees()
-MOST = 1024  # ranks
 
 
 def mesh_for(
@@ -175,11 +132,8 @@ class RankLayouts(Layouts):
         self.mesh, self.links = mesh, Links(links)
         self.kind = "cuda" if mesh.devices[0] != "cpu" else "cpu"
         self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded}, compute)
-        self._weights = [self._held(rank) for rank in range(mesh.size)]
-
-    def _held(self, rank: int) -> int:
-        slices = ((p, self.cuts.slice(p.weight.name, rank)) for p in self.loaded)
-        return sum(bytes_of(get(p.row.scheme), s.shape(p.weight)) for p, s in slices if s is not None)
+        self._weights = [sum(self.cuts.nbytes(p.weight, rank) for p in self.loaded) for rank in range(mesh.size)]
+        self._working: dict[tuple[ModelSpec, Limits], int] = {}
 
     def at(self, context: int, batch: int) -> Layout:
         return self.over(*sized(self.spec, context, batch, self.block, self.cache, self.kind))
@@ -217,7 +171,10 @@ class RankLayouts(Layouts):
         spec = self.cuts.spec_of(rank)
         narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
         last = self.mesh.stage(rank) == self.mesh.pp - 1
-        return self.working(narrow if last else replace(narrow, vocab=1), limits)
+        asked = narrow if last else replace(narrow, vocab=1), limits
+        if asked not in self._working:  # as long as it takes, ranks are often alike
+            self._working[asked] = self.working(*asked)
+        return self._working[asked]
 
     def said(self, rows: int) -> list[str]:
         """What a step of so many rows talks about, over which links, for people."""

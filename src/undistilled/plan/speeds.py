@@ -8,7 +8,7 @@ from random import Random
 from ..model.spec import Moe
 from . import cost
 from .hardware import Machine
-from .layout import Layout
+from .layout import Layout, Layouts
 from .mesh import Mesh
 from .ranks import RankLayouts
 
@@ -38,8 +38,25 @@ def _choice(draw: Random, moe: Moe) -> list[int]:
     return draw.sample([g * width + i for g in groups for i in range(width)], moe.per_token)
 
 
-def speeds(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
-    """(prefill, decode) in tokens a second, with as many parts of a batch in the pipeline as the mesh says; shares
+def speeds(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
+    """(prefill, decode) in tokens a second, of one process or of ranks; active: parameters that a token meets."""
+    if isinstance(layouts, RankLayouts):
+        return _over_ranks(layouts, layout, machine, active)
+    return cost.seconds(
+        [p for p in layout.placed if not p.weight.mtp],  # nothing runs the MTP layers yet
+        layouts.spec,
+        {name: machine.device(name) for name in layout.devices},
+        active=active,
+        batch=layout.limits.batch,
+        context=layout.limits.context,
+        chunk=layout.limits.chunk,
+        kv_bytes=layout.kv.bytes_per_token,
+        compute=layouts.compute,
+    )
+
+
+def _over_ranks(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
+    """The same, with as many parts of a batch in the pipeline as the mesh says; shares
     count as even."""
     mesh, limits = layouts.mesh, layout.limits
     parts = min(mesh.microbatches, limits.batch) if mesh.pp > 1 else 1

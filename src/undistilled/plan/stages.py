@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ..model.spec import ModelSpec
 from ..model.weights import weights
-from ..scheme import bytes_of, get
 from . import cost
 from .cost import Placed
 
@@ -85,15 +84,12 @@ class Room:
         last = (self.mesh.pp - 1) * self.mesh.inner + place
         for p in loaded:
             if p.weight.layer is None:
-                ends[0] += self._held(p, place)
-                ends[1] += self._held(p, last)
+                ends[0] += self.cuts.nbytes(p.weight, place)
+                ends[1] += self.cuts.nbytes(p.weight, last)
             else:
-                layers[p.weight.layer] += self._held(p, self.mesh.stage_of(p.weight.layer) * self.mesh.inner + place)
+                rank = self.mesh.stage_of(p.weight.layer) * self.mesh.inner + place
+                layers[p.weight.layer] += self.cuts.nbytes(p.weight, rank)
         return [0, *accumulate(layers)], ends[0], ends[1]
-
-    def _held(self, p: Placed, rank: int) -> int:
-        place = self.cuts.slice(p.weight.name, rank)
-        return bytes_of(get(p.row.scheme), place.shape(p.weight)) if place is not None else 0
 
     def fits(self, stage: int, start: int, end: int) -> bool:
         """Whether a stage's ranks all have room for these layers."""

@@ -1,0 +1,70 @@
+"""Which way to cut a model over ranks is fastest, by the plan's own figures, of those that fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import BadArtefact, UsageError
+from ..events import emit
+from ..model.spec import ModelSpec
+from ..model.weights import counts
+from .ask import Ask, asked, gpus_of, laid
+from .degrees import Degrees, candidates
+from .hardware import Machine
+from .speeds import speeds
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A layout. full: bytes over free bytes of its fullest device; prefill, decode: tokens a second; refused: why no
+    run can have it, "" where one can."""
+
+    degrees: Degrees
+    full: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused and self.full <= 1
+
+    @property
+    def order(self) -> tuple[bool, bool, float]:
+        """Less is better: what a prompt's token and an answer's take together; where it does not fit, what lacks."""
+        seconds = 1 / self.prefill + 1 / self.decode if self.fits else self.full
+        return bool(self.refused), not self.fits, seconds
+
+
+def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> Degrees:
+    """Of the best layout; where none fits, of the one that lacks least. UsageError where no run can have any."""
+    tried = compared(name, spec, machine, ask)
+    best, fit = tried[0], sum(t.fits for t in tried)
+    if best.refused:
+        raise UsageError(best.refused, "Ask for another number of --ranks.")
+    if len(tried) > 1:
+        said = f"{best.degrees} is the fastest, as predicted" if fit else f"{best.degrees} lacks least"
+        emit("plan.layouts", tried=tried, count=len(tried), fit=fit, said=said)
+    return best.degrees
+
+
+def compared(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> list[Tried]:
+    """Every layout of as many ranks as are asked for, the best first; where several are, the one with fewer stages."""
+    scheme, context = asked(name, spec, ask)
+    active = counts(spec)[1]
+    asks = [replace(ask, degrees=way) for way in candidates(ask.degrees, spec, len(gpus_of(machine, ask)))]
+    if len(asks) > 1:
+        emit("plan.comparing", count=len(asks), model=name)
+    return sorted((_tried(spec, machine, each, scheme, context, active) for each in asks), key=lambda t: t.order)
+
+
+def _tried(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int, active: int) -> Tried:
+    try:
+        layouts = laid(spec, machine, ask, scheme, context)
+        layout = layouts.at(context, ask.batch)
+    except (UsageError, BadArtefact) as error:
+        return Tried(ask.degrees, refused=error.message)
+    if len(layout.devices) > 1 and not layout.ranks:
+        return Tried(ask.degrees, refused="One process runs on one device.")
+    full = max(d.bytes.total / d.available for d in layout.devices.values())
+    return Tried(ask.degrees, full, *speeds(layouts, layout, machine, active))
