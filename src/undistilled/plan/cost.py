@@ -33,7 +33,10 @@ OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "expe
 PLAIN = ("bf16", "fp16", "fp32")
 COARSE = "int8 across"  # products of INT8 with INT4 that lies across: faster than those with what lies by rows
 SLOW = ("nl5", "nl6")  # families that a GPU has no kernels for
-REPLAY_S = {"cuda": 5e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
+REPLAY_S = {"cuda": 4e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
+# what our kernels for experts reach of a GPU's BF16 products over a long prompt, by what they unpack: docs/status.md
+EXPERTS = {"int8": 0.32, "fp8_block": 0.27, "int4": 0.22}
+UNPACKED = 0.13  # other schemes
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ def touched(weight: Weight, spec: ModelSpec, tokens: int) -> float:
     if weight.role == "embed":
         head_too = 1.0 if spec.tied else 0.0
         return min(1.0, head_too + tokens / spec.vocab)
-    if weight.experts and spec.moe:
-        return 1.0 - (1.0 - spec.moe.per_token / spec.moe.experts) ** tokens
-    return 1.0
+    return chosen(spec, tokens) if weight.experts else 1.0
+
+
+def chosen(spec: ModelSpec, tokens: int) -> float:
+    """The expected share of its routed experts that so many tokens choose, if routing is even."""
+    return 1.0 - (1.0 - spec.moe.per_token / spec.moe.experts) ** tokens if spec.moe else 1.0
 
 
 def decode_bytes(placed: list[Placed], spec: ModelSpec, batch: int, context: int, kv_bytes: int) -> dict[str, float]:
@@ -152,6 +158,8 @@ def rate(device: Device, products: str) -> float:
     (docs/status.md). AMX is PyTorch's alone.
     """
     ceilings, features = device.ceilings, device.features
+    if products.startswith("experts"):
+        return ceilings.bf16_flops * EXPERTS.get(products.split()[1], UNPACKED)
     if products == "int8":
         return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
     if products in ("int16", COARSE):
@@ -160,8 +168,10 @@ def rate(device: Device, products: str) -> float:
     return ceilings.fp32_flops if products == "float32" else min(ours, ceilings.bf16_flops)
 
 
-def _multiplied(row: Row, compute: str) -> str:
-    """The dtype of a weight's products on a CPU, as `rate` knows it."""
+def _multiplied(row: Row, kind: str, compute: str, native: bool) -> str:
+    """What a weight's products are, as `rate` knows it: their dtype, on a GPU experts in a scheme."""
+    if kind == "cuda":
+        return f"experts {family(row.scheme)}" if native and row.experts else compute
     products = products_of(row.role, row.scheme, "cpu", compute) or "float32"
     return COARSE if products == "int8" and family(row.scheme) == "int4" else products
 
@@ -173,11 +183,11 @@ def _flop_shares(placed: list[Placed], spec: ModelSpec, home: str, kind: str, co
         active = spec.moe.per_token / spec.moe.experts if p.weight.experts and spec.moe else 1.0
         return p.weight.params * active if p.weight.is_linear else 0.0
 
-    total = sum(work(p) for p in placed)
+    total, native = sum(work(p) for p in placed), ours(placed, kind, compute)
     shares: dict[str, float] = {}
     for p in placed:
         if p.row.compute == home:
-            products = _multiplied(p.row, compute) if kind == "cpu" else compute
+            products = _multiplied(p.row, kind, compute, native)
             shares[products] = shares.get(products, 0.0) + work(p) / total
     return shares
 

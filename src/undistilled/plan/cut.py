@@ -130,9 +130,12 @@ class Cuts:
     def experts(self, rank: int, layer: int) -> tuple[int, ...]:
         """The routed experts that a rank holds of a layer: its own, then copies."""
         group = self.group(rank)
-        first, past = self._owned[group]
         copies = sorted(e for at, e, to in self.mesh.copies if (at, to) == (layer, group))
-        return (*range(first, past), *copies)
+        return (*self.owned(rank), *copies)
+
+    def owned(self, rank: int) -> range:
+        """The routed experts of a rank but for copies."""
+        return range(*self._owned[self.group(rank)])
 
     def holders(self, layer: int) -> list[tuple[int, ...]]:
         """The groups that hold each expert of a layer, the owner first."""

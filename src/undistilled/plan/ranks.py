@@ -20,6 +20,7 @@ from .layout import BLOCK, Layout, Layouts, sized
 from .mesh import Mesh
 from .order import Links, ordered
 from .plan import Bytes, DevicePrediction, Kv, Limits, Plan, RankPrediction
+from .reads import reads_of
 from .stages import Room, balanced, held, layer_bytes
 
 # bytes of a rank that is not the first (no API, no tokenizer), and what process groups add to each: docs/status.md
@@ -132,7 +133,7 @@ class RankLayouts(Layouts):
         self.mesh, self.links = mesh, Links(links)
         self.kind = "cuda" if mesh.devices[0] != "cpu" else "cpu"
         self.cuts = Cuts(spec, mesh, {p.row.name: p.row.scheme for p in loaded}, compute)
-        self._weights = [sum(self.cuts.nbytes(p.weight, rank) for p in self.loaded) for rank in range(mesh.size)]
+        self.reads = reads_of(self.cuts, loaded)
         self._working: dict[tuple[ModelSpec, Limits], int] = {}
 
     def at(self, context: int, batch: int) -> Layout:
@@ -161,7 +162,7 @@ class RankLayouts(Layouts):
         cache = kv.blocks * kv.block_size * self.cuts.cache_values(rank) * WIDTH[kv.dtype]
         working = max(self.work(rank, limits), cost.load_bytes(self.loaded) - cache)
         constant = GROUPS[kind] + (cost.runtime(device, self.loaded) if rank == 0 else RANK_RUNTIME[kind])
-        held = self._weights[rank]
+        held = self.reads[rank].held
         total = held + cache + working + constant
         found = Bytes(weights=held, kv=cache, activations=working, runtime=constant, total=total)
         return RankPrediction(device=device, bytes=found, collective_s=self.talk(rank, limits.batch))

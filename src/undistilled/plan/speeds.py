@@ -7,7 +7,7 @@ from random import Random
 
 from ..model.spec import Moe
 from . import cost
-from .hardware import Machine
+from .hardware import Device, Machine
 from .layout import Layout, Layouts
 from .mesh import Mesh
 from .ranks import RankLayouts
@@ -56,12 +56,12 @@ def speeds(layouts: Layouts, layout: Layout, machine: Machine, active: int) -> t
 
 
 def _over_ranks(layouts: RankLayouts, layout: Layout, machine: Machine, active: int) -> tuple[float, float]:
-    """The same, with as many parts of a batch in the pipeline as the mesh says; shares
-    count as even."""
+    """The same, with as many parts of a batch in the pipeline as the mesh says."""
     mesh, limits = layouts.mesh, layout.limits
     parts = min(mesh.microbatches, limits.batch) if mesh.pp > 1 else 1
-    each = [_stage_seconds(layouts, layout, machine, active, stage, parts) for stage in range(mesh.pp)]
-    prefill, decode = ([seconds[i] for seconds in each] for i in (0, 1))
+    rows = -(-limits.batch // parts)
+    decode = [_decode_seconds(layouts, layout, machine, stage, rows) for stage in range(mesh.pp)]
+    prefill = [_prefill_seconds(layouts, layout, machine, stage, active) for stage in range(mesh.pp)]
     return limits.chunk * parts / _through(mesh, prefill, parts), limits.batch / _through(mesh, decode, parts)
 
 
@@ -75,26 +75,46 @@ def _through(mesh: Mesh, seconds: list[float], parts: int) -> float:
     return max(sum(seconds), *busy.values())
 
 
-def _stage_seconds(
-    layouts: RankLayouts, layout: Layout, machine: Machine, active: int, stage: int, parts: int
-) -> tuple[float, float]:
-    """(a prompt's chunk, a decode pass over one of `parts` of the batch) through a stage, with its talk. Processes of
-    one CPU share its bandwidth and cores."""
-    mesh, limits, spec = layouts.mesh, layout.limits, layouts.spec
-    (first, past), rank, rows = mesh.stages[stage], stage * mesh.inner, -(-limits.batch // parts)
-    device, row = machine.device(mesh.devices[rank]), f"stage:{stage}"
-    cut = mesh.inner if device.kind == "cuda" else 1
+def _decode_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, rows: int) -> float:
+    """Of a pass over so many rows through a stage, with its talk."""
+    mesh, spec, cuts = layouts.mesh, layouts.spec, layouts.cuts
+    ranks = mesh.peers(stage * mesh.inner)
+    cached = rows * layout.limits.context * cost.WIDTH[layout.kv.dtype]
+    busiest = skew(spec.moe, mesh.ep, rows) if spec.moe and layouts.kind == "cuda" else 1.0
+    devices = [machine.device(mesh.devices[rank]) for rank in ranks]
+    read = [
+        (layouts.reads[rank].read(spec, rows, busiest) + cached * cuts.cache_values(rank))
+        / device.ceilings.read_bytes_per_s
+        for rank, device in zip(ranks, devices, strict=True)
+    ]
+    return _together(layouts, read) + _small(layouts, layout, devices[0], stage, rows, True)
+
+
+def _prefill_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, active: int) -> float:
+    """Of a prompt's chunk through a stage, with its talk."""
+    mesh, limits, spec, home = layouts.mesh, layout.limits, layouts.spec, f"stage:{stage}"
     met = [p for p in layout.placed if not p.weight.mtp]
-    own, part = [p for p in met if p.row.compute == row], (past - first) / spec.layers
-    small, launched = (
-        part * cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
-        for tokens, recorded in ((rows, True), (limits.chunk, False))
-    )
-    busiest = skew(spec.moe, mesh.ep, rows) if spec.moe and device.kind == "cuda" else 1.0
-    read = sum(p.row.nbytes * cost.touched(p.weight, spec, rows) * (busiest if p.weight.experts else 1.0) for p in own)
-    read += part * layout.kv.bytes_per_token * limits.context * rows
-    decode = read / cut / device.ceilings.read_bytes_per_s + small + layouts.talk(rank, rows)
+    own = [p for p in met if p.row.compute == home]
     flops = cost.prefill_flops(spec, active, limits.context) * limits.chunk
-    products = cost.product_seconds(met, spec, row, device, layouts.compute, flops)
-    unpacked = cost.unpacked_seconds(own, spec, row, device, limits.chunk, layouts.compute)
-    return (products + unpacked) / cut + launched + layouts.talk(rank, limits.chunk), decode
+    ranks, whole = mesh.peers(stage * mesh.inner), dict[str, float]()
+    for name in {mesh.devices[rank] for rank in ranks}:
+        device = machine.device(name)
+        whole[name] = cost.product_seconds(met, spec, home, device, layouts.compute, flops)
+        whole[name] += cost.unpacked_seconds(own, spec, home, device, limits.chunk, layouts.compute)
+    each = [whole[mesh.devices[rank]] * layouts.reads[rank].work for rank in ranks]
+    return _together(layouts, each) + _small(
+        layouts, layout, machine.device(mesh.devices[ranks[0]]), stage, limits.chunk, False
+    )
+
+
+def _together(layouts: RankLayouts, each: list[float]) -> float:
+    """Seconds until all ranks of a stage are done. Processes of one CPU share its bandwidth and cores."""
+    return max(each) if layouts.kind == "cuda" else sum(each)
+
+
+def _small(layouts: RankLayouts, layout: Layout, device: Device, stage: int, tokens: int, recorded: bool) -> float:
+    """Seconds of a pass through a stage that are not its bytes' nor its products': launches and talk."""
+    (first, past), spec = layouts.mesh.stages[stage], layouts.spec
+    own = [p for p in layout.placed if p.row.compute == f"stage:{stage}" and not p.weight.mtp]
+    small = cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
+    return (past - first) / spec.layers * small + layouts.talk(stage * layouts.mesh.inner, tokens)
