@@ -3,9 +3,11 @@
 import pytest
 from rich.console import Console
 
-from undistilled import show, show_quality
+from undistilled import show, show_plan, show_quality
 from undistilled.checkpoint.resolve import find
+from undistilled.events import subscribed
 from undistilled.observe.inspect import inspect
+from undistilled.plan.degrees import Degrees
 from undistilled.plan.hardware import load_machine
 from undistilled.plan.solve import Ask, solve
 
@@ -22,7 +24,7 @@ def shown(monkeypatch):
 def test_a_plan_takes_80_columns(shown, machine):
     model = find("deepseek-r1")
     plan = solve(model.name, model.config, model.spec, load_machine(machine), Ask())
-    show.plan(plan)
+    show_plan.plan(plan)
     lines = shown()
     assert not any("…" in line for line in lines) and max(map(len, lines)) <= 80
     head = next(i for i, line in enumerate(lines) if line.startswith("device"))
@@ -32,6 +34,17 @@ def test_a_plan_takes_80_columns(shown, machine):
     table = lines[at + 1 : at + 1 + len(plan.predicted.contexts)]
     assert [line.split()[0] for line in table] == [f"{c.context:,}" for c in plan.predicted.contexts]
     assert all(line.endswith(("fits", "too large")) for line in (*devices, *table))
+
+
+def test_layouts_take_80_columns_and_say_why_not(shown):
+    model = find("r1-nano")
+    ask = Ask("fp8_block", device="cpu", degrees=Degrees(ranks=7))
+    with subscribed(show_plan.layouts):
+        solve(model.name, model.config, model.spec, load_machine("this"), ask)
+    lines = shown()
+    assert not any("…" in line for line in lines) and max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.startswith("pp 7")).endswith("taken")
+    assert "in fp8_block needs." in " ".join(lines)
 
 
 def test_doctor_says_a_reason_once(shown):

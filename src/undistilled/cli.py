@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, interrupt, show, show_quality, verbs
+from . import __version__, interrupt, show, show_plan, show_quality, verbs
 from .errors import UndistilledError
 from .events import subscribed
 from .options import BATCH, CONTEXT, DEVICE, DTYPE, JSON, MODEL, MTP, PROVE, RANKS, RUN, SCHEME, taking
@@ -97,11 +97,11 @@ def plan(
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(options))
     known = machine_of(options["cluster"] or "local", machine)
-    with subscribed(show.nothing if as_json else show.layouts):
+    with subscribed(show.nothing if as_json else show_plan.layouts):
         made = solve(found.name, found.config, found.spec, known, ask)
     if output:
         made.write(output)
-    _print_json(made.model_dump(mode="json")) if as_json else show.plan(made, output)
+    _print_json(made.model_dump(mode="json")) if as_json else show_plan.plan(made, output)
     if not made.fits:
         from .errors import DoesNotFit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import show
+from . import show, show_plan
 from .checkpoint.resolve import find
 from .errors import UsageError
 from .generate.engine import open_engine
@@ -30,7 +30,7 @@ def run(name: str, folder: Path = Path("out")) -> None:
     model = find(name)
     show.heading("1. Plan, before a weight is read")
     original = solve(model.name, model.config, model.spec, load_machine("this"), Ask(context=CONTEXT))
-    show.plan(original)
+    show_plan.plan(original)
     show.heading("2. Prove: what INT8 and INT4 cost, measured on this machine")
     suite = _suite(name)
     receipts = {scheme: _receipt(name, scheme, suite, folder) for scheme in SCHEMES}

@@ -36,8 +36,9 @@ class Spawned:
 
     def __init__(self, boot: dict[str, Any], network: dict[str, str]) -> None:
         env = os.environ | {"OMP_NUM_THREADS": str(boot["threads"])} | network
+        command = [sys.executable, "-P", "-m", RANK, f"rank={boot['rank']}"]  # the last for people, in `ps`
         with interrupt.shielded():
-            self.process = subprocess.Popen([sys.executable, "-P", "-m", RANK], stdin=subprocess.PIPE, env=env)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(boot | {"parent": os.getpid()}).encode() + b"\n")
         self.process.stdin.flush()
