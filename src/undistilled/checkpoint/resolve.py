@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .source import Source
     from .tokenizer import Tokenizer
 
+KINDS = "A model is a folder with a config.json, a config.json, a .gguf file, a hub id or a built-in name."
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
@@ -124,9 +125,9 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise BadArtefact(f"{file}: {error.strerror}.", "A model folder needs a config.json.") from None
     except (ValueError, RecursionError) as error:
-        raise BadArtefact(f"{file}: not JSON ({error}).") from None
+        raise BadArtefact(f"{file}: not JSON ({error}).", KINDS) from None
     if not isinstance(config, dict):
-        raise BadArtefact(f"{file}: not a JSON object.")
+        raise BadArtefact(f"{file}: not a JSON object.", KINDS)
     return config
 
 

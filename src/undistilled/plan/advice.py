@@ -10,30 +10,42 @@ from .hardware import Machine
 from .layout import BLOCK, Layouts
 from .ranks import RankLayouts
 
-CANDIDATES = ("fp8_block", "int8", "int4", "int4-sym")  # tried, in this order, when something does not fit
+# tried in this order where something does not fit: what costs least in quality comes first
+CANDIDATES = ("fp8_block", "int8", "experts-int4", "int4", "int4-sym", "experts-nl3", "experts-nl2")
+DENSE = ("fp8_block", "int8", "int4", "int4-sym", "nl3-g64")
 
 
 def advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     """The largest context of this scheme that fits, else the largest batch, else the first scheme that does."""
     if options := _smaller(layouts, context, ask.batch):
         return f"With {options} it fits."
-    others = [laid(layouts.spec, machine, ask, s, context) for s in CANDIDATES if s != layouts.scheme]
-    for other in others:
-        if other.at(context, ask.batch).fits:
-            return f"With --scheme {other.scheme} it fits.{_idle(layouts)}"
+    spec, others = layouts.spec, []
+    for scheme in CANDIDATES if spec.moe else DENSE:
+        if scheme != layouts.scheme:
+            others.append(laid(spec, machine, ask, scheme, context))
+            if others[-1].at(context, ask.batch).fits:
+                return f"With --scheme {scheme} it fits; `prove` says what that costs in quality.{_idle(layouts)}"
     for other in others:
         if options := _smaller(other, context, ask.batch):
-            return f"With --scheme {other.scheme} {options} it fits."
-    least = min((layouts, *others), key=lambda o: sum(p.row.nbytes for p in o.loaded))
-    weighs = sum(p.row.nbytes for p in least.loaded)
-    needs = sum(d.bytes.total for d in least.at(BLOCK, 1).devices.values())
-    free = min(machine.free_bytes(), sum(layouts.free.values()))
+            return f"With --scheme {other.scheme} {options} it fits; `prove` says what that costs in quality."
+    return _lacking(min((layouts, *others), key=_weights), layouts, machine)
+
+
+def _weights(layouts: Layouts) -> int:
+    """Bytes."""
+    return sum(p.row.nbytes for p in layouts.loaded)
+
+
+def _lacking(least: Layouts, asked: Layouts, machine: Machine) -> str:
+    """What the smallest form takes, and what there is."""
+    weighs, needs = _weights(least), sum(d.bytes.total for d in least.at(BLOCK, 1).devices.values())
     if isinstance(least, RankLayouts):
-        used = {name: layouts.free[name] for name in least.mesh.devices}
+        used = {name: asked.free[name] for name in least.mesh.devices}
         return (
             f"In {least.scheme} at --context {BLOCK} it takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
-            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all.{_idle(layouts)}"
+            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all.{_idle(asked)}"
         )
+    free = min(machine.free_bytes(), sum(asked.free.values()))
     form = f"In {least.scheme}" if weighs > free else f"In {least.scheme} at --context {BLOCK}"
     return (
         f"{form} it takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "

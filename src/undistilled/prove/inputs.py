@@ -99,6 +99,6 @@ def read_text(file: Path | None) -> tuple[str, str]:
     try:
         return Path(file).name, Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise BadArtefact(f"{file}: {error.strerror}.") from None
+        raise BadArtefact(f"{file}: {error.strerror}.", "Name a text file, or none for the excerpt built in.") from None
     except UnicodeDecodeError as error:
-        raise BadArtefact(f"{file}: not UTF-8 text ({error}).") from None
+        raise BadArtefact(f"{file}: not UTF-8 text ({error}).", "Save it as UTF-8.") from None

@@ -21,6 +21,8 @@ from .interval import compared
 from .score import Scorer
 
 LONGEST = 1 << 20  # characters of a line; more is not a question
+LINE = "A line has context, choices (two or more) and answer."
+FILE = f"--tasks takes a file of JSON objects, one a line (.jsonl, .jsonl.gz). {LINE}"
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
     except OSError as error:
         where = f"{path}: line {number + 1}" if number else str(path)
-        raise BadArtefact(f"{where}: {error.strerror or error}.") from None
+        raise BadArtefact(f"{where}: {error.strerror or error}.", FILE) from None
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise BadArtefact(f"{path}: line {number + 1}: {error}.") from None
+        raise BadArtefact(f"{path}: line {number + 1}: {error}.", FILE) from None
 
 
 def _question(path: Path, number: int, line: str) -> Question:
     def wrong(what: str) -> BadArtefact:
-        return BadArtefact(f"{path}: line {number}: {what}.", "A line has context, choices (two or more) and answer.")
+        return BadArtefact(f"{path}: line {number}: {what}.", LINE)
 
     try:
         row = json.loads(line)
