@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hmac
+import json
 import os
 import signal
 import sys
@@ -65,6 +66,16 @@ def private_directory() -> str:
     """A new directory for sockets that only this user can enter."""
     short = len(tempfile.gettempdir()) < MAX_SOCKET_PATH
     return tempfile.mkdtemp(prefix="undistilled-", dir=None if short else "/tmp")
+
+
+def told() -> dict[str, Any]:
+    """What the parent says in a line of JSON on standard input. Where that ends before the line does, the parent has
+    ended, or was interrupted, and this process ends too."""
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        sys.exit(1)
+    said: dict[str, Any] = json.loads(line)
+    return said
 
 
 def end_with_input() -> None:

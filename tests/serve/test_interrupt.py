@@ -17,6 +17,8 @@ SOON = 2.0  # seconds, as promised
 SLACK = 2.0  # more, for a machine that is busy with something else; less than what an orderly end may take
 LONG = 3000  # tokens of a prompt
 
+# what starts the tests may ignore SIGINT, as a shell does for what it runs in the background, and that is inherited
+HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 TELL = """
 import sys
 from undistilled import cli, events
@@ -38,9 +40,13 @@ def folder(tmp_path_factory):
 
 def started(*arguments):
     """A process group of its own, as a terminal makes one. What it does is told on stderr."""
-    command = [sys.executable, "-c", TELL, *arguments, "--device", "cpu"]
+    command = [sys.executable, "-c", f"{HEAR}\n{TELL}", *arguments, "--device", "cpu"]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+
+
+def running(code, **pipes):
+    return subprocess.Popen([sys.executable, "-c", f"{HEAR}\n{code}"], stdout=subprocess.PIPE, **pipes)
 
 
 def until_told(process, what):
@@ -139,7 +145,7 @@ signal.siginterrupt(signal.SIGINT, False)
 print("x", flush=True)
 ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = running(code)
     assert process.stdout.read(1) == b"x"
     time.sleep(1)  # until it is there
     process.send_signal(signal.SIGINT)
@@ -156,7 +162,7 @@ signal.signal(signal.SIGINT, lambda *_: print("x", flush=True))
 print("x", flush=True)
 time.sleep(30)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = running(code, stderr=subprocess.DEVNULL)
     assert process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
@@ -178,7 +184,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(7)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = running(code, stderr=subprocess.PIPE)
     assert process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)

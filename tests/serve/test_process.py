@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 
@@ -191,6 +192,14 @@ def test_a_server_whose_engine_died_ends():
 
 def _children(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children()
+
+
+@pytest.mark.parametrize("module", ["undistilled.serve.worker", "undistilled.generate.rank"])
+@pytest.mark.parametrize("said", ["", '{"key": '])
+def test_a_process_whose_parent_was_interrupted_ends_quietly(module, said):
+    command = [sys.executable, "-P", "-m", module]
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and not done.stderr + done.stdout
 
 
 def test_a_port_is_taken_before_a_model_is_loaded():

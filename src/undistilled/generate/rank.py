@@ -5,7 +5,6 @@ Its standard input begins with one line of JSON: its number, the model and plan,
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -46,7 +45,7 @@ from ..parallel.moves import Moves
 from ..parallel.share import share
 from ..plan.plan import Plan, read_plan
 from ..plan.ranks import cuts_of
-from ..wire import Wire, bounded, die_with, end_with_input, unveiled
+from ..wire import Wire, bounded, die_with, end_with_input, told, unveiled
 from .part import ROWS, Part
 
 HEARTBEAT = 0.25  # seconds
@@ -154,7 +153,7 @@ def _largest(plan: Plan, device: str) -> int:
 def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the driver's to answer
-    boot = json.loads(sys.stdin.readline())
+    boot = told()
     die_with(boot["parent"])
     end_with_input()
     torch.set_num_threads(boot["threads"])

@@ -6,7 +6,6 @@ Its standard input begins with one line of JSON: where the sockets lie, the key,
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..errors import RankLost, RequestError, UndistilledError
 from ..events import Event, sentence, subscribed
 from ..schedule.request import Output, Request
-from ..wire import Wire, bounded, die_with
+from ..wire import Wire, bounded, die_with, told
 from .messages import Abort, Add, Command, Failed, Loading, News, Ready, Refused, Report, Stop
 
 ENGINE = "undistilled.generate.engine:open_engine"
@@ -198,7 +197,7 @@ def _work(boot: dict[str, Any], inbox: zmq.Socket[bytes], send: Callable[[Report
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a signal to the group is the server's to answer
-    boot = json.loads(sys.stdin.readline())
+    boot = told()
     die_with(boot["parent"])
     wire = Wire(boot["key"], Command)
     with subscribed(tell), _sockets(boot["directory"]) as (inbox, outbox):
