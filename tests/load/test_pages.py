@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undistilled.load import pages
+from undistilled.plan.probe import node_cores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn]
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -55,25 +56,18 @@ def test_more_than_there_is_is_an_error_that_the_loader_knows():
         pages.Pages().empty((1 << 50,), torch.uint8)
 
 
-def test_pages_come_from_all_nodes_in_turn(tmp_path, monkeypatch):
-    for memory, cores, expected in (("0\n", "0\n", (0,)), ("0-1,4\n", "0-1\n", (0, 1)), ("\n", "0\n", ())):
-        (tmp_path / "has_memory").write_text(memory)
-        (tmp_path / "has_cpu").write_text(cores)
-        monkeypatch.setattr(pages, "NODES", tmp_path)
-        pages.nodes.cache_clear()
-        assert pages.nodes() == expected
+def test_pages_come_from_all_nodes_in_turn(monkeypatch):
     spread = []
     monkeypatch.setattr(pages, "spread", lambda memory, over: spread.append(over))
     for here, free, expected in (((0, 1), True, [(0, 1)]), ((0, 1), False, []), ((0,), True, [])):
-        monkeypatch.setattr(pages, "nodes", lambda here=here: here)
+        monkeypatch.setattr(pages, "node_cores", lambda here=here: dict.fromkeys(here, frozenset({0})))
         monkeypatch.setattr(pages, "unbound", lambda free=free: free)
         spread.clear()
         pages.Pages().empty((4,), torch.uint8)
         assert spread == expected
     monkeypatch.undo()
-    pages.nodes.cache_clear()
     memory = pages.Pages().empty((pages.STRETCH,), torch.uint8)
-    here = pages.nodes() or (0,)
+    here = tuple(node_cores()) or (0,)
     if not pages.spread(memory, here):
         pytest.skip("this system lets nobody say where pages lie")
     maps = Path("/proc/self/numa_maps")

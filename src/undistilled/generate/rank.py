@@ -26,6 +26,7 @@ from ..events import subscribed
 from ..load.build import build
 from ..memory import peak_on
 from ..parallel.comm import Comm
+from ..parallel.cores import confine
 from ..parallel.messages import (
     IDLE,
     JOINING,
@@ -156,6 +157,7 @@ def main() -> NoReturn:
     boot = told()
     die_with(boot["parent"])
     end_with_input()
+    confine(boot.get("cores", ()))
     torch.set_num_threads(boot["threads"])
     rank = Rank(boot, zmq.Context())
     threading.Thread(target=rank.beats, daemon=True).start()

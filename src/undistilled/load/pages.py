@@ -1,8 +1,8 @@
 """Memory for weights on a CPU, in huge pages where the system has them.
 
 Every token reads all weights once, from one end to the other: with pages of 4 KB a processor looks up an address, and
-starts to foresee the next ones, 512 times as often as with pages of 2 MB. Where memory has several nodes, pages lie on
-all of them in turn, so that every thread reads at the speed of all.
+starts to foresee the next ones, 512 times as often as with pages of 2 MB. Where a process runs on cores of several
+nodes, pages lie in the memory of all of these in turn, so that every thread reads at the speed of all.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import ctypes
 import math
 import mmap
 import platform
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..plan.probe import NODES, nodes_with
+from ..plan.probe import node_cores
 
 PAGE = 2 << 20  # bytes of a huge page
 STRETCH = 256 << 20  # what is asked for at a time; what is never touched takes no memory
@@ -50,18 +49,10 @@ def _stretch(nbytes: int) -> Tensor:
         area.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(area, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :]
-    if len(nodes()) > 1 and unbound():
-        spread(memory, nodes())
+    nodes = tuple(node_cores())
+    if len(nodes) > 1 and unbound():
+        spread(memory, nodes)
     return memory
-
-
-@cache
-def nodes() -> tuple[int, ...]:
-    """The NUMA nodes that have memory and cores, so that it is no GPU's; none where the system does not say."""
-    try:
-        return tuple(sorted(nodes_with("has_memory", NODES) & nodes_with("has_cpu", NODES)))
-    except (OSError, ValueError):
-        return ()
 
 
 def unbound() -> bool:

@@ -16,7 +16,9 @@ import zmq
 from .. import interrupt
 from ..plan.hardware import Machine, load_machine
 from ..plan.plan import Plan
+from ..plan.probe import node_cores
 from ..wire import private_directory
+from .cores import confine, shared_out
 
 RANK = "undistilled.generate.rank"  # the module that a rank's process runs
 # gloo's and NCCL's own sockets stay on this machine
@@ -61,7 +63,10 @@ class Local:
         assert plan.mesh is not None
         self.mesh, self.model = plan.mesh, model
         self.size, self.device, self.network = plan.mesh.size, plan.mesh.devices[0], LOOPBACK
-        self.hosts, self.threads = 1, threads(self.size)
+        self.hosts = 1
+        self.cores = shared_out(self.size, list(node_cores().values())) if self.device == "cpu" else []
+        self.threads = threads(self.size)
+        self._before = confine(self.cores[0] if self.cores else ())
         self.directory = private_directory()
         self.store = f"{self.directory}/rendezvous"
         plan.write(Path(self.directory) / "plan.json")
@@ -77,6 +82,7 @@ class Local:
             "plan": f"{self.directory}/plan.json",
             "device": self.mesh.devices[rank],
             "threads": self.threads,
+            "cores": self.cores[rank] if self.cores else (),
             "passes": f"ipc://{self.directory}/passes",
             "reports": f"ipc://{self.directory}/reports",
             "store": self.store,
@@ -84,6 +90,7 @@ class Local:
         return Spawned(boot, self.network)
 
     def close(self) -> None:
+        confine(self._before if self.cores else ())
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

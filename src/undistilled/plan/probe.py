@@ -147,16 +147,28 @@ def _sysconf(name: str) -> int:
 NODES = Path("/sys/devices/system/node")
 
 
-def nodes_with(file: str, folder: Path = NODES) -> set[int]:
-    """The NUMA nodes that a file of the system's lists, as 0-1,3. OSError or ValueError where it does not say."""
+def listed(file: str, folder: Path = NODES) -> set[int]:
+    """The numbers that a file of the system's lists, as 0-1,3. OSError or ValueError where it does not say."""
     spans = [part.split("-") for part in (folder / file).read_text().strip().split(",") if part]
-    return {node for span in spans for node in range(int(span[0]), int(span[-1]) + 1)}
+    return {number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)}
+
+
+def node_cores(folder: Path = NODES) -> dict[int, frozenset[int]]:
+    """NUMA node -> its cores that this process may run on, where it has any and memory too, so that it is no GPU's;
+    nothing where the system does not say."""
+    try:
+        here = os.sched_getaffinity(0)
+        both = sorted(listed("has_memory", folder) & listed("has_cpu", folder))
+        found = {node: frozenset(listed(f"node{node}/cpulist", folder) & here) for node in both}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {node: cores for node, cores in found.items() if cores}
 
 
 def numa_nodes(folder: Path = NODES) -> int:
     """NUMA nodes that have memory; 1 where the system does not say."""
     try:
-        return max(1, len(nodes_with("has_memory", folder)))
+        return max(1, len(listed("has_memory", folder)))
     except (OSError, ValueError):
         return max(1, len(list(folder.glob("node[0-9]*"))))
 
