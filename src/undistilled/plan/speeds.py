@@ -7,7 +7,7 @@ from random import Random
 
 from ..model.spec import Moe
 from . import cost
-from .hardware import Device, Machine
+from .hardware import Machine
 from .layout import Layout, Layouts
 from .mesh import Mesh
 from .ranks import RankLayouts
@@ -87,7 +87,7 @@ def _decode_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stag
         / device.ceilings.read_bytes_per_s
         for rank, device in zip(ranks, devices, strict=True)
     ]
-    return _together(layouts, read) + _small(layouts, layout, devices[0], stage, rows, True)
+    return _together(layouts, read) + _small(layouts, layout, machine, stage, rows, True)
 
 
 def _prefill_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, active: int) -> float:
@@ -102,9 +102,7 @@ def _prefill_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, sta
         whole[name] = cost.product_seconds(met, spec, home, device, layouts.compute, flops)
         whole[name] += cost.unpacked_seconds(own, spec, home, device, limits.chunk, layouts.compute)
     each = [whole[mesh.devices[rank]] * layouts.reads[rank].work for rank in ranks]
-    return _together(layouts, each) + _small(
-        layouts, layout, machine.device(mesh.devices[ranks[0]]), stage, limits.chunk, False
-    )
+    return _together(layouts, each) + _small(layouts, layout, machine, stage, limits.chunk, False)
 
 
 def _together(layouts: RankLayouts, each: list[float]) -> float:
@@ -112,9 +110,11 @@ def _together(layouts: RankLayouts, each: list[float]) -> float:
     return max(each) if layouts.kind == "cuda" else sum(each)
 
 
-def _small(layouts: RankLayouts, layout: Layout, device: Device, stage: int, tokens: int, recorded: bool) -> float:
+def _small(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, tokens: int, recorded: bool) -> float:
     """Seconds of a pass through a stage that are not its bytes' nor its products': launches and talk."""
-    (first, past), spec = layouts.mesh.stages[stage], layouts.spec
+    mesh, spec = layouts.mesh, layouts.spec
+    (first, past), rank = mesh.stages[stage], stage * mesh.inner
+    device = machine.device(mesh.devices[rank])
     own = [p for p in layout.placed if p.row.compute == f"stage:{stage}" and not p.weight.mtp]
     small = cost.small_seconds(own, spec, device, tokens, layouts.compute, recorded)
-    return (past - first) / spec.layers * small + layouts.talk(stage * layouts.mesh.inner, tokens)
+    return (past - first) / spec.layers * small + layouts.talk(rank, tokens)
