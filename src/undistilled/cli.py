@@ -147,7 +147,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.6,
 ) -> None:
-    """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
+    """Talk to a model in the terminal. Ctrl-C stops an answer; at the prompt it ends, as an empty line or Ctrl-D do."""
     from .serve.terminal import converse
 
     engine = _engine(model, options)

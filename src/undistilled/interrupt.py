@@ -18,11 +18,13 @@ SECONDS = 1.2  # that an orderly end may take
 LAST: list[Callable[[], None]] = []  # what is done, shortly, before an end that is not
 _LOST = b"\0"  # the interrupt thread is told so; signals write their numbers, which start at 1
 _KEPT: list[socket.socket] = []
+_SPARED: list[int] = []  # signals to come that do not mean the end
 
 
 def bound(seconds: float = SECONDS) -> None:
     """From now on this process is gone `seconds` after SIGINT at the latest. For a main thread, in a program in which
     Ctrl-C always means the end."""
+    _SPARED.clear()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -32,9 +34,7 @@ def bound(seconds: float = SECONDS) -> None:
 
 
 def _wait(reader: socket.socket, seconds: float, main: int) -> None:
-    heard = b""
-    while signal.SIGINT not in heard:
-        heard = reader.recv(64)
+    heard = _ending(reader)
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if _LOST in heard:
@@ -50,6 +50,36 @@ def _wait(reader: socket.socket, seconds: float, main: int) -> None:
             call()
     finally:
         os._exit(CODE)
+
+
+def _ending(reader: socket.socket) -> bytes:
+    """Until a SIGINT that means the end; what came with it."""
+    while True:
+        heard = reader.recv(64)
+        for _ in range(heard.count(signal.SIGINT)):
+            if not _SPARED:
+                return heard
+            _SPARED.pop()
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Within, the first SIGINT ends nothing: it has the function that this gives say True. The next one ends, as ever.
+    For a main thread."""
+    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def first(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    _SPARED.append(signal.SIGINT)
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if not asked.is_set():
+            _SPARED.clear()
 
 
 def _raise_again(writer: socket.socket) -> None:

@@ -1,5 +1,6 @@
 """Ctrl-C over two ranks: while they load, in a prompt and while tokens come; all end at once, and quietly."""
 
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,8 @@ def folder(tmp_path_factory):
     config = DEEPSEEK | {"vocab_size": 256, "max_position_embeddings": 8192, "rope_scaling": None}
     made = write_checkpoint(tmp_path_factory.mktemp("interrupted") / "m", config)
     write_tokenizer(made)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (made / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return str(made)
 
 
@@ -108,6 +111,30 @@ def test_while_ranks_start(folder, verb, seconds):
             time.sleep(0.01)
         time.sleep(seconds)
         interrupted(process)
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("layout", [(), ("--tp", "2")], ids=["one", "tp"])
+def test_in_a_conversation(folder, layout):
+    """It stops an answer, as often as it is asked for more; at the prompt it ends."""
+    process = started("chat", folder, *layout, "--max-tokens", "3000", "--context", "8000")
+    try:
+        for _ in range(2):
+            process.stdin.write(b"Hi\n")
+            process.stdin.flush()
+            told = until_told(process, MOMENTS["prefill"])  # of this answer: the last one's tokens may be told yet
+            if MOMENTS["decode"] not in told.rpartition(MOMENTS["prefill"])[2]:
+                until_told(process, MOMENTS["decode"])
+            os.killpg(process.pid, signal.SIGINT)
+            said = b""
+            while b"(stopped)" not in said:
+                said += (piece := os.read(process.stdout.fileno(), 4096))
+                assert piece, process.stderr.read()
+        time.sleep(1.5)  # longer than an end may take: it did not begin to
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and b"Traceback" not in err, err
     finally:
         process.kill()
 

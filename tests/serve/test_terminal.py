@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
+
 import pytest
 from fake_engine import FakeEngine
 
@@ -39,3 +42,37 @@ def test_a_blank_line_parts_the_reasoning_from_the_answer():
     engine = FakeEngine({"reply": "\nx=11\n</think>\n\n11"})
     Conversation(engine).say("Solve", Sampling(max_tokens=50, temperature=0.0), shown.append, shown.append)
     assert "".join(shown) == "x=11\n\n11"
+
+
+def conversed(turns, on_piece):
+    """What is shown, and the prompts, of a conversation in which `on_piece` sees what the model says as it comes."""
+    shown: list[str] = []
+    prompts: list[str] = []
+    engine, lines = FakeEngine({}), iter(turns)
+    add = engine.add
+    engine.add = lambda r: (prompts.append(engine.tokenizer.decode(r.prompt)), add(r))
+
+    def see(text):
+        shown.append(text)
+        if text.strip():
+            on_piece(text)
+
+    how = {"system": None, "max_tokens": 50, "temperature": 0.0, "on_text": see, "on_thought": see}
+    converse(engine, ask=lambda: next(lines), **how)
+    return "".join(shown), prompts, engine
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
+    once, before = iter([signal.SIGINT]), signal.getsignal(signal.SIGINT)
+    turns = ["Hi", "Again", ""]
+    text, prompts, engine = conversed(turns, lambda _: [signal.raise_signal(s) for s in itertools.islice(once, 1)])
+    assert text.count("(stopped)") == 1 and text.count("Hello, wörld") == 1  # the other is cut short
+    assert "Hi" in prompts[1] and engine.idle and engine.aborted == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_in_an_answer_ends():
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        conversed(["Hi", ""], lambda text: (seen.append(text), signal.raise_signal(signal.SIGINT)))
+    assert len(seen) == 2

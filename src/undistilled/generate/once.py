@@ -10,12 +10,19 @@ from .engine import Engine
 
 
 def complete(
-    engine: Engine, prompt: list[int], sampling: Sampling, on_text: Callable[[str], None] | None = None
+    engine: Engine,
+    prompt: list[int],
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Run one request to its end: text, token_ids, finish_reason and usage."""
+    """Run one request to its end, or until it is `stopped`: text, token_ids, finish_reason and usage."""
     engine.add(Request("once", prompt, sampling))
     text, tokens, reason = "", [], None
     while not engine.idle:
+        if reason is None and stopped():
+            engine.abort("once")
+            reason = "abort"
         for output in engine.step():
             text += output.text
             tokens += output.tokens

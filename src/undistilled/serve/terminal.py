@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .. import interrupt
 from ..errors import RequestError
 from ..generate.engine import Engine
 from ..generate.once import complete
@@ -23,19 +24,29 @@ class Conversation:
         self.template = needed_template(engine.tokenizer, engine.name, "Use `undistilled generate`.")
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
-    def say(self, text: str, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:
-        """One turn: the answer streams to `on_content`, what the model thinks to `on_reasoning`.
+    def say(
+        self,
+        text: str,
+        sampling: Sampling,
+        on_content: Show,
+        on_reasoning: Show,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """One turn: the answer streams to `on_content`, what the model thinks to `on_reasoning`. Where it is `stopped`,
+        what there is of it stays in the conversation.
 
         RequestError where it is refused, as when the context is outgrown; the conversation is then as before.
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            return self._answer(sampling, on_content, on_reasoning)
+            return self._answer(sampling, on_content, on_reasoning, stopped)
         except RequestError:
             self.messages.pop()
             raise
 
-    def _answer(self, sampling: Sampling, on_content: Show, on_reasoning: Show) -> dict[str, Any]:
+    def _answer(
+        self, sampling: Sampling, on_content: Show, on_reasoning: Show, stopped: Callable[[], bool]
+    ) -> dict[str, Any]:
         tokenizer = self.engine.tokenizer
         prompt = chat_prompt(tokenizer, self.template, self.messages)
         reasons = prompt.thinking or END_THINK in tokenizer.control
@@ -56,7 +67,7 @@ class Conversation:
                 on_content(content)
             answer.append(content)
 
-        result = complete(self.engine, prompt.ids, sampling, show)
+        result = complete(self.engine, prompt.ids, sampling, show, stopped)
         show("", last=True)
         self.messages.append({"role": "assistant", "content": "".join(answer)})
         return result
@@ -72,7 +83,7 @@ def converse(
     on_text: Show,
     on_thought: Show,
 ) -> None:
-    """Turns until an empty line or the end of input."""
+    """Turns until an empty line, the end of input or SIGINT while it waits for a line; in an answer that stops it."""
     conversation = Conversation(engine, system)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=0.95)
     while True:
@@ -83,7 +94,10 @@ def converse(
         if not text.strip():
             return
         try:
-            conversation.say(text, sampling, on_text, on_thought)
+            with interrupt.stoppable() as stopped:
+                conversation.say(text, sampling, on_text, on_thought, stopped)
+            if stopped():
+                on_thought(" (stopped)")
         except RequestError as error:
             on_text(str(error))
         on_text("\n")
