@@ -292,7 +292,7 @@ def small_file() -> bytes:
         return path.read_bytes()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_mutations_read_or_are_refused(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
     data = bytearray(small_file())

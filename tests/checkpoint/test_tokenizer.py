@@ -81,7 +81,7 @@ def test_every_control_token_as_text(tokenizer):
         assert tokenizer.control_in(f"a{text}b") and tokenizer.decode(tokenizer.encode(text, control=False)) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(alphabet=st.sampled_from("ab <s>/think👩‍💻é你\n\x00\ufffd")))
 def test_streams_are_whole_and_complete(tokenizer, text):
     for control in (False, True):
@@ -95,7 +95,7 @@ def test_streams_are_whole_and_complete(tokenizer, text):
             assert "\ufffd" not in part or "\ufffd" in text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_bytes_end_as_the_library_says(data):
     tokenizer = byte_level()

@@ -15,7 +15,7 @@ from undistilled.errors import DoesNotFit
 OPTION = st.tuples(st.floats(0, 100), st.integers(1, 50))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups=st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5), share=st.floats(0, 1))
 def test_no_choice_is_better(groups, share):
     least, most = (sum(f(size for _, size in options) for options in groups) for f in (min, max))
@@ -36,7 +36,7 @@ def test_a_budget_below_the_smallest_is_refused():
         allocate([[(1.0, 10), (0.5, 20)], [(1.0, 10)]], 19)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups=st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5), share=st.floats(0, 1))
 def test_without_a_programme_the_budget_is_kept_too(groups, share):
     least, most = (sum(f(size for _, size in options) for options in groups) for f in (min, max))

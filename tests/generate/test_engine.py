@@ -141,7 +141,7 @@ def choose(logits, **options):
     return Sampler(Sampling(**options), [], len(logits)).choose(torch.tensor(logits))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000))
 def test_filters_keep_what_they_promise(seed):
     logits = [3.0, 2.0, 1.0, 0.0, -1.0]  # probabilities 0.64 0.23 0.09 0.03 0.01
@@ -174,7 +174,7 @@ def test_logprobs_are_of_the_model():
     assert [t for t, _ in found.top] == [1, 2] and found.top[1][1] == pytest.approx(expected[2])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text("ab", max_size=30),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),

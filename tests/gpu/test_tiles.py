@@ -70,7 +70,7 @@ def mixes(draw, tiles):
 
 
 @pytest.mark.interpreted
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(mixes(6), some.sampled_from([32, 64, 128]), some.integers(1, 40), some.integers(1, 9), some.data())
 def test_any_mix(mix, cols, outputs, tokens, data):
     """Results in float32, of activations that bfloat16 holds."""

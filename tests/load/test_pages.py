@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int16, t
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=30), st.sampled_from([1 << 10, 1 << 16]))
 def test_tensors_lie_apart_and_on_lines(wanted, stretch):
     with pytest.MonkeyPatch.context() as patch:

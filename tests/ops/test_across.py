@@ -82,7 +82,7 @@ def test_the_same_bytes_in_another_order(name, shape):
 
 
 @pytest.mark.parametrize("name, products", met(NAMES))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     panels=st.integers(1, 4), blocks=st.one_of(st.integers(1, 9), st.integers(15, 36)), m=st.sampled_from(ROWS),
     seed=st.integers(0, 99),

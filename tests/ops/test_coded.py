@@ -47,7 +47,7 @@ def rows_of(x, products):
 
 @pytest.mark.parametrize("products", [None, *PRODUCTS])
 @pytest.mark.parametrize("name", CODED)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(n=st.integers(1, 70), k=sizes, m=st.sampled_from(ROWS), seed=st.integers(0, 99))
 def test_products_are_what_float64_says_of_what_is_stored(name, products, n, k, m, seed):
     stored, exact = make(name, (n, k), products, seed)

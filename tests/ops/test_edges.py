@@ -46,7 +46,7 @@ odd = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("
 
 
 @pytest.mark.parametrize("name, products", PAIRS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     size=sizes,
     marks=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 299), odd), max_size=6),

@@ -14,7 +14,7 @@ from undistilled.ops.cpu.matrix import KIND, matrix
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_missing())
 
-SOME = settings(max_examples=40, deadline=None)
+SOME = settings(max_examples=40)
 STORED = [kind for kind in KIND if kind not in ("coded", "across", "fp8_across")]
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EPS = torch.finfo(torch.float32).eps

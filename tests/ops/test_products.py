@@ -194,7 +194,7 @@ def test_the_kernel_computes_what_the_reference_says(products, scheme, rows, k):
 
 @needs_kernels
 @pytest.mark.parametrize("scheme", ["int8", "int8-g32", "int4", "nl3-g64", "tiles16x32-3x4-6x6"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(n=st.integers(1, 50), first=st.integers(0, 9), rows=st.integers(ops.LARGE, 60))
 def test_many_rows_of_int16_are_the_same_in_any_company(scheme, n, first, rows):
     """From 32 rows on; also with another number of threads, and NaN in one row stays there."""

@@ -96,7 +96,7 @@ def test_malformed_files_name_the_field(tmp_path, text, field):
         load_machine(str(file))
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400))
 def test_no_file_escapes_as_another_error(tmp_path, data):
     file = tmp_path / "fuzz.json"

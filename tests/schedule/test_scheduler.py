@@ -64,7 +64,7 @@ def test_a_block_returned_twice_is_an_error():
         pool.give_back(blocks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=8),
     blocks=st.integers(8, 24),

@@ -38,7 +38,7 @@ R1_SHAPES = [(576, 7168), (1536, 7168), (2048, 7168), (7168, 2048)]
 
 
 @pytest.mark.parametrize("name", [*schemes.SCHEMES, *TILES])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(out=st.integers(1, 300), into=st.integers(1, 300), experts=st.integers(0, 3), seed=st.integers(0, 99))
 def test_parts_bytes_and_error(name, out, into, experts, seed):
     scheme = schemes.get(name)

@@ -162,7 +162,7 @@ def nested(value: object) -> int:
     return 0 if children is None else 1 + max(map(nested, children), default=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.recursive(st.text() | st.none() | st.floats(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
 def test_depth_is_counted_outside_strings(value):
     body = json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
