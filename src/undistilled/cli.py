@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,7 +98,7 @@ def plan(
     found = find(model)
     ask = Ask(scheme, context, batch, mtp, device, dtype=dtype or "auto", degrees=Degrees.of(options))
     known = machine_of(options["cluster"] or "local", machine)
-    with subscribed(show.nothing if as_json else show_plan.layouts):
+    with nullcontext() if as_json else subscribed(show_plan.layouts):
         made = solve(found.name, found.config, found.spec, known, ask)
     if output:
         made.write(output)
@@ -109,9 +110,9 @@ def plan(
 
 
 def _engine(model: str, options: dict[str, Any]):
+    interrupt.bound()  # before what takes long to import
     from .generate.engine import open_engine
 
-    interrupt.bound()
     with show.loading() as progress:
         return open_engine({"model": model, **options}, progress)
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 CODE = 130  # what shells say of a process that SIGINT ended
 SECONDS = 1.2  # that an orderly end may take
@@ -53,9 +53,11 @@ def _wait(reader: socket.socket, seconds: float, main: int) -> None:
 
 
 def _ending(reader: socket.socket) -> bytes:
-    """Until a SIGINT that means the end; what came with it."""
+    """Until a SIGINT that means the end, or one was lost; what came with it."""
     while True:
         heard = reader.recv(64)
+        if _LOST in heard:
+            return heard
         for _ in range(heard.count(signal.SIGINT)):
             if not _SPARED:
                 return heard
@@ -77,9 +79,9 @@ def stoppable() -> Iterator[Callable[[], bool]]:
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
         if not asked.is_set():
-            _SPARED.clear()
+            _SPARED.clear()  # before another one may mean the end again
+        signal.signal(signal.SIGINT, before)
 
 
 def _raise_again(writer: socket.socket) -> None:
@@ -88,10 +90,10 @@ def _raise_again(writer: socket.socket) -> None:
     before = sys.unraisablehook
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):
+        if lost.exc_type is None or not issubclass(lost.exc_type, KeyboardInterrupt):
+            return before(lost)
+        with suppress(BlockingIOError):  # then the thread has much to hear, SIGINT among it
             writer.send(_LOST)
-        else:
-            before(lost)
 
     sys.unraisablehook = hook
 

@@ -27,7 +27,7 @@ DEVICE = Annotated[str | None, typer.Option("--device", help="`cpu` leaves GPUs 
 RANKS: dict[str, Any] = {
     "ranks": Annotated[
         str | None,
-        typer.Option("--ranks", help="So many, or `auto`, one a GPU at most: --tp, --pp and --ep as a plan chooses."),
+        typer.Option("--ranks", help="Ranks in all, or `auto`, at most one a GPU; the plan chooses --tp, --pp, --ep."),
     ],
     "tp": Annotated[
         int | None,

@@ -102,10 +102,6 @@ def steps() -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=escape(text))
 
 
-def nothing(_: Event) -> None:
-    """Of an event."""
-
-
 def event(happened: Event) -> None:
     """Says what a person should know of what happened."""
     if said := sentence(happened):
@@ -202,10 +198,12 @@ def rank_times(result: dict[str, Any]) -> None:
         sizes = (size(found["peak_bytes"]), size(found["planned_bytes"]))
         table.add_row(str(rank), *sizes, *(f"{found[key] / result['elapsed_s']:.0%}" for key in ("busy_s", "waited_s")))
     out.print(table)
-    out.print(
-        f"stages idle {result['bubble']:.0%} of the time; the busiest computes "
-        f"{result['imbalance']:.2f} times the mean ({result['threads']} threads a rank)"
-    )
+    threads = f"({result['threads']} thread{'s' * (result['threads'] > 1)} a rank)"
+    if result["stages"] > 1:
+        of_mean = f"the busiest computes {result['imbalance']:.2f} times the mean"
+        out.print(f"stages idle {result['bubble']:.0%} of the time; {of_mean} {threads}")
+    else:
+        out.print(f"the rest of the time: messages, and what ranks do between passes {threads}")
     if result.get("overlap") is not None:
         out.print(
             f"messages between stages took {result['transfer_s'] / result['elapsed_s']:.1%} of the time, "

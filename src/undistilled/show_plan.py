@@ -15,7 +15,7 @@ LAYOUTS = 12  # that are shown of those compared
 
 
 def plan(made: Any, output: Path | None = None) -> None:
-    """A plan as two tables and a sentence."""
+    """A plan as tables, of devices, ranks and contexts, and a sentence."""
     p = made.predicted
     show.out.print(
         f"[bold]{made.model}[/] ({made.architecture}, {count(made.parameters)} parameters, "
@@ -34,8 +34,8 @@ def plan(made: Any, output: Path | None = None) -> None:
     _ranks(made)
     _contexts(made)
     show.out.print(
-        f"Predicted for batch {made.limits.batch}, context {made.limits.context}: "
-        f"prefill {rate(p.prefill_tokens_per_s)}, "
+        f"Predicted{'' if made.fits else ', if it fitted,'} for batch {made.limits.batch}, "
+        f"context {made.limits.context}: prefill {rate(p.prefill_tokens_per_s)}, "
         f"decode {rate(p.decode_tokens_per_s)} ({size(p.decode_bytes_per_token)} read a token; {p.basis})."
     )
     for text in made.notes:
@@ -51,7 +51,8 @@ def layouts(happened: Event) -> None:
     table = table_of("layout", "fullest device", "prefill,\ntokens/s", "decode,\ntokens/s", "")
     for i, t in enumerate(tried[:LAYOUTS]):
         speeds = (number(t.prefill), number(t.decode)) if not t.refused else ("", "")
-        said = escape(t.refused) or ("[green]taken[/]" if i == 0 and t.fits else _fits(t.fits))
+        said = escape(t.refused.message) if t.refused else _fits(t.fits) + ", not run yet" * t.predicted
+        said = "[green]taken[/]" if i == 0 and t.fits and not t.predicted else said
         table.add_row(str(t.degrees), "" if t.refused else f"{t.full:.0%}", *speeds, said)
     table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
     show.out.print(table)

@@ -58,7 +58,7 @@ def test_gpus_at_work_are_no_stall():
 def test_who_did_not_hear_of_a_pass_is_behind():
     """However long it has been idle, it is behind for as long as the others wait."""
     found = judged(waits(0, 70, (1,)), idle(1, 5000))
-    assert found.rank == 1 and found.said.startswith("has been idle for 70 s")
+    assert found.rank == 1 and found.said.startswith("has been waiting for a pass for 70 s")
     assert judged(waits(0, 70, (1,)), idle(1, 1)) is None
 
 

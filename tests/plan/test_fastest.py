@@ -4,7 +4,7 @@ import pytest
 from test_order import four
 
 from undistilled.checkpoint.resolve import find
-from undistilled.errors import UsageError
+from undistilled.errors import BadArtefact, UsageError
 from undistilled.events import subscribed
 from undistilled.generate.engine import plan_for
 from undistilled.plan.ask import Ask
@@ -88,13 +88,32 @@ def test_where_none_fits_the_closest_is_taken_and_said():
 
 def test_what_cannot_be_cut_is_left_out():
     tried = compared(NANO.name, NANO.spec, load_machine("this"), asked(7, scheme="fp8_block", device="cpu"))
-    assert tried[0].degrees == Degrees(pp=7) and "o_proj" in tried[1].refused and not tried[1].fits
+    assert tried[0].degrees == Degrees(pp=7) and "o_proj" in tried[1].refused.message and not tried[1].fits
 
 
 def test_where_nothing_can_be_cut_it_says_why():
     with pytest.raises(UsageError, match="17 ranks, but 4 GPUs") as error:
         chosen(NANO, load_machine("4x-rtx4090"), asked(17))
-    assert "--ranks" in error.value.hint
+    assert "--cluster ray" in error.value.hint
+    with pytest.raises(UsageError, match="multi-token-prediction layer is not cut"):
+        chosen(R1, load_machine("8x-h200"), asked(0, mtp=True))
+    with pytest.raises(BadArtefact, match=r"/nope\.json"):
+        chosen(NANO, load_machine("4x-rtx4090"), Ask("int8", degrees=Degrees(ranks=0, copies=2, counts="/nope.json")))
+
+
+def test_one_gpu_beside_a_cpu_is_one_process():
+    """Which only predicts, as it does without --ranks; the plan says so, and what runs."""
+    plan = chosen(R1, load_machine("rtx4090-384gb"), asked(0))
+    assert plan.fits and plan.mesh is None and "--device cpu runs" in plan.notes[0]
+    whole = chosen(R1, load_machine("4x-rtx4090"), asked(0))
+    assert whole.fits and whole.mesh is None and "no run takes one process" in whole.notes[0]
+
+
+def test_parts_of_a_batch_go_with_pipelines_alone():
+    ask = Ask("int8", batch=8, degrees=Degrees(ranks=0, microbatches=4))
+    tried = compared(NANO.name, NANO.spec, load_machine("4x-rtx4090"), ask)
+    assert all(t.degrees.microbatches == (4 if t.degrees.pp > 1 else None) for t in tried)
+    assert tried[0].degrees.size == 1
 
 
 @pytest.mark.parametrize(

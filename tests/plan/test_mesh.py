@@ -111,16 +111,26 @@ def test_parts_of_a_batch_are_predicted(device):
 def test_experts_fall_unevenly_on_few_tokens():
     """Of 8 experts in 4 of 8 groups the busiest eighth has 3.5; a large batch touches all alike."""
     moe = R1.spec.moe
-    assert skew(moe, 1, 1) == 1.0
-    assert 2.7 < skew(moe, 8, 1) < 3.7
-    assert skew(moe, 2, 1) < skew(moe, 4, 1) < skew(moe, 8, 1)
-    assert skew(moe, 8, 32) < 1.5 and skew(moe, 8, 512) < 1.05
+    one, two, four, eight = (tuple(even(256, n)) for n in (1, 2, 4, 8))
+    assert skew(moe, one, 1) == 1.0
+    assert 2.7 < skew(moe, eight, 1) < 3.7
+    assert skew(moe, two, 1) < skew(moe, four, 1) < skew(moe, eight, 1)
+    assert skew(moe, eight, 32) < 1.5 and skew(moe, eight, 512) < 1.05
 
     def decode(**degrees):
         ask = Ask("int4", 1024, 1, degrees=Degrees(**degrees))
         return solve("r1", R1.config, R1.spec, load_machine("8x-h200"), ask).predicted.decode_tokens_per_s
 
     assert decode(tp=8) > decode(tp=2, ep=4) > decode(ep=8)
+
+
+def test_an_edited_figure_of_a_rank_is_named():
+    model, plan = planned(tp=2)
+    ranks = [r.model_copy(update={"bytes": r.bytes.model_copy(update={"kv": 5})}) for r in plan.predicted.ranks]
+    edited = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"ranks": ranks})})
+    with pytest.raises(BadArtefact, match=r"prediction for rank 0, kv is 5; it works out as \d+\.") as error:
+        check(edited, model.spec, model.config)
+    assert "makes it again" in error.value.hint
 
 
 def test_a_plan_for_ranks_is_a_file_that_holds():

@@ -15,7 +15,7 @@ import torch
 from ..checkpoint.detokenizer import Detokenizer
 from ..checkpoint.resolve import Model, find
 from ..checkpoint.tokenizer import Tokenizer
-from ..errors import RequestError, UsageError
+from ..errors import BadArtefact, RequestError, UsageError
 from ..events import emit
 from ..load.build import Progress, build
 from ..model.decoder import Decoder
@@ -233,6 +233,8 @@ def plan_for(model: Model, options: dict[str, Any]) -> Plan:
 def open_engine(options: dict[str, Any], progress: Progress | None = None) -> Engine:
     """Find, plan, load: `options` has model, and plan or scheme, context, batch, device, mtp, dtype."""
     model = find(options["model"])
+    if not model.has_weights and not model.path.is_dir():  # of a folder its source knows more
+        raise BadArtefact(f"{model.name} has no weights here.", "Its config is enough to plan; to run, name a folder.")
     return open_planned(model, plan_for(model, options), options, progress)
 
 
@@ -240,7 +242,7 @@ def open_planned(model: Model, plan: Plan, options: dict[str, Any], progress: Pr
     """Load what a checked plan says: `options` may have name, and of ranks cluster and watchdog."""
     tokenizer, name = model.tokenizer(), options.get("name") or model.name
     if plan.mesh is None and options.get("cluster"):
-        raise UsageError("--cluster says where ranks run; the plan has one process.", "Ask for --tp, --pp or --ep.")
+        raise UsageError("--cluster says where ranks run; the plan has one process.", "Ask for more --ranks.")
     if plan.mesh is None:
         return warmed(Engine(build(plan, model.spec, model.source(), progress=progress), plan, tokenizer, name))
     return _open_ranks(model, plan, tokenizer, name, options, progress)

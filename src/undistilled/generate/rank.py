@@ -30,6 +30,7 @@ from ..parallel.cores import confine
 from ..parallel.messages import (
     IDLE,
     JOINING,
+    LOADING,
     Beat,
     Broke,
     Command,
@@ -90,7 +91,7 @@ class Rank:
     def beat(self) -> Beat:
         part, idle = self.part, self.idle_since
         if not self.joining:
-            return Beat(self.number, 0, 0, IDLE, 0.0)
+            return Beat(self.number, 0, 0, LOADING, 0.0)
         if part is None:
             assert self.plan.mesh is not None
             others = tuple(rank for rank in range(self.plan.mesh.size) if rank != self.number)

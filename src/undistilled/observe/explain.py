@@ -37,7 +37,7 @@ def explain(engine: Engine, rows: int) -> list[dict[str, Any]]:
     UsageError where no such pass was recorded: on a GPU, or where a part of it has no kernel of ours; and over ranks.
     """
     if engine.runner.crew:
-        raise UsageError("--explain times one process, which has the whole pass.", "Leave --tp, --pp and --ep out.")
+        raise UsageError("--explain times one process, which has the whole pass.", "Leave --ranks and the like out.")
     programs = engine.runner.part.graphs
     found = programs.programs.get(rows) if isinstance(programs, Programs) else None
     if found is None:

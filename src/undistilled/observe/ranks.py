@@ -72,6 +72,7 @@ def report(engine: Engine, spent: Clocks, elapsed: float, moves: Moves | None = 
     met = overlap(plan.mesh, {0: moves.take(), **crew.moves}) if moves else None
     shared = {
         "elapsed_s": elapsed,
+        "stages": len(stages),
         "bubble": 1 - sum(stages) / len(stages) / elapsed,
         "imbalance": max(stages) / (sum(stages) / len(stages)),
         "transfer_s": met and met.seconds,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .messages import COMPUTING, IDLE, JOINING, SETTLING, TOGETHER, Beat
+from .messages import COMPUTING, IDLE, JOINING, LOADING, SETTLING, TOGETHER, Beat
 from .places import LOST, UNTOLD
 
 FAILED = 1  # the exit code of a rank that could not go on, as when another one was lost
@@ -48,7 +48,7 @@ def doing(beat: Beat | None) -> str:
     """For "it was ...": what a rank is in, of which pass."""
     if beat is None:
         return "starting"
-    if beat.doing in (IDLE, JOINING):
+    if beat.doing in (LOADING, IDLE, JOINING):
         return beat.doing
     where = f"pass {beat.at}, collective {beat.entered}"
     return f"computing (pass {beat.at})" if beat.doing == COMPUTING else f"in {beat.doing} ({where})"

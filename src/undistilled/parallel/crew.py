@@ -54,8 +54,8 @@ class Crew:
         self._closing = self._closed = False
         key = secrets.token_hex(16)
         self._wire = Wire(key, Report)
-        self._open()
         try:
+            self._open()
             told = {"key": key, "patience": max(PATIENCE, 3 * watchdog)}  # the driver's own verdict comes first
             self.processes = {rank: place.start(rank, told) for rank in range(1, place.size)}
         except BaseException:

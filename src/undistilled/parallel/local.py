@@ -66,10 +66,10 @@ class Local:
         self.hosts = 1
         self.cores = shared_out(self.size, list(node_cores().values())) if self.device == "cpu" else []
         self.threads = threads(self.size)
-        self._before = confine(self.cores[0] if self.cores else ())
         self.directory = private_directory()
         self.store = f"{self.directory}/rendezvous"
         plan.write(Path(self.directory) / "plan.json")
+        self._before = confine(self.cores[0] if self.cores else ())
 
     def bind(self, passes: zmq.Socket[bytes], reports: zmq.Socket[bytes]) -> None:
         passes.bind(f"ipc://{self.directory}/passes")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 # what a rank does, but for messages
-IDLE, COMPUTING, JOINING, SETTLING = "idle", "computing", "joining the other ranks", "waiting for the GPU"
+LOADING, IDLE, JOINING = "loading", "waiting for a pass", "joining the other ranks"
+COMPUTING, SETTLING = "computing", "waiting for the GPU"
 REDUCE, GATHER = "all_reduce", "all_gather"
 TOGETHER = (JOINING, REDUCE, GATHER)  # what all ranks of a stage do, in one order
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
+from ..errors import UsageError
 from .ask import Ask, laid
+from .degrees import ONE, Degrees
+from .fastest import compared
 from .hardware import Machine
 from .layout import BLOCK, Layouts
 from .ranks import RankLayouts
@@ -13,22 +18,60 @@ from .ranks import RankLayouts
 # tried in this order where something does not fit: what costs least in quality comes first
 CANDIDATES = ("fp8_block", "int8", "experts-int4", "int4", "int4-sym", "experts-nl3", "experts-nl2")
 DENSE = ("fp8_block", "int8", "int4", "int4-sym", "nl3-g64")
+COSTS = "`prove` says what that costs in quality."
 
 
 def advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
-    """The largest context of this scheme that fits, else the largest batch, else the first scheme that does."""
+    """More ranks, where GPUs are idle; else the largest context of this scheme that fits, else the largest batch; else
+    the first scheme that does, on these devices or on the CPU alone."""
+    if more := _more_ranks(layouts, machine, ask):
+        return more
     if options := _smaller(layouts, context, ask.batch):
         return f"With {options} it fits."
-    spec, others = layouts.spec, []
-    for scheme in CANDIDATES if spec.moe else DENSE:
-        if scheme != layouts.scheme:
-            others.append(laid(spec, machine, ask, scheme, context))
-            if others[-1].at(context, ask.batch).fits:
-                return f"With --scheme {scheme} it fits; `prove` says what that costs in quality.{_idle(layouts)}"
+    others = _others(layouts, machine, ask, context)
+    for found in (other for other in others if other.at(context, ask.batch).fits):
+        return f"With --scheme {found.scheme} it fits; {COSTS}"
     for other in others:
         if options := _smaller(other, context, ask.batch):
-            return f"With --scheme {other.scheme} {options} it fits; `prove` says what that costs in quality."
-    return _lacking(min((layouts, *others), key=_weights), layouts, machine)
+            return f"With --scheme {other.scheme} {options} it fits; {COSTS}"
+    return _on_cpu(layouts, machine, ask, context) or _lacking(min((layouts, *others), key=_weights), layouts, machine)
+
+
+def _forms(layouts: Layouts) -> tuple[str, ...]:
+    return CANDIDATES if layouts.spec.moe else DENSE
+
+
+def _others(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> list[Layouts]:
+    """In other schemes, but for those that these ranks or products do not go with."""
+    found = []
+    for scheme in _forms(layouts):
+        if scheme != layouts.scheme:
+            with suppress(UsageError):
+                found.append(laid(layouts.spec, machine, ask, scheme, context))
+    return found
+
+
+def _more_ranks(layouts: Layouts, machine: Machine, ask: Ask) -> str:
+    """Where some GPUs of a plan over ranks are idle and all of them would do."""
+    if not isinstance(layouts, RankLayouts) or layouts.kind == "cpu":
+        return ""
+    gpus = sum(name.startswith("cuda") for name in layouts.free)
+    if layouts.mesh.size == gpus:
+        return ""
+    asked = replace(ask, scheme=layouts.scheme, degrees=Degrees(ranks=gpus))
+    best = compared("", layouts.spec, machine, asked)[0]
+    return f"With --ranks {gpus} ({best.degrees}) it fits." if best.fits else ""
+
+
+def _on_cpu(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
+    """Where GPUs are too small and main memory is not."""
+    if not isinstance(layouts, RankLayouts) or layouts.kind == "cpu" or "cpu" not in layouts.free:
+        return ""
+    alone = replace(ask, device="cpu", degrees=ONE)
+    for scheme in (layouts.scheme, *_forms(layouts)):
+        if laid(layouts.spec, machine, alone, scheme, context).at(context, ask.batch).fits:
+            return f"With --device cpu --scheme {scheme}, without ranks, it fits."
+    return ""
 
 
 def _weights(layouts: Layouts) -> int:
@@ -43,7 +86,7 @@ def _lacking(least: Layouts, asked: Layouts, machine: Machine) -> str:
         used = {name: asked.free[name] for name in least.mesh.devices}
         return (
             f"In {least.scheme} at --context {BLOCK} it takes {needs / 1e9:.1f} GB over {least.mesh.size} ranks; "
-            f"{', '.join(used)} have {sum(used.values()) / 1e9:.1f} GB free in all.{_idle(asked)}"
+            f"{', '.join(used)}: {sum(used.values()) / 1e9:.1f} GB free in all."
         )
     free = min(machine.free_bytes(), sum(asked.free.values()))
     form = f"In {least.scheme}" if weighs > free else f"In {least.scheme} at --context {BLOCK}"
@@ -51,13 +94,6 @@ def _lacking(least: Layouts, asked: Layouts, machine: Machine) -> str:
         f"{form} it takes {needs / 1e9:.1f} GB, {weighs / 1e9:.1f} GB of it weights; {machine.name} has "
         f"{free / 1e9:.1f} GB free in all. See `undistilled doctor` for machines to plan for with --machine."
     )
-
-
-def _idle(layouts: Layouts) -> str:
-    """Of a plan over ranks: that more of them would hold more, where there is something left for them."""
-    left = set(layouts.free) - set(layouts.mesh.devices) if isinstance(layouts, RankLayouts) else set()
-    left = {name for name in left if name.startswith("cuda")}
-    return f" {len(left)} GPUs are idle: more ranks hold more (--ranks auto)." if left else ""
 
 
 def _smaller(layouts: Layouts, context: int, batch: int) -> str:

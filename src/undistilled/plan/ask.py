@@ -20,6 +20,7 @@ from .ranks import RankLayouts, by_memory, mesh_for
 from .recipes import INTEGERS, parse, products_of, rounds, scheme_of
 
 DEFAULT_CONTEXT = 4096
+UNCUT = "The multi-token-prediction layer is not cut over ranks yet."
 DTYPES = ("auto", "float32", "bfloat16", *INTEGERS)
 
 
@@ -72,7 +73,7 @@ def laid(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int)
     if ask.degrees == ONE:
         return Layouts(spec, loaded, free, scheme=scheme, compute=compute, cache=cache)
     if ask.mtp:
-        raise UsageError("The multi-token-prediction layer is not cut over ranks yet.", "Leave --mtp out.")
+        raise UsageError(UNCUT, "Leave --mtp out.")
     over = partial(RankLayouts, spec, loaded, free, scheme=scheme, compute=compute, cache=cache, links=machine.links)
     made = over(mesh=mesh_for(ask.degrees, devices, spec, {p.row.name: p.row.scheme for p in loaded}, machine.links))
     # where what is asked for fits nowhere: the least that there is, so that advice is of stages that fit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from pydantic import BaseModel
+
 from .. import scheme as schemes
 from ..errors import BadArtefact, DoesNotFit, UsageError
 from ..model.spec import ModelSpec
@@ -52,7 +54,21 @@ def _check_rows(plan: Plan, spec: ModelSpec, known: dict[str, Weight]) -> None:
 
 def _check_same(what: str, said: object, real: object) -> None:
     if said != real:
-        raise BadArtefact(f"The plan's {what} is {said}; it works out as {real}.", "Was the plan edited?")
+        what, said, real = _differing(what, said, real)
+        hint = "Was the plan edited? `undistilled plan` makes it again."
+        raise BadArtefact(f"The plan's {what} is {said}; it works out as {real}.", hint)
+
+
+def _differing(what: str, said: object, real: object) -> tuple[str, object, object]:
+    """The innermost thing that differs, named."""
+    if isinstance(said, BaseModel) and type(said) is type(real):
+        for name in type(said).model_fields:
+            one, other = getattr(said, name), getattr(real, name)
+            if one != other:
+                return _differing(f"{what}, {name}", one, other)
+    if isinstance(said, tuple) and isinstance(real, tuple) and len(said) == len(real):
+        return next(_differing(what, one, other) for one, other in zip(said, real, strict=True) if one != other)
+    return what, said, real
 
 
 # What a role's weights can be stored as; roles that are not here take any scheme.

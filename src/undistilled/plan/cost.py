@@ -6,6 +6,7 @@ T tokens in a prompt chunk, B requests at once, C tokens of context.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +46,14 @@ class Placed:
 
     row: Row
     weight: Weight
+
+
+Part = Callable[[Placed], float]  # the share of a row that a rank has
+
+
+def whole(_: Placed) -> float:
+    """Of one that is not cut."""
+    return 1.0
 
 
 def touched(weight: Weight, spec: ModelSpec, tokens: int) -> float:
@@ -134,20 +143,21 @@ def seconds(
 
 
 def product_seconds(
-    placed: list[Placed], spec: ModelSpec, home: str, device: Device, compute: str, flops: float
+    placed: list[Placed], spec: ModelSpec, home: str, device: Device, compute: str, flops: float, part: Part = whole
 ) -> float:
-    """Seconds of what a home has of a prompt's `flops`, by the dtype of its products."""
-    shares = _flop_shares(placed, spec, home, device.kind, compute)
+    """Seconds of what a home has of a prompt's `flops`, by what its products are."""
+    shares = _flop_shares(placed, spec, home, device.kind, compute, part)
     return sum(share * flops / rate(device, products) for products, share in shares.items())
 
 
 def unpacked_seconds(
-    placed: list[Placed], spec: ModelSpec, home: str, device: Device, chunk: int, compute: str
+    placed: list[Placed], spec: ModelSpec, home: str, device: Device, chunk: int, compute: str, part: Part = whole
 ) -> float:
     """Seconds of `unpack_bytes`."""
     native = device.kind == "cuda" or compute in INTEGERS or (device.bf16_products and compute == "bfloat16")
     across = "avx2" in device.features  # how the kernels for FP8 want it (scheme/across.py)
-    moved = unpack_bytes(placed, spec, home, device.kind, chunk, compute if native else "float32", across=across)
+    products = compute if native else "float32"
+    moved = unpack_bytes(placed, spec, home, device.kind, chunk, products, across=across, part=part)
     return moved / device.ceilings.read_bytes_per_s
 
 
@@ -176,8 +186,10 @@ def _multiplied(row: Row, kind: str, compute: str, native: bool) -> str:
     return COARSE if products == "int8" and family(row.scheme) == "int4" else products
 
 
-def _flop_shares(placed: list[Placed], spec: ModelSpec, home: str, kind: str, compute: str) -> dict[str, float]:
-    """The shares of all linear layers' operations that a home has, by the dtype of their products."""
+def _flop_shares(
+    placed: list[Placed], spec: ModelSpec, home: str, kind: str, compute: str, part: Part
+) -> dict[str, float]:
+    """The shares of all linear layers' operations that a home has, by what their products are."""
 
     def work(p: Placed) -> float:
         active = spec.moe.per_token / spec.moe.experts if p.weight.experts and spec.moe else 1.0
@@ -188,12 +200,20 @@ def _flop_shares(placed: list[Placed], spec: ModelSpec, home: str, kind: str, co
     for p in placed:
         if p.row.compute == home:
             products = _multiplied(p.row, kind, compute, native)
-            shares[products] = shares.get(products, 0.0) + work(p) / total
+            shares[products] = shares.get(products, 0.0) + part(p) * work(p) / total
     return shares
 
 
 def unpack_bytes(
-    placed: list[Placed], spec: ModelSpec, home: str, kind: str, chunk: int, compute: str, *, across: bool
+    placed: list[Placed],
+    spec: ModelSpec,
+    home: str,
+    kind: str,
+    chunk: int,
+    compute: str,
+    *,
+    across: bool,
+    part: Part = whole,
 ) -> float:
     """Bytes moved to read each touched weight of a home and, where it is not dense already, to write and read it dense.
 
@@ -207,7 +227,7 @@ def unpack_bytes(
             lies = across and family(p.row.scheme) == "fp8_block" and p.row.role != "attention.kv_b"
             inside = (p.weight.experts and native) if kind == "cuda" else rounded or lies
             dense = 0 if inside or p.row.scheme in (PLAIN if kind == "cuda" else ("fp32",)) else width * p.weight.params
-            moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk)
+            moved += (p.row.nbytes + dense) * touched(p.weight, spec, chunk) * part(p)
     return moved
 
 

@@ -137,6 +137,11 @@ class Cuts:
         """The routed experts of a rank but for copies."""
         return range(*self._owned[self.group(rank)])
 
+    @property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """The experts [first, past the last) of each group of ranks."""
+        return tuple(self._owned)
+
     def holders(self, layer: int) -> list[tuple[int, ...]]:
         """The groups that hold each expert of a layer, the owner first."""
         copies: dict[int, list[int]] = {}

@@ -84,4 +84,5 @@ def candidates(asked: Degrees, spec: ModelSpec, gpus: int) -> Iterator[Degrees]:
         for pp in (n for n in range(1, spec.layers + 1) if size % n == 0):
             inner = size // pp
             for ep in (n for n in range(1, inner + 1) if inner % n == 0 and (n == 1 or spec.moe)):
-                yield replace(asked, tp=inner // ep, pp=pp, ep=ep, ranks=None)
+                parts = asked.microbatches if pp > 1 else None
+                yield replace(asked, tp=inner // ep, pp=pp, ep=ep, microbatches=parts, ranks=None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import BadArtefact, UsageError
+from ..errors import UsageError
 from ..events import emit
 from ..model.spec import ModelSpec
 from ..model.weights import counts
-from .ask import Ask, asked, gpus_of, laid
+from .ask import UNCUT, Ask, asked, gpus_of, laid
 from .degrees import Degrees, candidates
 from .hardware import Machine
 from .speeds import speeds
@@ -16,32 +16,33 @@ from .speeds import speeds
 
 @dataclass(frozen=True)
 class Tried:
-    """A layout. full: bytes over free bytes of its fullest device; prefill, decode: tokens a second; refused: why no
-    run can have it, "" where one can."""
+    """A layout. full: bytes over free bytes of its fullest device; prefill, decode: tokens a second; predicted: whether
+    it is no more than that, since no run takes it; refused: why the model cannot be cut so."""
 
     degrees: Degrees
     full: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
-    refused: str = ""
+    predicted: bool = False
+    refused: UsageError | None = None
 
     @property
     def fits(self) -> bool:
         return not self.refused and self.full <= 1
 
     @property
-    def order(self) -> tuple[bool, bool, float]:
+    def order(self) -> tuple[bool, bool, bool, float]:
         """Less is better: what a prompt's token and an answer's take together; where it does not fit, what lacks."""
         seconds = 1 / self.prefill + 1 / self.decode if self.fits else self.full
-        return bool(self.refused), not self.fits, seconds
+        return bool(self.refused), not self.fits, self.predicted, seconds
 
 
 def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> Degrees:
-    """Of the best layout; where none fits, of the one that lacks least. UsageError where no run can have any."""
+    """Of the best layout; where none fits, of the one that lacks least. UsageError where none can be had."""
     tried = compared(name, spec, machine, ask)
     best, fit = tried[0], sum(t.fits for t in tried)
     if best.refused:
-        raise UsageError(best.refused, "Ask for another number of --ranks.")
+        raise best.refused
     if len(tried) > 1:
         said = f"{best.degrees} is the fastest, as predicted" if fit else f"{best.degrees} lacks least"
         emit("plan.layouts", tried=tried, count=len(tried), fit=fit, said=said)
@@ -54,6 +55,8 @@ def compared(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> list[Tri
     active = counts(spec)[1]
     asks = [replace(ask, degrees=way) for way in candidates(ask.degrees, spec, len(gpus_of(machine, ask)))]
     if len(asks) > 1:
+        if ask.mtp:
+            raise UsageError(UNCUT, "Leave --mtp out.")
         emit("plan.comparing", count=len(asks), model=name)
     return sorted((_tried(spec, machine, each, scheme, context, active) for each in asks), key=lambda t: t.order)
 
@@ -62,9 +65,7 @@ def _tried(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: in
     try:
         layouts = laid(spec, machine, ask, scheme, context)
         layout = layouts.at(context, ask.batch)
-    except (UsageError, BadArtefact) as error:
-        return Tried(ask.degrees, refused=error.message)
-    if len(layout.devices) > 1 and not layout.ranks:
-        return Tried(ask.degrees, refused="One process runs on one device.")
-    full = max(d.bytes.total / d.available for d in layout.devices.values())
-    return Tried(ask.degrees, full, *speeds(layouts, layout, machine, active))
+    except UsageError as error:
+        return Tried(ask.degrees, refused=error)
+    full = max(d.bytes.total / max(d.available, 1) for d in layout.devices.values())
+    return Tried(ask.degrees, full, *speeds(layouts, layout, machine, active), layout.predicted)

@@ -174,6 +174,8 @@ def load_machine(spec: str) -> Machine:
     file = Path(spec)
     if file.is_file() or file.suffix == ".json" or os.sep in spec:
         return _read(file)
+    if "," in spec:
+        raise UsageError(f"{spec!r} names several machines.", "Add --cluster ray, which makes one of them.")
     raise UsageError(f"Unknown machine {spec!r}.", f"Known: this, {', '.join(known_machines())}, or a machine file.")
 
 

@@ -34,6 +34,11 @@ class Layout:
         return all(d.fits for d in self.devices.values())
 
     @property
+    def predicted(self) -> bool:
+        """Whether it is no more than that: no run takes one process over several devices."""
+        return len(self.devices) > 1 and not self.ranks
+
+    @property
     def prediction(self) -> ContextPrediction:
         return ContextPrediction(
             context=self.limits.context,

@@ -54,7 +54,7 @@ def _used(degrees: Degrees, devices: Sequence[Device], links: Sequence[Link]) ->
     if degrees.size > len(gpus):
         raise UsageError(
             f"{degrees.size} ranks, but {len(gpus)} GPU{'s' * (len(gpus) > 1)}.",
-            "Fewer ranks, or --device cpu, where they are processes.",
+            "Fewer ranks, more machines (--cluster ray), or --device cpu, where ranks are processes.",
         )
     return ordered(gpus, degrees.tp * degrees.ep, degrees.pp, Links(links))
 

@@ -92,8 +92,9 @@ def _basis(used: dict[str, Device]) -> str:
 def _notes(layouts: Layouts, layout: Layout) -> list[str]:
     if isinstance(layouts, RankLayouts):
         return layouts.said(layout.limits.batch)
-    if len(layout.devices) > 1 and not layout.ranks:
-        return ["Without --ranks or --tp, --pp, --ep one process runs, on one device; over several it only predicts."]
+    if layout.predicted:
+        way = "--device cpu runs, on the CPU alone" if "cpu" in layout.devices else "--ranks auto runs"
+        return [f"This is a prediction: no run takes one process over {', '.join(layout.devices)} yet; {way}."]
     return []
 
 

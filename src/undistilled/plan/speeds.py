@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from random import Random
+from typing import Any
 
 from ..model.spec import Moe
 from . import cost
@@ -11,22 +12,22 @@ from .hardware import Machine
 from .layout import Layout, Layouts
 from .mesh import Mesh
 from .ranks import RankLayouts
+from .reads import part
 
 DRAWS = 2000  # tokens that `skew` draws, at least
 
 
 @cache
-def skew(moe: Moe, ranks: int, tokens: int) -> float:
-    """What the busiest of `ranks` reads of the experts that a pass over so many tokens chooses, as a multiple of an
-    equal share: expected by drawing, if routing is even. Copies of experts are not counted."""
-    draw, most, chosen = Random(0), 0, 0
-    for _ in range(-(-DRAWS // tokens) if ranks > 1 else 0):
+def skew(moe: Moe, groups: tuple[tuple[int, int], ...], tokens: int) -> float:
+    """How many of its experts the busiest group of ranks reads in a pass over so many tokens, as a multiple of what all
+    groups do on average: expected by drawing, if routing is even. groups: experts [first, past the last) of each.
+    Copies of experts are not counted."""
+    draw, most, chosen = Random(0), 0.0, 0
+    for _ in range(-(-DRAWS // tokens) if len(groups) > 1 else 0):
         met = {expert for _ in range(tokens) for expert in _choice(draw, moe)}
-        held = [0] * ranks
-        for expert in met:
-            held[expert * ranks // moe.experts] += 1
-        most, chosen = most + max(held), chosen + len(met)
-    return most * ranks / chosen if chosen else 1.0
+        most += max(sum(first <= expert < past for expert in met) / (past - first) for first, past in groups)
+        chosen += len(met)
+    return most * moe.experts / chosen if chosen else 1.0
 
 
 def _choice(draw: Random, moe: Moe) -> list[int]:
@@ -78,30 +79,29 @@ def _through(mesh: Mesh, seconds: list[float], parts: int) -> float:
 def _decode_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, rows: int) -> float:
     """Of a pass over so many rows through a stage, with its talk."""
     mesh, spec, cuts = layouts.mesh, layouts.spec, layouts.cuts
-    ranks = mesh.peers(stage * mesh.inner)
     cached = rows * layout.limits.context * cost.WIDTH[layout.kv.dtype]
-    busiest = skew(spec.moe, mesh.ep, rows) if spec.moe and layouts.kind == "cuda" else 1.0
-    devices = [machine.device(mesh.devices[rank]) for rank in ranks]
-    read = [
-        (layouts.reads[rank].read(spec, rows, busiest) + cached * cuts.cache_values(rank))
-        / device.ceilings.read_bytes_per_s
-        for rank, device in zip(ranks, devices, strict=True)
-    ]
-    return _together(layouts, read) + _small(layouts, layout, machine, stage, rows, True)
+    busiest = skew(spec.moe, cuts.bounds, rows) if spec.moe and layouts.kind == "cuda" else 1.0
+    each = []
+    for rank in mesh.peers(stage * mesh.inner):
+        read = layouts.reads[rank].read(spec, rows, busiest) + cached * cuts.cache_values(rank)
+        each.append(read / machine.device(mesh.devices[rank]).ceilings.read_bytes_per_s)
+    return _together(layouts, each) + _small(layouts, layout, machine, stage, rows, True)
 
 
 def _prefill_seconds(layouts: RankLayouts, layout: Layout, machine: Machine, stage: int, active: int) -> float:
     """Of a prompt's chunk through a stage, with its talk."""
     mesh, limits, spec, home = layouts.mesh, layout.limits, layouts.spec, f"stage:{stage}"
     met = [p for p in layout.placed if not p.weight.mtp]
-    own = [p for p in met if p.row.compute == home]
     flops = cost.prefill_flops(spec, active, limits.context) * limits.chunk
-    ranks, whole = mesh.peers(stage * mesh.inner), dict[str, float]()
-    for name in {mesh.devices[rank] for rank in ranks}:
-        device = machine.device(name)
-        whole[name] = cost.product_seconds(met, spec, home, device, layouts.compute, flops)
-        whole[name] += cost.unpacked_seconds(own, spec, home, device, limits.chunk, layouts.compute)
-    each = [whole[mesh.devices[rank]] * layouts.reads[rank].work for rank in ranks]
+    each, alike = [], dict[Any, float]()
+    for rank in mesh.peers(stage * mesh.inner):
+        device, share = machine.device(mesh.devices[rank]), partial(part, layouts.cuts, rank=rank)
+        key = layouts.reads[rank], device.ceilings, device.features
+        if key not in alike:
+            products = cost.product_seconds(met, spec, home, device, layouts.compute, flops, share)
+            unpacked = cost.unpacked_seconds(met, spec, home, device, limits.chunk, layouts.compute, share)
+            alike[key] = products + unpacked
+        each.append(alike[key])
     return _together(layouts, each) + _small(layouts, layout, machine, stage, limits.chunk, False)
 
 
