@@ -59,9 +59,10 @@ def _ending(reader: socket.socket) -> bytes:
         if _LOST in heard:
             return heard
         for _ in range(heard.count(signal.SIGINT)):
-            if not _SPARED:
+            try:
+                _SPARED.pop()
+            except IndexError:
                 return heard
-            _SPARED.pop()
 
 
 @contextmanager
