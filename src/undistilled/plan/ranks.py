@@ -153,8 +153,8 @@ class RankLayouts(Layouts):
 
     def home(self, weight: Weight) -> str:
         """The stage whose ranks hold a weight: the first of them."""
-        first = next(r for r in range(self.mesh.size) if self.cuts.held(weight, r))
-        return f"stage:{self.mesh.stage(first)}"
+        mesh = self.mesh
+        return f"stage:{next(s for s in range(mesh.pp) if self.cuts.held(weight, s * mesh.inner))}"
 
     def _rank(self, rank: int, limits: Limits, kv: Kv) -> RankPrediction:
         device = self.mesh.devices[rank]
