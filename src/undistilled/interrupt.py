@@ -68,8 +68,11 @@ def _ending(reader: socket.socket) -> bytes:
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGINT ends nothing: it has the function that this gives say True. The next one ends, as ever.
-    For a main thread."""
+    For a main thread. Where the process ignores SIGINT, as what a shell runs in the background does, it still does."""
     asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        yield asked.is_set
+        return
 
     def first(*_: object) -> None:
         asked.set()

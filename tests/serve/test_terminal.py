@@ -44,6 +44,14 @@ def test_a_blank_line_parts_the_reasoning_from_the_answer():
     assert "".join(shown) == "x=11\n\n11"
 
 
+@pytest.fixture
+def hearing():
+    """Of SIGINT, which whatever started the tests may have had ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def conversed(turns, on_piece):
     """What is shown, and the prompts, of a conversation in which `on_piece` sees what the model says as it comes."""
     shown: list[str] = []
@@ -62,7 +70,7 @@ def conversed(turns, on_piece):
     return "".join(shown), prompts, engine
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(hearing):
     once, before = iter([signal.SIGINT]), signal.getsignal(signal.SIGINT)
     turns = ["Hi", "Again", ""]
     text, prompts, engine = conversed(turns, lambda _: [signal.raise_signal(s) for s in itertools.islice(once, 1)])
@@ -71,7 +79,13 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_ctrl_c_in_an_answer_ends():
+def test_ctrl_c_that_is_ignored_stays_so(hearing):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    text, *_ = conversed(["Hi", ""], lambda _: signal.raise_signal(signal.SIGINT))
+    assert "(stopped)" not in text and "Hello, wörld" in text
+
+
+def test_a_second_ctrl_c_in_an_answer_ends(hearing):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         conversed(["Hi", ""], lambda text: (seen.append(text), signal.raise_signal(signal.SIGINT)))
