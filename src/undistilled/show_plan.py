@@ -51,8 +51,8 @@ def layouts(happened: Event) -> None:
     table = table_of("layout", "fullest device", "prefill,\ntokens/s", "decode,\ntokens/s", "")
     for i, t in enumerate(tried[:LAYOUTS]):
         speeds = (number(t.prefill), number(t.decode)) if not t.refused else ("", "")
-        said = escape(t.refused.message) if t.refused else _fits(t.fits) + ", not run yet" * t.predicted
-        said = "[green]taken[/]" if i == 0 and t.fits and not t.predicted else said
+        said = escape(t.refused.message) if t.refused else _fits(t.fits) + ", not run yet" * t.only_predicted
+        said = "[green]taken[/]" if i == 0 and t.fits and not t.only_predicted else said
         table.add_row(str(t.degrees), "" if t.refused else f"{t.full:.0%}", *speeds, said)
     table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
     show.out.print(table)

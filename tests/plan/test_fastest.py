@@ -26,6 +26,13 @@ def chosen(model, machine, ask):
     return solve(model.name, model.config, model.spec, machine, ask)
 
 
+def tried_of(model, machine, ask):
+    """Every layout that `ask` leaves open."""
+    gpus = sum(d.kind == "cuda" and ask.device != "cpu" for d in machine.devices)
+    ways = candidates(ask.degrees, model.spec, gpus)
+    return compared(ways, model.spec, machine, ask, ask.scheme, model.spec.max_context)
+
+
 def degrees_of(plan):
     return (plan.mesh.tp, plan.mesh.pp, plan.mesh.ep) if plan.mesh else (1, 1, 1)
 
@@ -87,7 +94,7 @@ def test_where_none_fits_the_closest_is_taken_and_said():
 
 
 def test_what_cannot_be_cut_is_left_out():
-    tried = compared(NANO.name, NANO.spec, load_machine("this"), asked(7, scheme="fp8_block", device="cpu"))
+    tried = tried_of(NANO, load_machine("this"), asked(7, scheme="fp8_block", device="cpu"))
     assert tried[0].degrees == Degrees(pp=7) and "o_proj" in tried[1].refused.message and not tried[1].fits
 
 
@@ -111,7 +118,7 @@ def test_one_gpu_beside_a_cpu_is_one_process():
 
 def test_parts_of_a_batch_go_with_pipelines_alone():
     ask = Ask("int8", batch=8, degrees=Degrees(ranks=0, microbatches=4))
-    tried = compared(NANO.name, NANO.spec, load_machine("4x-rtx4090"), ask)
+    tried = tried_of(NANO, load_machine("4x-rtx4090"), ask)
     assert all(t.degrees.microbatches == (4 if t.degrees.pp > 1 else None) for t in tried)
     assert tried[0].degrees.size == 1
 

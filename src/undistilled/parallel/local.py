@@ -64,12 +64,13 @@ class Local:
         self.mesh, self.model = plan.mesh, model
         self.size, self.device, self.network = plan.mesh.size, plan.mesh.devices[0], LOOPBACK
         self.hosts = 1
-        self.cores = shared_out(self.size, list(node_cores().values())) if self.device == "cpu" else []
+        nodes = node_cores().values() if self.device == "cpu" else ()
+        self.cores = shared_out(self.size, list(nodes)) or [()] * self.size
         self.threads = threads(self.size)
         self.directory = private_directory()
         self.store = f"{self.directory}/rendezvous"
         plan.write(Path(self.directory) / "plan.json")
-        self._before = confine(self.cores[0] if self.cores else ())
+        self._before = confine(self.cores[0])
 
     def bind(self, passes: zmq.Socket[bytes], reports: zmq.Socket[bytes]) -> None:
         passes.bind(f"ipc://{self.directory}/passes")
@@ -82,7 +83,7 @@ class Local:
             "plan": f"{self.directory}/plan.json",
             "device": self.mesh.devices[rank],
             "threads": self.threads,
-            "cores": self.cores[rank] if self.cores else (),
+            "cores": self.cores[rank],
             "passes": f"ipc://{self.directory}/passes",
             "reports": f"ipc://{self.directory}/reports",
             "store": self.store,
@@ -90,7 +91,7 @@ class Local:
         return Spawned(boot, self.network)
 
     def close(self) -> None:
-        confine(self._before if self.cores else ())
+        confine(self._before if self.cores[0] else ())
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
 from ..errors import UsageError
 from .ask import Ask, laid
-from .degrees import ONE, Degrees
+from .degrees import ONE, Degrees, candidates
 from .fastest import compared
 from .hardware import Machine
 from .layout import BLOCK, Layouts
@@ -24,54 +24,47 @@ COSTS = "`prove` says what that costs in quality."
 def advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     """More ranks, where GPUs are idle; else the largest context of this scheme that fits, else the largest batch; else
     the first scheme that does, on these devices or on the CPU alone."""
-    if more := _more_ranks(layouts, machine, ask):
+    if more := _more_ranks(layouts, machine, ask, context):
         return more
     if options := _smaller(layouts, context, ask.batch):
         return f"With {options} it fits."
-    others = _others(layouts, machine, ask, context)
-    for found in (other for other in others if other.at(context, ask.batch).fits):
-        return f"With --scheme {found.scheme} it fits; {COSTS}"
+    forms = [form for form in (CANDIDATES if layouts.spec.moe else DENSE) if form != layouts.scheme]
+    others = []
+    for other in _in(forms, layouts, machine, ask, context):
+        others.append(other)
+        if other.at(context, ask.batch).fits:
+            return f"With --scheme {other.scheme} it fits; {COSTS}"
     for other in others:
         if options := _smaller(other, context, ask.batch):
             return f"With --scheme {other.scheme} {options} it fits; {COSTS}"
-    return _on_cpu(layouts, machine, ask, context) or _lacking(min((layouts, *others), key=_weights), layouts, machine)
+    if _on_gpus(layouts) and "cpu" in layouts.free:
+        alone = replace(ask, device="cpu", degrees=ONE)
+        for other in _in([layouts.scheme, *forms], layouts, machine, alone, context):
+            if other.at(context, ask.batch).fits:
+                return f"With --device cpu --scheme {other.scheme}, without ranks, it fits."
+    return _lacking(min((layouts, *others), key=_weights), layouts, machine)
 
 
-def _forms(layouts: Layouts) -> tuple[str, ...]:
-    return CANDIDATES if layouts.spec.moe else DENSE
+def _in(schemes: list[str], asked: Layouts, machine: Machine, ask: Ask, context: int) -> Iterator[Layouts]:
+    """The model in these schemes, one after another, but for those that ranks or products asked for do not go with."""
+    for scheme in schemes:
+        with suppress(UsageError):
+            yield laid(asked.spec, machine, ask, scheme, context)
 
 
-def _others(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> list[Layouts]:
-    """In other schemes, but for those that these ranks or products do not go with."""
-    found = []
-    for scheme in _forms(layouts):
-        if scheme != layouts.scheme:
-            with suppress(UsageError):
-                found.append(laid(layouts.spec, machine, ask, scheme, context))
-    return found
+def _on_gpus(layouts: Layouts) -> bool:
+    """Whether it is of ranks that are GPUs."""
+    return isinstance(layouts, RankLayouts) and layouts.kind == "cuda"
 
 
-def _more_ranks(layouts: Layouts, machine: Machine, ask: Ask) -> str:
+def _more_ranks(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
     """Where some GPUs of a plan over ranks are idle and all of them would do."""
-    if not isinstance(layouts, RankLayouts) or layouts.kind == "cpu":
-        return ""
     gpus = sum(name.startswith("cuda") for name in layouts.free)
-    if layouts.mesh.size == gpus:
+    if not _on_gpus(layouts) or ask.degrees.size == gpus:
         return ""
-    asked = replace(ask, scheme=layouts.scheme, degrees=Degrees(ranks=gpus))
-    best = compared("", layouts.spec, machine, asked)[0]
+    ways = candidates(Degrees(ranks=gpus), layouts.spec, gpus)
+    best = compared(ways, layouts.spec, machine, ask, layouts.scheme, context)[0]
     return f"With --ranks {gpus} ({best.degrees}) it fits." if best.fits else ""
-
-
-def _on_cpu(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
-    """Where GPUs are too small and main memory is not."""
-    if not isinstance(layouts, RankLayouts) or layouts.kind == "cpu" or "cpu" not in layouts.free:
-        return ""
-    alone = replace(ask, device="cpu", degrees=ONE)
-    for scheme in (layouts.scheme, *_forms(layouts)):
-        if laid(layouts.spec, machine, alone, scheme, context).at(context, ask.batch).fits:
-            return f"With --device cpu --scheme {scheme}, without ranks, it fits."
-    return ""
 
 
 def _weights(layouts: Layouts) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 from ..events import emit
 from ..model.spec import ModelSpec
 from ..model.weights import counts
-from .ask import UNCUT, Ask, asked, gpus_of, laid
+from .ask import UNCUT, Ask, gpus_of, laid
 from .degrees import Degrees, candidates
 from .hardware import Machine
 from .speeds import speeds
@@ -16,14 +17,14 @@ from .speeds import speeds
 
 @dataclass(frozen=True)
 class Tried:
-    """A layout. full: bytes over free bytes of its fullest device; prefill, decode: tokens a second; predicted: whether
-    it is no more than that, since no run takes it; refused: why the model cannot be cut so."""
+    """A layout. full: bytes over free bytes of its fullest device; prefill, decode: tokens a second; only_predicted:
+    whether no run takes it yet; refused: why the model cannot be cut so."""
 
     degrees: Degrees
     full: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
-    predicted: bool = False
+    only_predicted: bool = False
     refused: UsageError | None = None
 
     @property
@@ -34,12 +35,18 @@ class Tried:
     def order(self) -> tuple[bool, bool, bool, float]:
         """Less is better: what a prompt's token and an answer's take together; where it does not fit, what lacks."""
         seconds = 1 / self.prefill + 1 / self.decode if self.fits else self.full
-        return bool(self.refused), not self.fits, self.predicted, seconds
+        return bool(self.refused), not self.fits, self.only_predicted, seconds
 
 
-def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> Degrees:
-    """Of the best layout; where none fits, of the one that lacks least. UsageError where none can be had."""
-    tried = compared(name, spec, machine, ask)
+def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int) -> Degrees:
+    """Of the best layout of the model of this name; where none fits, of the one that lacks least. UsageError where none
+    can be had."""
+    ways = list(candidates(ask.degrees, spec, len(gpus_of(machine, ask))))
+    if len(ways) > 1:
+        if ask.mtp:
+            raise UsageError(UNCUT, "Leave --mtp out.")
+        emit("plan.comparing", count=len(ways), model=name)
+    tried = compared(ways, spec, machine, ask, scheme, context)
     best, fit = tried[0], sum(t.fits for t in tried)
     if best.refused:
         raise best.refused
@@ -49,16 +56,13 @@ def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> Degrees:
     return best.degrees
 
 
-def compared(name: str, spec: ModelSpec, machine: Machine, ask: Ask) -> list[Tried]:
-    """Every layout of as many ranks as are asked for, the best first; where several are, the one with fewer stages."""
-    scheme, context = asked(name, spec, ask)
+def compared(
+    ways: Iterable[Degrees], spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int
+) -> list[Tried]:
+    """These ways to cut the model, the best first; where several are, the one that comes first."""
     active = counts(spec)[1]
-    asks = [replace(ask, degrees=way) for way in candidates(ask.degrees, spec, len(gpus_of(machine, ask)))]
-    if len(asks) > 1:
-        if ask.mtp:
-            raise UsageError(UNCUT, "Leave --mtp out.")
-        emit("plan.comparing", count=len(asks), model=name)
-    return sorted((_tried(spec, machine, each, scheme, context, active) for each in asks), key=lambda t: t.order)
+    tried = (_tried(spec, machine, replace(ask, degrees=way), scheme, context, active) for way in ways)
+    return sorted(tried, key=lambda t: t.order)
 
 
 def _tried(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int, active: int) -> Tried:
@@ -68,4 +72,4 @@ def _tried(spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: in
     except UsageError as error:
         return Tried(ask.degrees, refused=error)
     full = max(d.bytes.total / max(d.available, 1) for d in layout.devices.values())
-    return Tried(ask.degrees, full, *speeds(layouts, layout, machine, active), layout.predicted)
+    return Tried(ask.degrees, full, *speeds(layouts, layout, machine, active), layout.only_predicted)

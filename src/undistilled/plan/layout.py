@@ -34,8 +34,8 @@ class Layout:
         return all(d.fits for d in self.devices.values())
 
     @property
-    def predicted(self) -> bool:
-        """Whether it is no more than that: no run takes one process over several devices."""
+    def only_predicted(self) -> bool:
+        """Whether it is of one process over several devices, which no run takes."""
         return len(self.devices) > 1 and not self.ranks
 
     @property

@@ -172,10 +172,10 @@ class RankLayouts(Layouts):
         spec = self.cuts.spec_of(rank)
         narrow = replace(spec, intermediate=-(-spec.intermediate // self.mesh.inner))
         last = self.mesh.stage(rank) == self.mesh.pp - 1
-        asked = narrow if last else replace(narrow, vocab=1), limits
-        if asked not in self._working:  # as long as it takes, ranks are often alike
-            self._working[asked] = self.working(*asked)
-        return self._working[asked]
+        key = narrow if last else replace(narrow, vocab=1), limits
+        if key not in self._working:  # ranks are often alike
+            self._working[key] = self.working(*key)
+        return self._working[key]
 
     def said(self, rows: int) -> list[str]:
         """What a step of so many rows talks about, over which links, for people."""

@@ -25,7 +25,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
     """The plan for this model on this machine; where it does not fit, `fits` is false and `advice` says what would."""
     scheme, context = asked(name, spec, ask)
     if ask.degrees.ranks is not None:
-        ask = replace(ask, degrees=fastest(name, spec, machine, ask))
+        ask = replace(ask, degrees=fastest(name, spec, machine, ask, scheme, context))
     layouts = laid(spec, machine, ask, scheme, context)
     layout = layouts.at(context, ask.batch)
     homes = {p.weight.name: p.row for p in layout.placed}
@@ -92,7 +92,7 @@ def _basis(used: dict[str, Device]) -> str:
 def _notes(layouts: Layouts, layout: Layout) -> list[str]:
     if isinstance(layouts, RankLayouts):
         return layouts.said(layout.limits.batch)
-    if layout.predicted:
+    if layout.only_predicted:
         way = "--device cpu runs, on the CPU alone" if "cpu" in layout.devices else "--ranks auto runs"
         return [f"This is a prediction: no run takes one process over {', '.join(layout.devices)} yet; {way}."]
     return []
