@@ -57,7 +57,7 @@ class Comm:
             self.stage = self._groups(backend)
             # NCCL runs a group's messages one after another: two directions in one group could wait for each other
             self.forward, self.back = (dist.new_group(backend=backend, timeout=TIMEOUT) for _ in range(2))
-            self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}")
+            self.one_shot = self._one_shot(f"{store} stage {mesh.stage(rank)}", met)
             self.shared = self._shared(met)
 
     def _groups(self, backend: str) -> dist.ProcessGroup | None:
@@ -68,13 +68,13 @@ class Comm:
             mine = group if self.rank in range(first, first + inner) else mine
         return mine
 
-    def _one_shot(self, name: str) -> OneShot | None:
+    def _one_shot(self, name: str, store: dist.Store) -> OneShot | None:
         """Memory that a stage's GPUs share, where they can; said aloud where not."""
         if self.device.type == "cpu" or self.stage is None:
             return None
         made, why = None, "of another rank"
         try:
-            made = OneShot(name, self.stage, self.device, ONE_SHOT)
+            made = OneShot(name, store, self.mesh.within(self.rank), self.mesh.inner, self.device, ONE_SHOT)
         except (RuntimeError, ImportError, AttributeError) as error:
             why = str(error)
         if self.agreed(made is not None):

@@ -5,30 +5,69 @@ PyTorch's symmetric memory (https://docs.pytorch.org/docs/2.11/symmetric_memory.
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class OneShot:
-    """Memory of a group's GPUs for sums of up to `limit` bytes. Every rank makes it, then the same sums in one order.
+class Counted(dist.Store):
+    """A store in which exchanges count from 0 in each process. PyTorch numbers those of symmetric memory by process,
+    over all runs, and ranks whose numbers differ wait for each other for good: rank 0 may have been one before."""
 
-    name: of this group in this run, and never used again: PyTorch keeps what it knows of a name.
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self.store = store
+        self.first: int | None = None
+
+    def key(self, key: str) -> str:
+        """Of "what/number" or "what/number/rank", the number since the first that was asked for."""
+        what, *rest = key.split("/")
+        if not rest or not rest[0].isdecimal():
+            return key
+        if self.first is None:
+            self.first = int(rest[0])
+        return "/".join((what, str(int(rest[0]) - self.first), *rest[1:]))
+
+    def set(self, key: str, value: str) -> None:
+        self.store.set(self.key(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self.store.get(self.key(key))
+
+    def add(self, key: str, amount: int) -> int:
+        return self.store.add(self.key(key), amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.store.check([self.key(key) for key in keys])
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self.store.wait([self.key(key) for key in keys], *timeout)
+
+
+class OneShot:
+    """Memory of a stage's GPUs for sums of up to `limit` bytes. Every rank makes it, then the same sums in one order.
+
+    name: of the stage in this run, and never used again: PyTorch keeps what it knows of a name. rank: of `size` in it.
+    store: where all ranks of the run meet.
     Raises RuntimeError where the GPUs cannot reach each other's memory, or ImportError without Triton.
     """
 
-    def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device, limit: int) -> None:
-        from torch._C._distributed_c10d import _register_process_group
+    def __init__(self, name: str, store: dist.Store, rank: int, size: int, device: torch.device, limit: int) -> None:
+        from torch._C._distributed_c10d import ProcessGroup, _register_process_group
         from torch.distributed import _symmetric_memory as symmetric
 
         from ..ops.triton.pushed import CHUNK
 
-        # its own name is a number, which the next run's group has too
-        _register_process_group(name, group)  # type: ignore[arg-type]
-        self.limit, self.rank = limit, group.rank()
-        ranks, chunks = range(group.size()), limit // CHUNK
-        room, counts = 2 * len(ranks) * limit, len(ranks) * chunks
+        # a group without a backend: what maps memory asks for its ranks and their store alone, and does not keep it
+        self.store = Counted(dist.PrefixStore(name, store))
+        self.group = ProcessGroup(self.store, rank, size)
+        _register_process_group(name, self.group)  # type: ignore[arg-type]
+        self.limit, self.rank = limit, rank
+        ranks, chunks = range(size), limit // CHUNK
+        room, counts = 2 * size * limit, size * chunks
         memory = symmetric.empty(room + 4 * counts, dtype=torch.uint8, device=device).zero_()
         found = symmetric.rendezvous(memory, name)  # type: ignore[arg-type]
         if found is None:
