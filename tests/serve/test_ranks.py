@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from live_server import PATIENCE, Running
 
 from byte_tokens import write_tokenizer
@@ -13,6 +14,8 @@ from undistilled.errors import UndistilledError
 
 WATCHDOG = 2.0
 SMALL = DEEPSEEK | {"vocab_size": 256}
+GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPUS])]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +37,16 @@ def ask(running, tokens=12):
 def rank_pids(running):
     """Processes of ranks 0, 1, ..."""
     first = psutil.Process(running.client.pid)
-    return [first, *sorted(first.children(), key=lambda p: p.pid)]
+    others = [p for p in first.children() if any(word.startswith("rank=") for word in p.cmdline())]
+    return [first, *sorted(others, key=lambda p: p.pid)]  # Triton starts compilers too
 
 
-def test_two_ranks_answer_as_one(folder):
-    with Running(options(folder), factory="undistilled.generate.engine:open_engine") as alone:
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_ranks_answer_as_one(folder, device):
+    with Running(options(folder, device=device), factory="undistilled.generate.engine:open_engine") as alone:
         expected = ask(alone).json()["choices"][0]["text"]
-    with Running(options(folder, tp=2), factory="undistilled.generate.engine:open_engine") as running:
+    more = {"device": device, "tp": 2}
+    with Running(options(folder, **more), factory="undistilled.generate.engine:open_engine") as running:
         assert ask(running).json()["choices"][0]["text"] == expected
         pids = rank_pids(running)
         assert len(pids) == 2
@@ -48,10 +54,15 @@ def test_two_ranks_answer_as_one(folder):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["killed", "stopped", "stalled"])
-def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, how):
-    """While a request runs: its client hears, /health says 503, the reason names the rank, and nobody is left over."""
-    more = {"tp": 2, **({"stalls": rank} if how == "stalled" else {})}
+@pytest.mark.parametrize(
+    ("device", "how"),
+    [*(("cpu", how) for how in ("killed", "stopped", "stalled")),
+     *(pytest.param("cuda", how, marks=DEVICES[1].marks) for how in ("killed", "stopped"))],
+)  # fmt: skip
+def test_a_lost_rank_ends_the_run_within_the_watchdog(folder, rank, device, how):
+    """While a request runs: its client hears, /health says 503, the reason names the rank, and nobody is left over.
+    (A GPU's replayed pass has no collectives of the host to stall in.)"""
+    more = {"tp": 2, "device": device, **({"stalls": rank} if how == "stalled" else {})}
     with Running(options(folder, **more), factory="faulty_ranks:open_engine") as running:
         pids = rank_pids(running)
         if how != "stalled":
