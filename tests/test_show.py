@@ -52,8 +52,10 @@ def test_doctor_says_a_reason_once(shown):
     same = {"device": "cpu", "products": "float32"}
     kernels = [same | {"scheme": f"int{n}", "kernel": "native", "why": why} for n in range(14)]
     kernels.append(same | {"scheme": "odd", "kernel": "reference", "why": "nothing faster"})
-    show.doctor({"rows": [("cpu", "some")], "native_kernels": "avx2", "kernels": kernels, "presets": ["h100"]})
+    has = {"native_kernels": "avx2", "native_tiles": True}
+    show.doctor({"rows": [("cpu", "some")], **has, "kernels": kernels, "presets": ["h100"]})
     text = " ".join(shown())
+    assert "built for avx2, INT16 products of many rows by AMX" in text
     assert text.count("our C kernel") == text.count("native") == 1
     assert all(f"int{n}," in text or f"int{n} " in text for n in range(14)) and "nothing faster" in text
     assert "built for avx2" in text

@@ -155,7 +155,8 @@ def doctor(report: dict[str, Any], brief: bool = False) -> None:
         out.print("Plans over ranks go by these links from now on: `plan MODEL --tp 2`.")
         return
     if report["native_kernels"]:
-        out.print(f"CPU kernels: built for {report['native_kernels']}")
+        tiles = ", INT16 products of many rows by AMX" if report["native_tiles"] else ""
+        out.print(f"CPU kernels: built for {report['native_kernels']}{tiles}")
     else:
         out.print(f"[yellow]native kernels missing:[/] {escape(report['native_why_missing'])}")
     _kernels(report["kernels"])

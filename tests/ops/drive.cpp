@@ -15,7 +15,7 @@ void native_linear(const Matrix*, const float* x, float* y, long m);
 void native_linear_rounded(const Matrix*, const float* x, float* y, long m);
 void native_dequantise(const Matrix*, float* out, long n0, long n1);
 void native_experts_rows(const float* x, const Matrix* gate, const Matrix* up, const Matrix* down, const int32_t*,
-                         const float* shares, float* out, long experts, long rows, long top);
+                         const float* shares, float* out, long experts, long rows, long top, long most);
 void native_attend_rows(int, const float*, const uint8_t*, const uint8_t*, const int32_t*, const int32_t*, float*, long,
                         long, long, long, long, long, float);
 void native_mla_rows(int, const float*, const uint8_t*, const int32_t*, const int32_t*, float*, long, long, long, long,
@@ -178,7 +178,9 @@ static void experts(long rows) {
     Many<float> x = floats_drawn(rows * D), shares = floats_drawn(rows * TOP), out(rows * D);
     Many<int32_t> chosen(rows * TOP);
     for (int32_t& e : chosen) e = next() % (COUNT + 1);
-    native_experts_rows(x.data(), &gate.a, &up.a, &down.a, chosen.data(), shares.data(), out.data(), COUNT, rows, TOP);
+    long most = rows / 2 * TOP + TOP;   // two waves of more than a row
+    native_experts_rows(x.data(), &gate.a, &up.a, &down.a, chosen.data(), shares.data(), out.data(), COUNT, rows, TOP,
+                        most);
     say("experts rounds " + std::to_string(rounds) + " rows " + std::to_string(rows), out);
   }
 }

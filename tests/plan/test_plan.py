@@ -231,6 +231,10 @@ def test_rates_are_those_of_kernels_that_were_measured():
     plain, amx = (cpu.model_copy(update={"features": f}) for f in ((), ("avx2", "amx_bf16")))
     base = cpu.ceilings.fp32_flops
     assert cost.rate(cpu, "int16") == pytest.approx(1.3 * base) and cost.rate(plain, "int16") == base
+    tiles = cpu.model_copy(update={"features": ("avx2", "amx_int8")})
+    assert cost.rate(tiles, cost.TILED) == pytest.approx(3 * base)
+    assert cost.rate(cpu, cost.TILED) == pytest.approx(1.3 * base)
+    assert cost.in_tiles("int8") and cost.in_tiles("nl4-g64") and not cost.in_tiles("mxfp4")
     assert cost.rate(amx, "bfloat16") <= 0.75 * base and cost.rate(plain, "bfloat16") == cpu.ceilings.bf16_flops
     model = find("r1-nano")
 

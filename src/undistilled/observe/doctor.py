@@ -39,6 +39,7 @@ def examine(
         "rows": describe(machine),
         "presets": known_machines(),
         "native_kernels": build.name if (build := native.build()) else "",
+        "native_tiles": native.tiles(),
         "native_why_missing": native.why_missing(),
         "kernels": [row for d in machine.devices for row in kernels(d.kind)],
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..scheme import Stored
+from ..scheme.across import Across
 from . import triton as cuda
 from .cpu import native
 from .linear import LARGE, apply, checked, integers_ready, native_ready, rounds_ready
@@ -67,20 +68,13 @@ def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     three = (gate, up, down)
+    most = SCRATCH // native.pair_bytes(gate.shape[1], x_TD.shape[1])
     few = ids_Tk.numel() < LARGE * gate.shape[0] or all(w.products not in (None, "int16") for w in three)
-    served = few and all(_ready(w, x_TD.dtype) for w in three)
-    return (_rows if served else experts.reference.run)(x_TD, ids_Tk, weights_Tk, gate, up, down)
-
-
-def _rows(
-    x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
-) -> torch.Tensor:
-    (tokens, width), pairs, inner = x_TD.shape, ids_Tk.numel(), gate.shape[1]
-    scratch = 4 * pairs * (2 * inner + width) + 4 * (2 * tokens * width + pairs * inner)  # bytes, at most
-    if scratch > SCRATCH:
+    whole = few and ids_Tk.numel() <= most
+    if not (all(_ready(w, x_TD.dtype) for w in three) and (whole or all(isinstance(w.scheme, Across) for w in three))):
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
-    return native.experts_rows(x_TD.contiguous(), checked(gate), checked(up), checked(down), chosen, shares)
+    return native.experts_rows(x_TD.contiguous(), checked(gate), checked(up), checked(down), chosen, shares, most)
 
 
 @experts.register("triton", cuda.multiplies, "our Triton kernels: pairs sorted by expert, no word to the host")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from .. import scheme as schemes
 from ..model.spec import ModelSpec
 from ..model.weights import Weight, weights
+from ..scheme.across import Across
 from .plan import Bytes, Row
 from .recipes import INTEGERS, MIXED, family, products_of, scheme_of
 
@@ -33,6 +35,8 @@ SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8, "e
 OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "experts": 5}
 PLAIN = ("bf16", "fp16", "fp32")
 COARSE = "int8 across"  # products of INT8 with INT4 that lies across: faster than those with what lies by rows
+TILE = 64  # inputs of a tile, which share a scale
+TILED = "int16 across"  # products of INT16 with what AMX takes as it lies (ops/cpu/tiles.cpp)
 SLOW = ("nl5", "nl6")  # families that a GPU has no kernels for
 REPLAY_S = {"cuda": 4e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
 # what our kernels for experts reach of a GPU's BF16 products over a long prompt, by what they unpack: docs/status.md
@@ -165,15 +169,16 @@ def rate(device: Device, products: str) -> float:
     """Operations a second of products of this dtype; of int8 no less than of float32, where not measured or slower.
 
     Our CPU kernels against PyTorch's float32, which is measured: benchmarks on Zen 3 and, with AMX, Sapphire Rapids
-    (docs/status.md). AMX is PyTorch's alone.
+    (docs/status.md). In BF16 AMX is PyTorch's alone.
     """
     ceilings, features = device.ceilings, device.features
     if products.startswith("experts"):
         return ceilings.bf16_flops * EXPERTS.get(products.split()[1], UNPACKED)
     if products == "int8":
         return max(ceilings.int8_ops or 0.0, ceilings.fp32_flops)
-    if products in ("int16", COARSE):
-        return ceilings.fp32_flops * ((1.3 if products == "int16" else 1.9) if "avx2" in features else 1.0)
+    if products in ("int16", TILED, COARSE):
+        faster = {"int16": 1.3, TILED: 3.0 if "amx_int8" in features else 1.3, COARSE: 1.9}[products]
+        return ceilings.fp32_flops * (faster if "avx2" in features else 1.0)
     ours = 0.75 * ceilings.fp32_flops if "amx_bf16" in features else math.inf
     return ceilings.fp32_flops if products == "float32" else min(ours, ceilings.bf16_flops)
 
@@ -183,7 +188,16 @@ def _multiplied(row: Row, kind: str, compute: str, native: bool) -> str:
     if kind == "cuda":
         return f"experts {family(row.scheme)}" if native and row.experts else compute
     products = products_of(row.role, row.scheme, "cpu", compute) or "float32"
+    if products == "int16" and in_tiles(row.scheme):
+        return TILED
     return COARSE if products == "int8" and family(row.scheme) == "int4" else products
+
+
+@cache
+def in_tiles(scheme: str) -> bool:
+    """Whether INT16 meets a scheme's codes in tiles, where the processor has them."""
+    known = schemes.SCHEMES.get(scheme)
+    return known is not None and Across.takes(known) and Across(known).group % TILE == 0  # type: ignore[arg-type]
 
 
 def _flop_shares(

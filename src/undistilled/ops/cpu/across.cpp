@@ -2,6 +2,7 @@
 // of 32 bits has an output's codes of four inputs, or of eight, and the next lane the next output's. So memory is read as
 // one stream, and nothing is summed across a vector: what comes with a row of short rows cost more than their codes.
 #include "across.h"
+#include "decoders_across.h"
 #include "integer.h"
 #include "pool.h"
 #include "strip.h"
@@ -82,52 +83,6 @@ extern "C" void native_lay_across(const uint8_t* rows, uint8_t* out, long n, lon
 #if HAS_AVX2
 
 namespace {
-
-// Decoders (strip.h): a step is a pair of inputs, two words of a lane.
-struct Eights {
-  static constexpr float unit = 1, least = 0;
-  typedef Fp32 Scale;
-  static constexpr long BLOCK = 512;
-  template <class F> INLINE void each(const Eights&, const uint8_t* w, F f) {
-    UNROLL for (int q = 0; q < 8; q++) {
-      Lanes even, odd;
-      widen(lanes_at(w + 64 * q), even, odd);
-      f(2 * q, even), f(2 * q + 1, odd);
-    }
-  }
-};
-
-struct CountedPairs : CountedFours {
-  using CountedFours::CountedFours;
-  template <class F> INLINE void each(const CountedPairs&, const uint8_t* w, F f) {
-    UNROLL for (int q = 0; q < 4; q++) {
-      Lanes v = lanes_at(w + 64 * q);
-      f(4 * q, few(v, 15)), f(4 * q + 1, few(right<8>(v), 15));
-      f(4 * q + 2, few(right<4>(v), 15)), f(4 * q + 3, right<12>(v));
-    }
-  }
-};
-
-struct DecodedFours : Whole<4> {
-  using Whole<4>::Whole;
-  typedef void Scale;   // of any format
-  static constexpr long BLOCK = 256;
-  template <class F> INLINE void each(const DecodedFours& w, const uint8_t* from, F f) {
-    UNROLL for (int q = 0; q < 4; q++) {
-      Lanes v = lanes_at(from + 64 * q), even, odd;
-      widen(found(w.lookup, few(v, 0x0f0f)), even, odd);
-      f(4 * q, even), f(4 * q + 1, odd);
-      widen(found(w.lookup, few(right<4>(v), 0x0f0f)), even, odd);
-      f(4 * q + 2, even), f(4 * q + 3, odd);
-    }
-  }
-};
-
-template <class F> void with_codes(const Matrix& a, F f) {
-  const Codes& c = a.tiling.codes[0];
-  if (c.bits == 8) return f(Eights());
-  Steps::suits(c.levels, 16) ? f(CountedPairs(c.levels)) : f(made_of<DecodedFours>(c.levels));
-}
 
 thread_local Scratch scratch;
 

@@ -2,20 +2,15 @@
 // four bytes of a lane are an output's codes of four inputs, and meet four bytes of x at once. A scale of x is that of
 // 32 inputs, so that without VNNI two words hold what a lane sums: 16 products each, of no more than 15 * 127.
 #include "across.h"
-#include "strip.h"
+#include "decoders_across.h"
 
 #if HAS_AVX2
 
 namespace {
 
-struct Nibbles : CountedFours {   // a step is four inputs
-  using CountedFours::CountedFours;
-  template <class F> INLINE void each(const Nibbles&, const uint8_t* w, F f) {
-    UNROLL for (int q = 0; q < 4; q++) {
-      Lanes v = lanes_at(w + 64 * q);
-      f(2 * q, few(v, 0x0f0f)), f(2 * q + 1, few(right<4>(v), 0x0f0f));
-    }
-  }
+struct Nibbles : CountedPairs {   // a step is four inputs
+  using CountedPairs::CountedPairs;
+  template <class F> INLINE void each(const Nibbles& w, const uint8_t* at, F f) { fours(w, at, f); }
 };
 
 thread_local Scratch scratch;

@@ -4,6 +4,7 @@
 #include "pool.h"
 #include "integer.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace {
 
@@ -139,6 +140,7 @@ struct Rounded : Kernel<Rounded> {
   static constexpr const char* NAMES[] = {"", "linear bf16", "linear int8", "linear int16", "linear"};
   bool own() const { return small || m * a.k <= OWN; }
   bool crossed() const { return m >= ROWS && crosses(a); }
+  bool tiled() const { return in_tiles(a, m); }
   struct Rows {
     const uint16_t** x;
     float** y;
@@ -147,7 +149,8 @@ struct Rounded : Kernel<Rounded> {
   };
   Rows rows(void* at) const {
     Cutter cut = {(char*)at};
-    return {cut.take<const uint16_t*>(m), cut.take<float*>(m), cut.take<uint16_t>(m * row), cut.at - (char*)at};
+    long all = tiled() ? Tiled::bytes(a, m) / 2 : m * row;
+    return {cut.take<const uint16_t*>(m), cut.take<float*>(m), cut.take<uint16_t>(all), cut.at - (char*)at};
   }
   long scratch() const override { return own() ? 0 : rows(nullptr).bytes; }
   // Asks for the first weights of a thread's own part, where each is used at once.
@@ -161,19 +164,24 @@ struct Rounded : Kernel<Rounded> {
   }
   void run(Team& team) const override {
     Rows r = rows(own() ? prepared.of(rows(nullptr).bytes) : team.scratch);
+    const Tiled tiles(a, m, r.buffer);
     ask(team, (a.n + TILE - 1) / TILE);
     each_row(team, own(), m, [&](long i) {
       r.x[i] = r.buffer + i * row;
       r.y[i] = y + i * a.n;
+      if (tiled()) return arrange_tiled(a, x + i * a.k, tiles, i);
       (crossed() ? arrange_crossed : arrange)(a, x + i * a.k, r.buffer + i * row);
     });
     // Rows of weights stay in a core's cache while a block of rows of x passes by.
-    long width = m < ROWS ? TILE : 4 * TILE, block = m < PART ? m : PART;
-    long panels = (a.n + width - 1) / width, parts = m ? (m + block - 1) / block : 0;
+    long width = m >= ROWS ? 4 * TILE : tiled() ? 2 * TILE : TILE, block = m < PART ? m : PART;
+    long parts = m ? (m + block - 1) / block : 0;
+    while (width > TILE && a.n / width * parts < 2 * team.size) width /= 2;
+    long panels = (a.n + width - 1) / width;
     long last = panels * (team.rank + 1) / team.size * width;
     team.share(panels * parts, [&](long at) {
       long n0 = at / parts * width, m0 = at % parts * block;
       long n = a.n - n0 < width ? a.n - n0 : width, rows = m - m0 < block ? m - m0 : block;
+      if (tiled()) return product_tiled(a, n0, n, tiles, m0, rows, r.y + m0);
       if (crossed()) return product_crossed(a, n0, n, r.x + m0, rows, r.y + m0);
       product(a, n0, n, r.x + m0, rows, r.y + m0, last);
     });

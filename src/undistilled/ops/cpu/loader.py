@@ -28,10 +28,12 @@ _ARGUMENTS = {
     "native_write_rows": [_I, *[_P] * 3, *[_L] * 3],
     "native_pick_rows": [*[_P] * 3, _L],
     "native_lay_across": [*[_P] * 2, *[_L] * 2, _I],
+    "native_tiles": [],
+    "native_imitate_tiles": [_I],
     "native_absorb": [*[_P] * 3, *[_L] * 4],
     "native_release": [*[_P] * 3, *[_L] * 3],
     "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],
-    "native_experts_rows": [*[_P] * 7, *[_L] * 3],
+    "native_experts_rows": [*[_P] * 7, *[_L] * 4],
     "native_read": [_P, _P, _L, _L],
     "native_threads": [_I],
     "native_program_record": [_P],
@@ -45,6 +47,7 @@ _ARGUMENTS = {
 }
 _RESULTS = {
     "native_sources": ctypes.c_char_p,
+    "native_tiles": _I,
     "native_program": _P,
     "native_program_steps": _L,
     "native_program_name": ctypes.c_char_p,
@@ -104,6 +107,11 @@ def crosses() -> bool:
     """Whether the kernels have weights across (Build.crosses)."""
     found = build()
     return found is not None and found.crosses
+
+
+def tiles() -> bool:
+    """Whether products of INT16 of many rows go by the processor's tiles (tiles.cpp)."""
+    return library() is not None and bool(kernels.tiles())
 
 
 def why_missing() -> str:

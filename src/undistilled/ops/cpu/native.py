@@ -10,7 +10,7 @@ D head width, W cache width, B blocks of a table. Activations are float32 and co
 import torch
 from torch import Tensor
 
-from .loader import FLOATS, build, crosses, kernels, library, pointer, rounds, serves, sized, why_missing
+from .loader import FLOATS, build, crosses, kernels, library, pointer, rounds, serves, sized, tiles, why_missing
 from .matrix import Matrix, check
 from .rows import (
     PIECE,
@@ -38,6 +38,7 @@ __all__ = [
     "linear",
     "mla_rows",
     "norm_rows",
+    "pair_bytes",
     "pick_rows",
     "pointwise",
     "read",
@@ -48,6 +49,7 @@ __all__ = [
     "serves",
     "silu_mul",
     "sized",
+    "tiles",
     "why_missing",
     "write_rows",
 ]
@@ -161,11 +163,18 @@ def mla_rows(
     return out_RHL
 
 
-def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT: Tensor, weights_RT: Tensor) -> Tensor:
-    """Sum over t of weights_RT * down(silu(gate x) * (up x)), each with expert chosen_RT (int32).
+def pair_bytes(inner: int, width: int) -> int:
+    """Memory for a row and one of its experts, at most: results, and inputs of products as words and in tiles."""
+    return 4 * (2 * inner + width) + 2 * (2 * width + inner) * (3 if tiles() else 1)
 
-    A choice outside 0..E-1 adds nothing. An expert's weights are read once for all rows that
-    chose it. Returns [R, D].
+
+def experts_rows(
+    x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT: Tensor, weights_RT: Tensor, most: int = 1 << 20
+) -> Tensor:
+    """Sum over t of weights_RT * down(silu(gate x) * (up x)), each with expert chosen_RT (int32), by experts' numbers.
+
+    A choice outside 0..E-1 adds nothing. An expert's weights are read once for all rows that chose it, as far as these
+    are `most`: so many results of rows and choices are in memory together, about `pair_bytes` each. Returns [R, D].
     """
     r, t = chosen_RT.shape
     d = down.n
@@ -187,5 +196,6 @@ def experts_rows(x_RD: Tensor, gate: Matrix, up: Matrix, down: Matrix, chosen_RT
         gate.experts,
         r,
         t,
+        max(1, most),
     )
     return out_RD

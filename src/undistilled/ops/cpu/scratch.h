@@ -1,6 +1,11 @@
 // Memory that grows to what is asked for and stays for the next time: fresh memory would be cleared each time.
 #pragma once
 #include <cstdlib>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+constexpr long HUGE_PAGE = 2 << 20;
 
 struct Scratch {
   void* held = nullptr;
@@ -9,7 +14,12 @@ struct Scratch {
   void* of(long bytes) {
     if (bytes <= size) return held;
     free(held);
-    return held = aligned_alloc(64, size = (bytes + 4095) / 4096 * 4096);
+    const long page = bytes < 2 * HUGE_PAGE ? 4096 : HUGE_PAGE;   // what is this large is soon given up again
+    held = aligned_alloc(page, size = (bytes + page - 1) / page * page);
+#ifdef __linux__
+    if (page == HUGE_PAGE) madvise(held, size, MADV_HUGEPAGE);
+#endif
+    return held;
   }
   void keep(long most) {
     if (size <= most) return;

@@ -9,6 +9,7 @@
 //                         the sum, 32767 each; the sum in each lane
 //   load16, store16, splat16, times, fma16, floats16   as v8 has them
 //   half_precision(p)     16 float16
+//   times_256(v)          of each lane
 //   down<N>(v), low_bytes_up(v)   words shifted right, their sign above; left by a byte
 //   from_halfs(words, out), from_bf16s   both words of each output as floats, side by side, in two v16
 //   two_of(x)             two neighbours of x for them
@@ -46,6 +47,7 @@ INLINE void meet_words(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpwssd_epi32
 INLINE void meet_bytes(Lanes w, Lanes x, Lanes& sum) { sum = _mm512_dpbusd_epi32(sum, w, x); }
 INLINE Lanes whole_bytes(Lanes sum) { return sum; }
 INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
+INLINE Lanes times_256(Lanes v) { return _mm512_slli_epi32(v, 8); }
 
 INLINE v16 load16(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store16(float* p, v16 v) { _mm512_storeu_ps(p, v); }
@@ -125,6 +127,9 @@ INLINE Lanes whole_bytes(Lanes sum) {
 }
 INLINE Lanes plus(Lanes a, Lanes b) {
   return each_half([&](int i) { return _mm256_add_epi32(a.of[i], b.of[i]); });
+}
+INLINE Lanes times_256(Lanes v) {
+  return each_half([&](int i) { return _mm256_slli_epi32(v.of[i], 8); });
 }
 
 INLINE v16 load16(const float* p) { return {{load(p), load(p + 8)}}; }
