@@ -24,7 +24,7 @@ from undistilled.ops.registry import say_fallback
 from undistilled.schedule.request import Output, Request, Sampling
 from undistilled.serve.client import EngineClient
 from undistilled.serve.messages import Add, Command
-from undistilled.serve.server import bind, serve
+from undistilled.serve.server import bind, progress_lines, serve
 from undistilled.serve.stream import merge
 from undistilled.serve.worker import tell
 from undistilled.wire import Wire
@@ -241,3 +241,15 @@ def test_exit_codes():
 def test_an_empty_key_is_no_key(key):
     with pytest.raises(UsageError, match="key is empty"):
         serve({}, port=0, api_key=key)
+
+
+def test_loading_is_told_in_tenths_or_in_time(capsys):
+    show = progress_lines()
+    for done in range(0, 1001):
+        show(done * 10**6, 10**9, "a tensor")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[3].split() == ["loading", "30%", "0.3", "of", "1.0", "GB"]
+    often = progress_lines(seconds=0.0)
+    for done in range(3):
+        often(done, 10**6, "a tensor")
+    assert len(capsys.readouterr().err.splitlines()) == 3

@@ -112,7 +112,7 @@ async def _serve(
     factory: str,
     progress: Progress | None,
 ) -> int:
-    client, grace = await _load(options, factory, progress or show_progress), CLOSE_SECONDS
+    client, grace = await _load(options, factory, progress or progress_lines()), CLOSE_SECONDS
     try:
         template = template_of(client.tokenizer)
         if template is not None:
@@ -166,10 +166,21 @@ async def _end_with(client: EngineClient | Again, server: Server, linger: float 
     server.should_exit = True
 
 
-def show_progress(done: int, total: int, name: str) -> None:
-    share = f"{done / total:4.0%}" if total else ""
-    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-    print(f"loading {share} {done / unit:.1f} of {total / unit:.1f} {name}", file=sys.stderr, flush=True)
+def progress_lines(seconds: float = 30.0) -> Progress:
+    """On stderr, which may be a log: a line for each tenth of what is loaded, and no longer apart than `seconds`."""
+    told, tenth = 0.0, -1
+
+    def show(done: int, total: int, _name: str) -> None:
+        nonlocal told, tenth
+        now = 10 * done // total if total else 0
+        if now == tenth and monotonic() - told < seconds:
+            return
+        told, tenth = monotonic(), now
+        unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+        share = f"{done / total:4.0%}" if total else ""
+        print(f"loading {share} {done / unit:.1f} of {total / unit:.1f} {name}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def announce(client: EngineClient | Again, bound: socket.socket, api_key: str | None) -> None:
