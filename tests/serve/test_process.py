@@ -245,7 +245,7 @@ def test_an_empty_key_is_no_key(key):
 
 def test_loading_is_told_in_tenths_or_in_time(capsys):
     show = progress_lines()
-    for done in range(0, 1001):
+    for done in range(1001):
         show(done * 10**6, 10**9, "a tensor")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11 and lines[3].split() == ["loading", "30%", "0.3", "of", "1.0", "GB"]
