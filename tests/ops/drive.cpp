@@ -178,7 +178,7 @@ static void experts(long rows) {
     Many<float> x = floats_drawn(rows * D), shares = floats_drawn(rows * TOP), out(rows * D);
     Many<int32_t> chosen(rows * TOP);
     for (int32_t& e : chosen) e = next() % (COUNT + 1);
-    long most = rows / 2 * TOP + TOP;   // two waves of more than a row
+    long most = rows / 2 * TOP + TOP;   // of more rows than one two waves
     native_experts_rows(x.data(), &gate.a, &up.a, &down.a, chosen.data(), shares.data(), out.data(), COUNT, rows, TOP,
                         most);
     say("experts rounds " + std::to_string(rounds) + " rows " + std::to_string(rows), out);

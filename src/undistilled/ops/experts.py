@@ -15,7 +15,7 @@ from .linear import LARGE, apply, checked, integers_ready, native_ready, rounds_
 from .registry import op
 from .swiglu import silu_mul
 
-SCRATCH = 32 << 20  # bytes that the C kernel may take beside its result
+SCRATCH = 32 << 20  # bytes, about, that the C kernel may take beside its result
 
 
 def swiglu(x_TD: torch.Tensor, gate: Stored, up: Stored, down: Stored) -> torch.Tensor:
@@ -63,15 +63,16 @@ def _ready(w: Stored, dtype: torch.dtype) -> bool:
     return native_ready(w, dtype) or rounds_ready(w, dtype) or integers_ready(w, dtype)
 
 
-@experts.register("native", _ready, "our C kernel: each chosen expert's weights read once for all rows")
+@experts.register("native", _ready, "our C kernel: a chosen expert's weights read once for many rows")
 def _native(
     x_TD: torch.Tensor, ids_Tk: torch.Tensor, weights_Tk: torch.Tensor, gate: Stored, up: Stored, down: Stored
 ) -> torch.Tensor:
     three = (gate, up, down)
-    most = SCRATCH // native.pair_bytes(gate.shape[1], x_TD.shape[1])
+    most = SCRATCH // native.pair_bytes(gate.shape[1], x_TD.shape[1], any(w.products is None for w in three))
     few = ids_Tk.numel() < LARGE * gate.shape[0] or all(w.products not in (None, "int16") for w in three)
-    whole = few and ids_Tk.numel() <= most
-    if not (all(_ready(w, x_TD.dtype) for w in three) and (whole or all(isinstance(w.scheme, Across) for w in three))):
+    at_any_length = all(isinstance(w.scheme, Across) for w in three)
+    ready = all(_ready(w, x_TD.dtype) for w in three)
+    if not ready or not (at_any_length or (few and ids_Tk.numel() <= most)):
         return experts.reference.run(x_TD, ids_Tk, weights_Tk, gate, up, down)
     chosen, shares = ids_Tk.int().contiguous(), weights_Tk.contiguous()
     return native.experts_rows(x_TD.contiguous(), checked(gate), checked(up), checked(down), chosen, shares, most)

@@ -20,16 +20,15 @@ class Counted(dist.Store):
     def __init__(self, store: dist.Store) -> None:
         super().__init__()
         self.store = store
-        self.first: int | None = None
+        self.first: dict[str, int] = {}
 
     def key(self, key: str) -> str:
-        """Of "what/number" or "what/number/rank", the number since the first that was asked for."""
+        """Of "what/number" or "what/number/rank", the number since the first of `what` that was asked for."""
         what, *rest = key.split("/")
         if not rest or not rest[0].isdecimal():
             return key
-        if self.first is None:
-            self.first = int(rest[0])
-        return "/".join((what, str(int(rest[0]) - self.first), *rest[1:]))
+        first = self.first.setdefault(what, int(rest[0]))
+        return "/".join((what, str(int(rest[0]) - first), *rest[1:]))
 
     def set(self, key: str, value: str) -> None:
         self.store.set(self.key(key), value)

@@ -35,7 +35,7 @@ SMALL_OPS = {"attention": 22, "mla": 40, "mlp": 6, "router": 16, "expert": 8, "e
 OUR_OPS = {"attention": 12, "mla": 20, "mlp": 5, "router": 3, "expert": 0, "experts": 5}
 PLAIN = ("bf16", "fp16", "fp32")
 COARSE = "int8 across"  # products of INT8 with INT4 that lies across: faster than those with what lies by rows
-TILE = 64  # inputs of a tile, which share a scale
+DEPTH = 64  # inputs of a tile, which share a scale
 TILED = "int16 across"  # products of INT16 with what AMX takes as it lies (ops/cpu/tiles.cpp)
 SLOW = ("nl5", "nl6")  # families that a GPU has no kernels for
 REPLAY_S = {"cuda": 4e-6, "cpu": 1.5e-6}  # seconds of one of ours in a pass that was recorded: docs/status.md
@@ -195,9 +195,11 @@ def _multiplied(row: Row, kind: str, compute: str, native: bool) -> str:
 
 @cache
 def in_tiles(scheme: str) -> bool:
-    """Whether INT16 meets a scheme's codes in tiles, where the processor has them."""
+    """Whether INT16 meets a scheme's codes in tiles, where the processor has them and inputs are whole tiles."""
     known = schemes.SCHEMES.get(scheme)
-    return known is not None and Across.takes(known) and Across(known).group % TILE == 0  # type: ignore[arg-type]
+    if known is None or family(scheme) == "fp8_block" or not Across.takes(known):
+        return False
+    return Across(known).group % DEPTH == 0  # type: ignore[arg-type]
 
 
 def _flop_shares(

@@ -4,9 +4,10 @@
 //   meet_bare<C, A, B>()  the same, A's bytes without a sign
 #pragma once
 #include <cstring>
-#include "simd.h"
+#include "product.h"
 
-#if HAS_VNNI && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// Every processor with AMX has AVX512_BF16, and a compiler that has that comes with an assembler that knows AMX.
+#if HAS_PRODUCTS && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0

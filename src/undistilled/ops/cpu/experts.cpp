@@ -1,4 +1,4 @@
-// A mixture-of-experts feed-forward for a few rows, each with its own top-k experts.
+// A mixture-of-experts feed-forward for any number of rows, each with its own top-k experts.
 //
 // The (row, choice) pairs are sorted by expert, so that an expert's weights are read once for
 // all rows that chose it. A row's result is summed in the order of the experts' numbers.
@@ -55,8 +55,8 @@ void wide_tile(const Matrix& a, long n, long width, const Input& in, long i, lon
   tile(a, n, width, x, sums, rows, y);
 }
 
-// The (row, choice) pairs by expert, in groups of no more than `most` and these in waves of no more. All but the last
-// four are indexed by the sorted place of a pair, or by group.
+// The (row, choice) pairs by expert, in groups of no more than `most` and these in waves of no more. Up to
+// `id` all are indexed by the sorted place of a pair, or by group.
 struct Sorted {
   long *pair, *spot;            // spot: in tiles, or -1 where few chose the expert
   long *start, *id;             // of a group: its first place; the expert
@@ -125,15 +125,17 @@ struct Experts : Kernel<Experts> {
     reads(shares, rows * top * 4);
     writes(out, rows * d * 4);
   }
-  bool apart() const { return rows >= MANY; }   // fewer rows cost less to keep than it does to wait for each other
+  bool apart() const { return rows >= 8; }   // fewer rows cost less to keep than it does to wait for each other
   // Whether gate and up take rows of x the same.
   bool alike() const {
     return gate.rounds && gate.kind != CODED && gate.kind == up.kind && gate.rounds == up.rounds &&
            gate.group == up.group && gate.tiling.codes[0].bits == up.tiling.codes[0].bits;
   }
   long spots() const { return apart() ? 2 * most : 0; }   // a band is half full at least
+  // Whether x is kept for each place of a wave: for tiles, or since all rows could be too many; else each row once.
+  bool by_place() const { return apart() && (rows * top > most || in_tiles(gate, spots()) || in_tiles(up, spots())); }
   // Outputs of a task: in tiles two strips read x once.
-  long width() const {
+  long widest() const {
     for (const Matrix* a : {&gate, &up, &down})
       if (!in_tiles(*a, spots())) return TILE;
     return 2 * TILE;
@@ -146,8 +148,8 @@ struct Experts : Kernel<Experts> {
         : pairs(e.rows * e.top, e.experts, cut), h(cut.take<float>(e.most * e.inner)),
           u(cut.take<float>(e.most * e.inner)), o(cut.take<float>(e.most * e.d)), hy(cut.take<float*>(e.rows * e.top)),
           uy(cut.take<float*>(e.rows * e.top)), oy(cut.take<float*>(e.rows * e.top)),
-          to_gate(e.gate, e.apart() ? e.most : e.rows, e.rows * e.top, e.spots(), cut),
-          to_up(e.up, e.alike() ? 0 : e.apart() ? e.most : e.rows, e.rows * e.top, e.alike() ? 0 : e.spots(), cut),
+          to_gate(e.gate, e.by_place() ? e.most : e.rows, e.rows * e.top, e.spots(), cut),
+          to_up(e.up, e.alike() ? 0 : e.by_place() ? e.most : e.rows, e.rows * e.top, e.alike() ? 0 : e.spots(), cut),
           to_down(e.down, e.most, e.rows * e.top, e.spots(), cut) {
       if (bytes) *bytes = cut.at - (char*)nullptr;
     }
@@ -169,7 +171,7 @@ struct Experts : Kernel<Experts> {
     for (long k = 0; k < *s.waves; k++)
       for (long i = s.start[s.wave[k]], at = 0; i < s.start[s.wave[k + 1]]; i++, at++) {
         long r = s.pair[i] / top;
-        for (Input* in : {&w.to_gate, &w.to_up}) in->put(i, apart() ? at : r, x + r * gate.k);
+        for (Input* in : {&w.to_gate, &w.to_up}) in->put(i, by_place() ? at : r, x + r * gate.k);
         w.to_down.put(i, at, w.hy[i] = w.h + at * inner);
         w.uy[i] = w.u + at * inner;
         w.oy[i] = w.o + at * d;
@@ -189,12 +191,13 @@ struct Experts : Kernel<Experts> {
         store_part(to, silu8(load_part(to, part)) * load_part(w.uy[r] + n + j, part), part);
       }
   }
-  // Adds a wave's places from..to to a row of the result, in the order of their experts.
-  void sum(const Work& w, long r, long n, long from, long to) const {
+  // Adds the k-th wave's places to a row of the result, in the order of their experts.
+  void sum(const Work& w, long r, long n, long k) const {
     const Sorted& s = w.pairs;
+    const long from = s.start[s.wave[k]], to = s.start[s.wave[k + 1]];
     for (long end = n + TILE < d ? n + TILE : d, j = n; j < end; j += 8) {
       long part = end - j < 8 ? end - j : 8;
-      v8 total = from ? load_part(out + r * d + j, part) : splat(0);
+      v8 total = k ? load_part(out + r * d + j, part) : splat(0);
       for (long t = r * top; t < (r + 1) * top; t++)
         if (s.place[t] >= from && s.place[t] < to)
           total = fma(splat(shares[s.pair[s.place[t]]]), load_part(w.oy[s.place[t]] + j, part), total);
@@ -203,18 +206,21 @@ struct Experts : Kernel<Experts> {
   }
   // body(group, first output, outputs) for all parts of `outputs` of a wave's groups.
   template <class F> void each_part(Team& team, const Sorted& s, long k, long outputs, F body) const {
-    const long most = width(), parts = (outputs + most - 1) / most, first = s.wave[k];
+    const long wide = widest(), parts = (outputs + wide - 1) / wide, first = s.wave[k];
     team.share((s.wave[k + 1] - first) * parts, [&](long at) {
-      long n = at % parts * most;
-      body(first + at / parts, n, outputs - n < most ? outputs - n : most);
+      long n = at % parts * wide;
+      body(first + at / parts, n, outputs - n < wide ? outputs - n : wide);
     });
     team.barrier();
   }
   void pass(Team& team, Work& w, long k) const {
     const Sorted& s = w.pairs;
     const long from = s.start[s.wave[k]], to = s.start[s.wave[k + 1]], tiles = (d + TILE - 1) / TILE;
-    if (apart()) {
+    if (by_place()) {
       team.share(to - from, [&](long i) { take(w, i, s.spot[from + i], x + s.pair[from + i] / top * gate.k); });
+      team.barrier();
+    } else if (apart()) {   // and all is one wave
+      team.share(rows, [&](long r) { take(w, r, -1, x + r * gate.k); });
       team.barrier();
     }
     each_part(team, s, k, inner, [&](long g, long n, long width) { middle(w, g, n, width); });
@@ -224,7 +230,7 @@ struct Experts : Kernel<Experts> {
       long i = s.start[g];
       wide_tile(expert(down, s.id[g]), n, width, w.to_down, i, s.spot[i], s.start[g + 1] - i, w.oy + i);
     });
-    team.share(rows * tiles, [&](long at) { sum(w, at / tiles, at % tiles * TILE, from, to); });
+    team.share(rows * tiles, [&](long at) { sum(w, at / tiles, at % tiles * TILE, k); });
   }
   void run(Team& team) const override {
     Work w(*this, Cutter{(char*)team.scratch}, nullptr);

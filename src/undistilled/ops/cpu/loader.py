@@ -30,6 +30,7 @@ _ARGUMENTS = {
     "native_lay_across": [*[_P] * 2, *[_L] * 2, _I],
     "native_tiles": [],
     "native_imitate_tiles": [_I],
+    "native_imitated": [],
     "native_absorb": [*[_P] * 3, *[_L] * 4],
     "native_release": [*[_P] * 3, *[_L] * 3],
     "native_route": [*[_P] * 4, *[_L] * 5, _I, _I, _F],
@@ -48,6 +49,7 @@ _ARGUMENTS = {
 _RESULTS = {
     "native_sources": ctypes.c_char_p,
     "native_tiles": _I,
+    "native_imitated": _L,
     "native_program": _P,
     "native_program_steps": _L,
     "native_program_name": ctypes.c_char_p,

@@ -163,9 +163,10 @@ def mla_rows(
     return out_RHL
 
 
-def pair_bytes(inner: int, width: int) -> int:
-    """Memory for a row and one of its experts, at most: results, and inputs of products as words and in tiles."""
-    return 4 * (2 * inner + width) + 2 * (2 * width + inner) * (3 if tiles() else 1)
+def pair_bytes(inner: int, width: int, floats: bool) -> int:
+    """About what a row and one of its experts take: results, and inputs of products, as words and in tiles or as
+    `floats`; beside 150 bytes for each of all pairs."""
+    return 4 * (2 * inner + width) + (2 * width + inner) * (4 if floats else 6 if tiles() else 2)
 
 
 def experts_rows(
@@ -173,8 +174,8 @@ def experts_rows(
 ) -> Tensor:
     """Sum over t of weights_RT * down(silu(gate x) * (up x)), each with expert chosen_RT (int32), by experts' numbers.
 
-    A choice outside 0..E-1 adds nothing. An expert's weights are read once for all rows that chose it, as far as these
-    are `most`: so many results of rows and choices are in memory together, about `pair_bytes` each. Returns [R, D].
+    A choice outside 0..E-1 adds nothing. No more than `most` results of rows and choices are in memory together, about
+    `pair_bytes` each, and an expert's weights are read once for all of its rows among them. Returns [R, D].
     """
     r, t = chosen_RT.shape
     d = down.n

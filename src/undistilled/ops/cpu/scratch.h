@@ -14,7 +14,7 @@ struct Scratch {
   void* of(long bytes) {
     if (bytes <= size) return held;
     free(held);
-    const long page = bytes < 2 * HUGE_PAGE ? 4096 : HUGE_PAGE;   // what is this large is soon given up again
+    const long page = bytes < 2 * HUGE_PAGE ? 4096 : HUGE_PAGE;   // a pool gives up what is larger, and takes it anew
     held = aligned_alloc(page, size = (bytes + page - 1) / page * page);
 #ifdef __linux__
     if (page == HUGE_PAGE) madvise(held, size, MADV_HUGEPAGE);

@@ -1,4 +1,5 @@
 #include "tiles.h"
+#include <atomic>
 #include <cstdlib>
 #include "amx.h"
 #include "decoders_across.h"
@@ -35,6 +36,8 @@ Tiles& tiles() {
   return now;
 }
 
+std::atomic<long> imitated{0};   // products
+
 long bands(long rows) { return (rows + BAND - 1) / BAND; }
 long shares(const Matrix& a) { return Row<ToInt16>::shares(a); }
 
@@ -50,6 +53,9 @@ void native_imitate_tiles(int yes) {
   static const Tiles real = tiles();
   tiles() = yes ? IMITATED : real;
 }
+
+// How many products were imitated since this was asked last.
+long native_imitated() { return imitated.exchange(0); }
 
 }  // extern "C"
 
@@ -208,6 +214,7 @@ void product_tiled(const Matrix& a, long n, long count, const Tiled& x, long fir
 #if HAS_AMX
   if (tiles() == REAL) return product_by<Amx>(a, n, count, x, first, rows, y);
 #endif
+  imitated++;
   product_by<Imitated>(a, n, count, x, first, rows, y);
 }
 

@@ -9,7 +9,7 @@
 constexpr long BAND = 16, DEPTH = 64;   // rows of x and inputs of a tile
 constexpr long MANY = 8;                // rows from which a band is worth it: half of one
 
-// Whether `rows` rows of x, of one step, meet a matrix so.
+// Whether a matrix meets rows of x so, where there are `rows` of them.
 bool in_tiles(const Matrix& a, long rows);
 
 // Rows of x for a matrix, which lie together: tiles [row / BAND][input / DEPTH][upper, lower][BAND][DEPTH], of four
