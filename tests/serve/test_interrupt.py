@@ -139,10 +139,12 @@ def test_in_a_conversation(folder, layout):
         process.kill()
 
 
+@pytest.mark.parametrize("layout", [("--pp", "1"), ("--tp", "2")], ids=["one", "tp"])
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_server(folder, busy):
+def test_a_server(folder, busy, layout):
+    """Who reads an answer is told that it ends."""
     port = free_port()
-    process = started("serve", folder, "--port", str(port), "--tp", "2")
+    process = started("serve", folder, "--port", str(port), *layout)
     body = {"model": "m", "prompt": "abc", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     try:
         until_told(process, b"100%")
@@ -154,8 +156,11 @@ def test_a_server(folder, busy):
                 time.sleep(0.05)
         if busy:
             with http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()
+                next(lines)
                 interrupted(process)
+                *_, error, done = filter(None, lines)
+            assert "The server is closing" in error and done == "data: [DONE]"
         else:
             interrupted(process)
     finally:

@@ -180,7 +180,8 @@ class EngineClient:
             self._background(self._say(Abort(id)))
 
     async def close(self, grace: float = CLOSE_SECONDS) -> None:
-        """End the engine's process, by a signal after `grace` seconds, and remove the sockets."""
+        """Tell those who wait, end the engine's process, by a signal after `grace` seconds, and remove the sockets."""
+        self._fail("The server is closing.")
         if self._process is not None:
             await self._end(self._process, grace)
         tasks = list(self._tasks)
@@ -277,11 +278,15 @@ class EngineClient:
         await asyncio.sleep(0.05)  # its last words may still be in the socket
         self._die(self._reason or self._told(ended(code)))
 
-    def _die(self, message: str) -> None:
-        self._died = self._died or message
+    def _fail(self, message: str) -> None:
+        """All requests in work."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(_dead(message))
+
+    def _die(self, message: str) -> None:
+        self._died = self._died or message
+        self._fail(message)
         if not self._ready.done():
             self._ready.set_exception(UndistilledError(message, "What it said is above."))
             self._ready.exception()

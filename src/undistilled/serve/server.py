@@ -113,12 +113,12 @@ async def _serve(
     progress: Progress | None,
 ) -> int:
     client, grace = await _load(options, factory, progress or progress_lines()), CLOSE_SECONDS
+    gate = Gate()
     try:
         template = template_of(client.tokenizer)
         if template is not None:
             check_template(template)
         check_generation(client.tokenizer.generation)
-        gate = Gate()
         app = make_app(client, api_key=api_key, limits=limits, gate=gate)
         config = uvicorn.Config(
             app,
@@ -144,6 +144,14 @@ async def _serve(
         return 1 if client.over else 0
     finally:
         await client.close(grace)
+        await _answered(gate)
+
+
+async def _answered(gate: Gate, seconds: float = 0.5) -> None:
+    """Until those who waited have been told that the server ends, or would not listen."""
+    until = monotonic() + seconds
+    while gate.inside and monotonic() < until:
+        await asyncio.sleep(0.01)
 
 
 async def _load(options: dict[str, Any], factory: str, progress: Progress) -> EngineClient | Again:
