@@ -189,10 +189,10 @@ def serve(
 def bench(
     model: MODEL,
     options: dict[str, Any],
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request decodes.")] = 64,
     batch: BATCH = 1,
-    repeat: Annotated[int, typer.Option(min=1)] = 3,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs, of which the median is said.")] = 3,
     explain: Annotated[bool, typer.Option(help="Each kind of kernel beside the time its bytes take.")] = False,
     as_json: JSON = False,
 ) -> None:

@@ -114,6 +114,12 @@ def test_one_gpu_beside_a_cpu_is_one_process():
     assert plan.fits and plan.mesh is None and "--device cpu runs" in plan.notes[0]
     whole = chosen(R1, load_machine("4x-rtx4090"), asked(0))
     assert whole.fits and whole.mesh is None and "no run takes one process" in whole.notes[0]
+    assert "--device cpu runs" in whole.notes[0]  # for the GPUs hold it in no form
+
+
+def test_where_no_way_that_runs_fits_another_form_is_named():
+    plan = chosen(R1, load_machine("8x-h100"), asked(0, scheme="fp8_block"))
+    assert plan.mesh is None and "--scheme experts-int4 --ranks 8 (tp 8) runs" in plan.notes[0]
 
 
 def test_parts_of_a_batch_go_with_pipelines_alone():

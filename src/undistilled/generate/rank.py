@@ -117,6 +117,7 @@ class Rank:
         comm = Comm(plan.mesh, self.number, self.boot["store"])
         share(decoder, cuts_of(plan, model.spec), self.number, comm)
         self.part = Part(decoder, plan, comm)
+        self.say(self.beat())  # at once: a stop right behind it is none while loading
 
     def run(self) -> None:
         """Pass after pass, until told to stop."""

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..errors import UsageError
-from .ask import Ask, laid
+from .ask import Ask, gpus_of, laid
 from .degrees import ONE, Degrees, candidates
-from .fastest import compared
+from .fastest import Tried, compared
 from .hardware import Machine
 from .layout import BLOCK, Layouts
 from .ranks import RankLayouts
@@ -65,6 +65,21 @@ def _more_ranks(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> s
     ways = candidates(Degrees(ranks=gpus), layouts.spec, gpus)
     best = compared(ways, layouts.spec, machine, ask, layouts.scheme, context)[0]
     return f"With --ranks {gpus} ({best.degrees}) it fits." if best.fits else ""
+
+
+def over_ranks(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
+    """Options with which the model runs over all GPUs as ranks, in the first scheme that fits; "" where none does."""
+    gpus, spec = len(gpus_of(machine, ask)), layouts.spec
+    ways = list(candidates(Degrees(ranks=gpus), spec, gpus)) if gpus > 1 else []
+    forms = CANDIDATES if spec.moe else DENSE
+
+    def best(scheme: str) -> Tried:
+        return compared(ways, spec, machine, ask, scheme, context)[0]
+
+    if not ways or not best(forms[-1]).fits:  # which takes the least
+        return ""
+    scheme, found = next((scheme, found) for scheme in forms if (found := best(scheme)).fits)
+    return f"--scheme {scheme} --ranks {gpus} ({found.degrees})"
 
 
 def _weights(layouts: Layouts) -> int:

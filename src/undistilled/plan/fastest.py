@@ -51,7 +51,8 @@ def fastest(name: str, spec: ModelSpec, machine: Machine, ask: Ask, scheme: str,
     if best.refused:
         raise best.refused
     if len(tried) > 1:
-        said = f"{best.degrees} is the fastest, as predicted" if fit else f"{best.degrees} lacks least"
+        how = "is predicted, but no run takes it yet" if best.only_predicted else "is the fastest, as predicted"
+        said = f"{best.degrees} {how if fit else 'lacks least'}"
         emit("plan.layouts", tried=tried, count=len(tried), fit=fit, said=said)
     return best.degrees
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ..model.spec import ModelSpec
 from ..model.weights import counts, weights
 from . import cost
-from .advice import advice
+from .advice import advice, over_ranks
 from .ask import Ask, asked, laid, row_of
 from .fastest import fastest
 from .hardware import Device, Machine
@@ -24,7 +25,8 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # of the table 
 def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, ask: Ask) -> Plan:
     """The plan for this model on this machine; where it does not fit, `fits` is false and `advice` says what would."""
     scheme, context = asked(name, spec, ask)
-    if ask.degrees.ranks is not None:
+    searched = ask.degrees.ranks is not None
+    if searched:
         ask = replace(ask, degrees=fastest(name, spec, machine, ask, scheme, context))
     layouts = laid(spec, machine, ask, scheme, context)
     layout = layouts.at(context, ask.batch)
@@ -48,7 +50,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         predicted=_predicted(layouts, layout, machine, active),
         fits=layout.fits,
         advice="" if layout.fits else advice(layouts, machine, ask, context),
-        notes=_notes(layouts, layout),
+        notes=_notes(layouts, layout, lambda: over_ranks(layouts, machine, ask, context) if searched else ""),
     )
 
 
@@ -89,11 +91,12 @@ def _basis(used: dict[str, Device]) -> str:
     return ", ".join(f"{kind}: {' and '.join(sorted(found))} ceilings" for kind, found in sources.items() if found)
 
 
-def _notes(layouts: Layouts, layout: Layout) -> list[str]:
+def _notes(layouts: Layouts, layout: Layout, over: Callable[[], str]) -> list[str]:
     if isinstance(layouts, RankLayouts):
         return layouts.said(layout.limits.batch)
     if layout.only_predicted:
         way = "--device cpu runs, on the CPU alone" if "cpu" in layout.devices else "--ranks auto runs"
+        way = f"{ways} runs" if (ways := over()) else way
         return [f"This is a prediction: no run takes one process over {', '.join(layout.devices)} yet; {way}."]
     return []
 
