@@ -88,6 +88,7 @@ def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
             "decode_tokens_per_s": speed,
             "peak_bytes": 1e9,
             "threads": 2,
+            "others_cores": 1.26,
             "predicted": {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e5, "bytes": {"cpu": 1e9}},
         }
     )
@@ -95,6 +96,7 @@ def test_the_suite_and_the_bench_keep_their_figures_whole(shown):
     assert any("-2.0 (-10.2 to +3.1)  1012 to 998" in line for line in lines)
     assert "SmolLM2-135M-Instruct.Q4_1.gguf as int4-g32-sym, bfloat16 products" in lines
     assert "prefill   12,345  12,000  13,000    100,000" in lines
+    assert any("Other programs took 1.3 cores meanwhile" in line for line in lines)
 
 
 def test_a_gguf_is_shown_as_it_lies_there(shown):

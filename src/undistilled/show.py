@@ -24,6 +24,8 @@ from rich.table import Table
 from .errors import UndistilledError
 from .events import Event, sentence
 
+BUSY = 0.2  # cores that others take from which a measurement is said to suffer
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -188,6 +190,8 @@ def bench(result: dict[str, Any]) -> None:
         rank_times(result)
     else:
         out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
+    if result["others_cores"] > BUSY:
+        out.print(f"[yellow]Other programs took {result['others_cores']:.1f} cores meanwhile: alone it may be faster.[/]")
     if "explain" in result:
         kernels(result["explain"])
 

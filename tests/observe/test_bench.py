@@ -11,6 +11,7 @@ from tiny import LLAMA, write_checkpoint
 from undistilled.errors import UsageError
 from undistilled.generate.engine import Engine, open_engine
 from undistilled.memory import current_bytes, peak_bytes
+from undistilled.observe import others
 from undistilled.observe.bench import bench
 
 
@@ -44,6 +45,26 @@ def test_a_run_that_the_plan_has_no_room_for_is_refused(engine, prompt, new, bat
     with pytest.raises(UsageError, match=named) as error:
         bench(engine, prompt, new, batch, repeat=1)
     assert f"--batch {batch} --context {prompt + new}" in error.value.hint
+
+
+def test_what_this_and_its_children_took_is_not_others(monkeypatch):
+    """A child that runs, and one that has ended."""
+    spins = "import time\nuntil = time.process_time() + 0.3\nwhile time.process_time() < until: pass\n"
+    before = others._own()
+    subprocess.run([sys.executable, "-c", spins], check=True)
+    with subprocess.Popen([sys.executable, "-c", spins + "print(flush=True); input()"], stdin=-1, stdout=-1) as runs:
+        runs.stdout.readline()
+        assert others._own() - before > 0.55
+        runs.communicate(b"\n")
+    now = {"all": 100.0, "own": 10.0, "clock": 0.0}
+    monkeypatch.setattr(others, "_all", lambda: now["all"])
+    monkeypatch.setattr(others, "_own", lambda: now["own"])
+    monkeypatch.setattr(others, "perf_counter", lambda: now["clock"])
+    watch = others.Others()
+    now |= {"all": 118.0, "own": 20.0, "clock": 10.0}
+    assert watch.cores() == pytest.approx(0.8)
+    now["own"] = 30.0  # clocks that differ by a tick
+    assert watch.cores() == 0
 
 
 def test_a_run_that_fills_the_context_makes_every_token(engine):

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..generate.engine import Engine
 from ..memory import peak_on
 from ..schedule.request import Request, Sampling
+from .others import Others
 from .ranks import Clocks, report, watched
 
 WARM_UP_TOKENS = 4
@@ -41,7 +42,8 @@ def _sequences(engine: Engine):
 
 
 def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repeat: int) -> dict[str, Any]:
-    """Median, minimum and maximum over `repeat` runs after one warm-up.
+    """Median, minimum and maximum over `repeat` runs after one warm-up. others_cores: cores' worth that other programs
+    took meanwhile.
 
     UsageError where the plan would make requests wait for each other, or end before `new_tokens`.
     """
@@ -54,10 +56,10 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
         )
     once(engine, min(prompt_tokens, 64), WARM_UP_TOKENS, batch)
     ranks = engine.runner.crew is not None
-    before, began = (Clocks.read(engine) if ranks else None), perf_counter()
+    before, began, others = (Clocks.read(engine) if ranks else None), perf_counter(), Others()
     with watched(engine) as moves:
         runs = [once(engine, prompt_tokens, new_tokens, batch) for _ in range(repeat)]
-    elapsed = perf_counter() - began
+    elapsed, busy = perf_counter() - began, others.cores()
     predicted = engine.plan.predicted
     shared = report(engine, Clocks.read(engine) - before, elapsed, moves) if before else {}
     return shared | {
@@ -69,6 +71,7 @@ def bench(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int, repea
         "batch": batch,
         "repeat": repeat,
         "threads": torch.get_num_threads(),
+        "others_cores": busy,
         "prefill_tokens_per_s": _summary([r[0] for r in runs]),
         "decode_tokens_per_s": _summary([r[1] for r in runs]),
         "peak_bytes": peak_on(engine.runner.device),
