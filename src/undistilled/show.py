@@ -191,7 +191,8 @@ def bench(result: dict[str, Any]) -> None:
     else:
         out.print(f"peak memory {size(result['peak_bytes'])} (planned {planned}); {result['threads']} threads")
     if result["others_cores"] > BUSY:
-        out.print(f"[yellow]Other programs took {result['others_cores']:.1f} cores meanwhile: alone it may be faster.[/]")
+        taken = f"{result['others_cores']:.1f} cores"
+        out.print(f"[yellow]Other programs took {taken} meanwhile: alone it may be faster.[/]")
     if "explain" in result:
         kernels(result["explain"])
 
