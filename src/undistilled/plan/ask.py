@@ -56,7 +56,8 @@ def asked(name: str, spec: ModelSpec, ask: Ask) -> tuple[str, int]:
     check_device(ask.device)
     context = ask.context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
-        raise UsageError(f"--context {context}: {name} has at most {spec.max_context}.")
+        said = f"A context of {context} tokens: {name} has at most {spec.max_context}."
+        raise UsageError(said, "Ask for less by --context; `bench` adds --prompt-tokens and --new-tokens.")
     scheme = ask.scheme or spec.native
     _check_dtype(ask, scheme)
     return scheme, context
