@@ -6,8 +6,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from ..errors import UsageError
+from ..model.spec import ModelSpec
 from .ask import Ask, gpus_of, laid
 from .degrees import ONE, Degrees, candidates
 from .fastest import Tried, compared
@@ -28,8 +30,7 @@ def advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
         return more
     if options := _smaller(layouts, context, ask.batch):
         return f"With {options} it fits."
-    forms = [form for form in (CANDIDATES if layouts.spec.moe else DENSE) if form != layouts.scheme]
-    others = []
+    forms, others = _forms(layouts), []
     for other in _in(forms, layouts, machine, ask, context):
         others.append(other)
         if other.at(context, ask.batch).fits:
@@ -43,6 +44,11 @@ def advice(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
             if other.at(context, ask.batch).fits:
                 return f"With --device cpu --scheme {other.scheme}, without ranks, it fits."
     return _lacking(min((layouts, *others), key=_weights), layouts, machine)
+
+
+def _forms(layouts: Layouts) -> list[str]:
+    """Schemes beside the one that was asked for; the last takes the least."""
+    return [form for form in (CANDIDATES if layouts.spec.moe else DENSE) if form != layouts.scheme]
 
 
 def _in(schemes: list[str], asked: Layouts, machine: Machine, ask: Ask, context: int) -> Iterator[Layouts]:
@@ -62,24 +68,29 @@ def _more_ranks(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> s
     gpus = sum(name.startswith("cuda") for name in layouts.free)
     if not _on_gpus(layouts) or ask.degrees.size == gpus:
         return ""
-    ways = candidates(Degrees(ranks=gpus), layouts.spec, gpus)
-    best = compared(ways, layouts.spec, machine, ask, layouts.scheme, context)[0]
+    best = _over_all(gpus, layouts.spec, machine, ask, layouts.scheme, context)
     return f"With --ranks {gpus} ({best.degrees}) it fits." if best.fits else ""
 
 
 def over_ranks(layouts: Layouts, machine: Machine, ask: Ask, context: int) -> str:
-    """Options with which the model runs over all GPUs as ranks, in the first scheme that fits; "" where none does."""
-    gpus, spec = len(gpus_of(machine, ask)), layouts.spec
-    ways = list(candidates(Degrees(ranks=gpus), spec, gpus)) if gpus > 1 else []
-    forms = CANDIDATES if spec.moe else DENSE
-
-    def best(scheme: str) -> Tried:
-        return compared(ways, spec, machine, ask, scheme, context)[0]
-
-    if not ways or not best(forms[-1]).fits:  # which takes the least
+    """Options with which the model runs over all GPUs as ranks, in the first other scheme that fits; "" where none
+    does."""
+    gpus = len(gpus_of(machine, ask))
+    if gpus < 2:
         return ""
-    scheme, found = next((scheme, found) for scheme in forms if (found := best(scheme)).fits)
+    best = partial(_over_all, gpus, layouts.spec, machine, ask, context=context)
+    *forms, least = _forms(layouts)
+    smallest = best(scheme=least)
+    if not smallest.fits:  # nor does anything larger
+        return ""
+    others = ((form, found) for form in forms if (found := best(scheme=form)).fits)
+    scheme, found = next(others, (least, smallest))
     return f"--scheme {scheme} --ranks {gpus} ({found.degrees})"
+
+
+def _over_all(gpus: int, spec: ModelSpec, machine: Machine, ask: Ask, scheme: str, context: int) -> Tried:
+    """The best way to have a rank on each GPU."""
+    return compared(candidates(Degrees(ranks=gpus), spec, gpus), spec, machine, ask, scheme, context)[0]
 
 
 def _weights(layouts: Layouts) -> int:

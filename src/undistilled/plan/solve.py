@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +29,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         ask = replace(ask, degrees=fastest(name, spec, machine, ask, scheme, context))
     layouts = laid(spec, machine, ask, scheme, context)
     layout = layouts.at(context, ask.batch)
+    runs = over_ranks(layouts, machine, ask, context) if searched and layout.only_predicted else ""
     homes = {p.weight.name: p.row for p in layout.placed}
     rows = [homes.get(w.name) or row_of(w, spec, scheme, "unloaded") for w in weights(spec)]
     total, active = counts(spec)
@@ -50,7 +50,7 @@ def solve(name: str, config: dict[str, Any], spec: ModelSpec, machine: Machine, 
         predicted=_predicted(layouts, layout, machine, active),
         fits=layout.fits,
         advice="" if layout.fits else advice(layouts, machine, ask, context),
-        notes=_notes(layouts, layout, lambda: over_ranks(layouts, machine, ask, context) if searched else ""),
+        notes=_notes(layouts, layout, runs),
     )
 
 
@@ -91,12 +91,13 @@ def _basis(used: dict[str, Device]) -> str:
     return ", ".join(f"{kind}: {' and '.join(sorted(found))} ceilings" for kind, found in sources.items() if found)
 
 
-def _notes(layouts: Layouts, layout: Layout, over: Callable[[], str]) -> list[str]:
+def _notes(layouts: Layouts, layout: Layout, runs: str) -> list[str]:
+    """runs: options that do, where those of a plan do not."""
     if isinstance(layouts, RankLayouts):
         return layouts.said(layout.limits.batch)
     if layout.only_predicted:
-        way = "--device cpu runs, on the CPU alone" if "cpu" in layout.devices else "--ranks auto runs"
-        way = f"{ways} runs" if (ways := over()) else way
+        otherwise = "--device cpu runs, on the CPU alone" if "cpu" in layout.devices else "--ranks auto runs"
+        way = f"{runs} runs" if runs else otherwise
         return [f"This is a prediction: no run takes one process over {', '.join(layout.devices)} yet; {way}."]
     return []
 
