@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/cpu_prompts.py [--rows 32 128 512] [--rounds 3] [--threads N] [--json OUT]
 
-Each round runs a process with tiles and one without (UNDISTILLED_AMX=off), in turn. TFLOP/s, two for each weight and
+Each round runs a process with tiles and one without (UNDISTILLED_AMX=off), in turns. TFLOP/s, two for each weight and
 row, medians over rounds (least to most); "torch" is torch.nn.functional.linear of a dense copy, in BF16 and float32.
 Experts: 32 of 2,048 x 7,168, eight a row.
 """
@@ -74,7 +74,8 @@ def measure(rows: list[int], torch_too: bool) -> dict[str, float]:
 def child(rows: list[int], threads: int, tiles: bool, torch_too: bool) -> dict[str, float]:
     env = os.environ | ({} if tiles else {"UNDISTILLED_AMX": "off"})
     command = [sys.executable, __file__, "--child", "--threads", str(threads), "--rows", *map(str, rows)]
-    said = subprocess.run([*command, *(["--torch"] if torch_too else [])], env=env, check=True, capture_output=True)
+    command += ["--torch"] if torch_too else []
+    said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
     return json.loads(said.stdout)
 
 
@@ -96,7 +97,8 @@ def main() -> None:
     print(f"kernels built for {native.build().name}, tiles: {native.tiles()}, {args.threads} threads", flush=True)
     rounds = []
     for number in range(args.rounds):
-        rounds.append({on: child(args.rows, args.threads, on, on and number == 0) for on in (True, False)})
+        turns = (True, False) if number % 2 == 0 else (False, True)
+        rounds.append({on: child(args.rows, args.threads, on, on and number == 0) for on in turns})
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
     for key in rounds[0][True]:
         sides = [[r[on][key] for r in rounds if key in r[on]] for on in (True, False)]
